@@ -1,0 +1,1 @@
+"""Files: atomic replacement, streamed safetensors shards, checkpoints of plain torch models, verification of exports."""
