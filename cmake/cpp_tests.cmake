@@ -1,0 +1,31 @@
+# GoogleTest binaries, one per file of BITFOLD_CPP_TESTS and BITFOLD_CPP_PER_ISA_TESTS (cmake/sources.cmake).
+include(cmake/find_googletest.cmake)
+
+# The tests must link without torch and without Python: nothing but the core and GoogleTest is on the line.
+function(bitfold_add_cpp_test name)
+  string(REPLACE "/" "_" target "${name}_test")
+  add_executable(${target} tests/cpp/${name}_test.cc)
+  bitfold_compile_options(${target})
+  target_include_directories(${target} PRIVATE tests/cpp)
+  target_link_libraries(${target} PRIVATE bitfold_core GTest::gtest_main)
+  set(BITFOLD_TEST_TARGET ${target} PARENT_SCOPE)
+endfunction()
+
+foreach(name IN LISTS BITFOLD_CPP_TESTS)
+  bitfold_add_cpp_test(${name})
+  add_test(NAME ${name} COMMAND ${BITFOLD_TEST_TARGET})
+endforeach()
+
+# A machine without the instruction set reports the test as skipped: the binary exits with 77 (tests/cpp/isa_main.cc does).
+foreach(name IN LISTS BITFOLD_CPP_PER_ISA_TESTS)
+  bitfold_add_cpp_test(${name})
+  add_test(NAME ${name} COMMAND ${BITFOLD_TEST_TARGET})
+  set(isas ${BITFOLD_ISA_PORTABLE})
+  if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+    list(APPEND isas ${BITFOLD_ISA_X86})
+  endif()
+  foreach(isa IN LISTS isas)
+    add_test(NAME ${name}/${isa} COMMAND ${BITFOLD_TEST_TARGET})
+    set_tests_properties(${name}/${isa} PROPERTIES ENVIRONMENT BITFOLD_ISA=${isa} LABELS per_isa)
+  endforeach()
+endforeach()

@@ -1,0 +1,31 @@
+# The two libraries inside the Python package: _ops.so and _C.<abi>.so.
+find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
+if(NOT pybind11_DIR)
+  execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
+    OUTPUT_VARIABLE pybind11_cmake_dir OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+endif()
+find_package(pybind11 2.13 CONFIG REQUIRED HINTS ${pybind11_cmake_dir})
+include(cmake/find_torch.cmake)
+
+# Stays a MODULE named exactly _ops.so: torch.ops.load_library opens it by path, and it uses nothing of CPython, so one
+# file serves every Python.
+add_library(_ops MODULE ${BITFOLD_OPS_SOURCES})
+set_target_properties(_ops PROPERTIES PREFIX "" SUFFIX ".so")
+bitfold_compile_options(_ops)
+target_link_libraries(_ops PRIVATE bitfold_core bitfold_torch)
+
+# NO_EXTRAS: no link-time optimization, which could move wide instructions into code that runs everywhere.
+pybind11_add_module(_C MODULE NO_EXTRAS ${BITFOLD_PYTHON_SOURCES})
+bitfold_compile_options(_C)
+target_link_libraries(_C PRIVATE bitfold_core)
+target_compile_definitions(_C PRIVATE
+  BITFOLD_TORCH_VERSION="${BITFOLD_TORCH_VERSION}"
+  BITFOLD_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
+  BITFOLD_BUILD_TYPE="${CMAKE_BUILD_TYPE}")
+
+# No path of the build environment in either file: torch is imported, and so loaded, before _ops is.
+set_target_properties(_ops _C PROPERTIES SKIP_BUILD_RPATH ON INSTALL_RPATH "")
+if(BITFOLD_INPLACE)
+  set_target_properties(_ops _C PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${PROJECT_SOURCE_DIR}/python/bitfold)
+endif()
+install(TARGETS _ops _C LIBRARY DESTINATION bitfold)

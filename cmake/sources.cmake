@@ -1,0 +1,49 @@
+# Every C++ source file, by name. A new file is added here and nowhere else.
+# (Instruction-set targets are in isa_flags.cmake's list, with the flags that each one needs.)
+
+set(BITFOLD_CORE_SOURCES
+  csrc/core/bitpack.cc
+  csrc/core/codebook.cc
+  csrc/core/float16.cc
+  csrc/core/format.cc
+  csrc/core/status.cc
+  csrc/core/view.cc
+  csrc/core/reference/dequantize.cc
+  csrc/core/reference/linear.cc
+  csrc/core/reference/quantize.cc
+)
+
+set(BITFOLD_CPU_SOURCES
+  csrc/cpu/dequantize.cc
+  csrc/cpu/isa.cc
+  csrc/cpu/linear.cc
+  csrc/cpu/quantize.cc
+)
+
+# name of the target file in csrc/cpu/targets
+set(BITFOLD_ISA_PORTABLE portable)
+set(BITFOLD_ISA_X86 avx2 avx512)
+
+set(BITFOLD_OPS_SOURCES
+  csrc/torch/schemas.cc
+)
+
+set(BITFOLD_PYTHON_SOURCES
+  csrc/python/module.cc
+)
+
+# C++ tests mirror csrc/: core/format -> tests/cpp/core/format_test.cc. Those in PER_ISA_TESTS run once per
+# instruction set that the machine has (BITFOLD_ISA).
+set(BITFOLD_CPP_TESTS
+)
+set(BITFOLD_CPP_PER_ISA_TESTS
+)
+
+foreach(list CORE CPU OPS PYTHON)
+  foreach(file IN LISTS BITFOLD_${list}_SOURCES)
+    if(NOT EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${file})
+      message(WARNING "cmake/sources.cmake names ${file}, which does not exist: left out")
+      list(REMOVE_ITEM BITFOLD_${list}_SOURCES ${file})
+    endif()
+  endforeach()
+endforeach()
