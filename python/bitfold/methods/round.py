@@ -1,0 +1,17 @@
+"""round: scale from the extremes of each group, codes by nearest level. One pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bitfold.formats import Format
+from torch import Tensor
+
+from bitfold import ops
+from bitfold.methods.base import register
+
+
+@register("round")
+def round(weight: Tensor, fmt: Format, statistics: Any = None) -> list[Tensor]:  # noqa: ARG001
+    """Take absmax (symmetric) or min-max (asymmetric) scales; `statistics` is not used."""
+    return ops.quantize(weight, fmt, method="round")

@@ -1,0 +1,52 @@
+"""QuantConv1D: GPT-2's Conv1D (a Linear with its weight transposed), packed."""
+
+from __future__ import annotations
+
+import torch
+from bitfold.formats import Format
+from torch import Tensor, nn
+
+from bitfold.nn.linear import QuantLinear
+
+
+class QuantConv1D(QuantLinear):
+    """Takes the place of `transformers.pytorch_utils.Conv1D`, whose float weight is `[in, out]`.
+
+    The packed matrix is the transpose, `[out, in]`, so that it is an ordinary QuantLinear with the two
+    names that code around Conv1D reads, `nf` (outputs) and `nx` (inputs). transformers is not imported.
+    """
+
+    kind = "conv1d"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        format: Format | str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        original_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            format=format,
+            device=device,
+            dtype=dtype,
+            original_dtype=original_dtype,
+        )
+        self.nf = out_features
+        self.nx = in_features
+
+    @staticmethod
+    def _matrix(module: nn.Module) -> Tensor:
+        return module.weight.t()  # type: ignore[operator,union-attr]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether `module` is exactly transformers' Conv1D, told by its name so that nothing is imported."""
+    cls = type(module)
+    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
