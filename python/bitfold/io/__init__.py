@@ -1,1 +1,3 @@
-"""Files: atomic replacement, streamed safetensors shards, checkpoints of plain torch models, verification of exports."""
+"""Files: atomic replacement, streamed safetensors shards, checkpoints of plain torch models, verification of
+exports.
+"""

@@ -1,12 +1,13 @@
 """Files and directories that appear whole or not at all.
 
-Everything is written to a temporary sibling (same file system, so that the last step is one rename), flushed to the
-disk, and renamed. Whatever happens in between, a Ctrl-C, an exception, `kill -9`, a power cut, the path holds either
-what it held before or the complete new content.
+Everything is written to a temporary sibling (same file system, so that the last step is one rename), flushed
+to the disk, and renamed. Whatever happens in between, a Ctrl-C, an exception, `kill -9`, a power cut, the
+path holds either what it held before or the complete new content.
 
-A temporary is called ``.<name>.bitfold-<role>-<host>-<pid>-<random>``; role ``new`` is content being written, role
-``old`` a directory set aside while its successor takes its place. Those left by processes that died are removed (or,
-for ``old`` without a successor, put back) the next time the same path is written or `recover` is called.
+A temporary is called ``.<name>.bitfold-<role>-<host>-<pid>-<random>``; role ``new`` is content being written,
+role ``old`` a directory set aside while its successor takes its place. Those left by processes that died are
+removed (or, for ``old`` without a successor, put back) the next time the same path is written or `recover` is
+called.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         if target.exists():
             shutil.copymode(target, temporary)
         _fsync(temporary)
-        os.replace(temporary, target)
+        temporary.replace(target)
     except BaseException:
         _remove(temporary)
         raise
@@ -72,9 +73,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 def atomic_directory(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
     """Give a temporary empty directory to fill, which becomes `path` when the block ends well.
 
-    A directory that is already there is replaced as a whole (nothing of it is merged into the new one). Where the
-    system can exchange two names in one step (Linux, most file systems), there is no moment without a whole directory
-    at `path`; elsewhere the old one is set aside for an instant and `recover` puts it back should the process die then.
+    A directory that is already there is replaced as a whole (nothing of it is merged into the new one). Where
+    the system can exchange two names in one step (Linux, most file systems), there is no moment without a
+    whole directory at `path`; elsewhere the old one is set aside for an instant and `recover` puts it back
+    should the process die then.
 
     Args:
         path: the directory to create or replace; missing parents are created. A symbolic link is followed.
@@ -106,7 +108,9 @@ def atomic_directory(path: str | os.PathLike[str], overwrite: bool = True) -> It
 
 
 def recover(path: str | os.PathLike[str]) -> bool:
-    """Tidy up after processes that died while writing `path`; True where a set-aside directory was put back."""
+    """Tidy up after processes that died while writing `path`; True where a set-aside directory was put
+    back.
+    """
     target = Path(os.path.realpath(path))
     pattern = re.compile(rf"\.{re.escape(_stem(target))}\.bitfold-(new|old)-{_host()}-(\d+)-[0-9a-f]+")
     restored = False
@@ -119,7 +123,7 @@ def recover(path: str | os.PathLike[str]) -> bool:
         if match is None or _alive(int(match[2])):
             continue
         if match[1] == "old" and not target.exists():
-            os.rename(sibling, target)
+            sibling.rename(target)
             restored = True
         else:
             _remove(sibling)
@@ -130,31 +134,35 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not target.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, "a directory is to be written here, but this is a file", str(target))
+        raise NotADirectoryError(
+            errno.ENOTDIR, "a directory is to be written here, but this is a file", str(target)
+        )
     if not overwrite and any(target.iterdir()):
         raise FileExistsError(
-            errno.EEXIST, "directory exists and is not empty; choose another or ask for overwriting", str(target)
+            errno.EEXIST,
+            "directory exists and is not empty; choose another or ask for overwriting",
+            str(target),
         )
 
 
 def _take_place(temporary: Path, target: Path) -> None:
     """Rename `temporary` to `target`, removing the directory that was there."""
     if not target.exists():
-        os.rename(temporary, target)
+        temporary.rename(target)
         return
     shutil.copymode(target, temporary)
     if not any(target.iterdir()):
-        os.rename(temporary, target)  # POSIX lets a directory replace an empty one
+        temporary.rename(target)  # POSIX lets a directory replace an empty one
         return
     if _exchange(temporary, target):
         _remove(temporary)  # this name holds the old directory now; if we die here, it is a stale temporary
         return
     aside = _sibling(target, "old")
-    os.rename(target, aside)
+    target.rename(aside)
     try:
-        os.rename(temporary, target)
+        temporary.rename(target)
     except BaseException:
-        os.rename(aside, target)
+        aside.rename(target)
         raise
     _remove(aside)
 
@@ -181,7 +189,8 @@ def _stem(target: Path) -> str:
 
 
 def _host() -> str:
-    # A process number means something on its own machine only; shared file systems show temporaries of others.
+    # A process number means something on its own machine only; shared file systems show temporaries of
+    # others.
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
@@ -219,7 +228,8 @@ def _fsync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network and user-space file systems cannot flush a directory; the rename itself is still atomic.
+        # Some network and user-space file systems cannot flush a directory; the rename itself is still
+        # atomic.
         if error.errno not in (*_UNSUPPORTED, errno.EBADF):
             raise
     finally:

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+
 from bitfold.io import atomic
 from bitfold.io.atomic import atomic_directory, atomic_file, recover
 
@@ -145,7 +146,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from bitfold.io import atomic
-real = {name: getattr(os, name) for name in ("rename", "replace", "fsync")}
+places = {"rename": Path, "replace": Path, "fsync": os}
+real = {name: getattr(place, name) for name, place in places.items()}
 left = int(sys.argv[2])
 def step(name):
     def run(*arguments, **named):
@@ -155,8 +157,8 @@ def step(name):
             os.kill(os.getpid(), signal.SIGKILL)
         return real[name](*arguments, **named)
     return run
-for name in real:
-    setattr(os, name, step(name))
+for name, place in places.items():
+    setattr(place, name, step(name))
 if sys.argv[3] == "fallback":
     atomic._exchange = lambda a, b: False
 remove = atomic._remove
