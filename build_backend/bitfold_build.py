@@ -1,9 +1,9 @@
 """Build backend: scikit-build-core, plus finding the torch that bitfold is being installed next to.
 
 An isolated build sees only its own requirements. Asking for torch there would download another torch, often
-with gigabytes of CUDA libraries, only to read its headers. So torch's folder is looked up in the environment that
-runs pip, whose paths `sysconfig` still names inside the isolated build, and torch becomes a build requirement only
-where none is found.
+with gigabytes of CUDA libraries, only to read its headers. So torch's folder is looked up in the environment
+that runs pip, whose paths `sysconfig` still names inside the isolated build, and torch becomes a build
+requirement only where none is found.
 
 `BITFOLD_TORCH_DIR` (the folder of the package itself, `…/site-packages/torch`) is used before anything else.
 Installers that build with an interpreter of their own, as uv does, need it, or `--no-build-isolation`.
