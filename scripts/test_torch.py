@@ -123,7 +123,8 @@ def prepare(version: str, cache: Path) -> Path | None:
             f"torch {version} wants {missing[0].split(':')[0] if missing else ''}: fetching {requirement}",
             flush=True,
         )
-        pip_install(nvidia / package, requirement)  # a folder each: --target does not merge namespace packages
+        # A folder each, because --target does not merge namespace packages.
+        pip_install(nvidia / package, requirement)
     return folder
 
 
