@@ -1,10 +1,10 @@
 # One file of csrc/cpu/targets per instruction set, each compiled with its own flags; which one runs is chosen at
 # run time. Wide flags belong to these files alone: anything else must run on every 64-bit CPU.
-# The features are named one by one, because g++ 12 has no -march=znver4.
+# Each list is what csrc/cpu/isa.cc asks the CPU for before it chooses that file, no more: the compiler may use any
+# instruction that it is allowed. (Features by name: g++ 12 has no -march=znver4.)
 set(BITFOLD_FLAGS_portable "")
 set(BITFOLD_FLAGS_avx2 -mavx2 -mfma -mf16c)
-set(BITFOLD_FLAGS_avx512
-  -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c)
+set(BITFOLD_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c)
 
 # Adds the target files that suit the CPU being compiled for, and defines BITFOLD_HAVE_<NAME>=1 for each.
 function(bitfold_add_isa_targets library)
