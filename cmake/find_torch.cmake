@@ -30,6 +30,5 @@ add_library(bitfold_torch INTERFACE)
 target_include_directories(bitfold_torch SYSTEM INTERFACE "${BITFOLD_TORCH_DIR}/include")
 # The oldest torch whose stable ABI the binary may use: 2.11.
 target_compile_definitions(bitfold_torch INTERFACE TORCH_TARGET_VERSION=0x020B000000000000)
-target_link_libraries(bitfold_torch INTERFACE
-  -Wl,--as-needed
-  "${BITFOLD_TORCH_DIR}/lib/libtorch.so" "${BITFOLD_TORCH_DIR}/lib/libtorch_cpu.so" "${BITFOLD_TORCH_DIR}/lib/libc10.so")
+# libtorch_cpu.so holds the whole stable ABI, in CUDA builds of torch as well.
+target_link_libraries(bitfold_torch INTERFACE "${BITFOLD_TORCH_DIR}/lib/libtorch_cpu.so")

@@ -13,6 +13,7 @@ add_library(_ops MODULE ${BITFOLD_OPS_SOURCES})
 set_target_properties(_ops PROPERTIES PREFIX "" SUFFIX ".so")
 bitfold_compile_options(_ops)
 target_link_libraries(_ops PRIVATE bitfold_core bitfold_torch)
+target_link_options(_ops PRIVATE -Wl,--no-undefined)  # a symbol that nobody defines fails here, not on the user's machine
 
 # NO_EXTRAS: no link-time optimization, which could move wide instructions into code that runs everywhere.
 pybind11_add_module(_C MODULE NO_EXTRAS ${BITFOLD_PYTHON_SOURCES})
