@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What CI refuses. Tools that are not installed are named and passed over; findings fail.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 status=0
 
