@@ -23,7 +23,7 @@ from torch import nn
 
 from bitfold.nn import PackedModule, QuantConv1D, QuantEmbedding, QuantLinear, TiedEmbedding, TiedHead
 from bitfold.nn._base import dtype_from_name
-from bitfold.nn._places import all_names, replace
+from bitfold.nn._places import Places, all_names
 from bitfold.nn.conv1d import is_conv1d
 
 QUANT_METHOD = "bitfold"
@@ -147,8 +147,8 @@ def prepare(model: nn.Module, manifest: Mapping[str, Any], *, missing: str = "ra
                 msg = f"{name}: tied to {entry['tied_to']}, which {type(model).__name__} does not have"
                 raise PackedDataError(msg)
             swaps[module] = _build_tied(name, module, entry, swaps.get(source, source), model)
-    _forget_tied_keys(model, swaps)
-    replace(model, swaps)
+    Places(model).replace(swaps)
+    forget_tied_keys(model)
     return absent
 
 
@@ -290,10 +290,20 @@ def _stored_scale(name: str, entry: Mapping[str, Any]) -> tuple[float, bool] | N
     return float(entry["scale"]), bool(entry.get("round_scale", False))
 
 
-def _forget_tied_keys(model: nn.Module, swaps: Mapping[nn.Module, nn.Module]) -> None:
-    """Empty transformers' maps of tied weights: it ties parameters, and would die on a packed buffer."""
-    if not any(isinstance(new, TiedHead | TiedEmbedding) for new in swaps.values()):
-        return
+def forget_tied_keys(model: nn.Module) -> None:
+    """Drop packed modules from transformers' maps of tied weights: it ties parameters and dies on buffers."""
     for module in model.modules():
-        if getattr(module, "all_tied_weights_keys", None):
-            module.all_tied_weights_keys = {}
+        tied = getattr(module, "all_tied_weights_keys", None)
+        if not isinstance(tied, dict) or not tied:
+            continue
+        owners = all_names(module)
+        packed = {
+            name
+            for name, owner in owners.items()
+            if isinstance(owner, PackedModule | TiedHead | TiedEmbedding)
+        }
+        module.all_tied_weights_keys = {
+            target: source
+            for target, source in tied.items()
+            if target.rpartition(".")[0] not in packed and source.rpartition(".")[0] not in packed
+        }

@@ -35,6 +35,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def tensor_key(tensor: Tensor) -> Any:
+    """Equal for two tensors exactly if they are the same values in memory (on meta: the same object)."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return id(tensor)
+    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+
+
 def check_float_weight(weight: Any, name: str = "weight") -> None:
     """Raise WeightError unless `weight` is a non-empty real float matrix; reads no values."""
     if not isinstance(weight, Tensor):
@@ -100,14 +107,14 @@ class PackedModule(nn.Module):
         self.original_dtype = original_dtype or self.dtype
         self._spec = list(self.format.spec(self.shape))
         table = self.format.buffers(self.shape)
-        self._packed_names = tuple("weight" + suffix for suffix, _, _ in table)
-        for name, (_, type_name, size) in zip(self._packed_names, table, strict=True):
+        self.packed_names = tuple("weight" + suffix for suffix, _, _ in table)
+        for name, (_, type_name, size) in zip(self.packed_names, table, strict=True):
             buffer = torch.empty(tuple(size), dtype=getattr(torch, type_name), device=device)
             self.register_buffer(name, buffer, persistent=True)
 
     def packed(self) -> list[Tensor]:
         """The packed buffers in the order of `Format.buffers`, as the ops take them."""
-        return [getattr(self, name) for name in self._packed_names]
+        return [getattr(self, name) for name in self.packed_names]
 
     def packed_nbytes(self) -> int:
         """Bytes of the packed matrix, metadata included: on disk and resident alike."""
@@ -127,7 +134,7 @@ class PackedModule(nn.Module):
 
         packed = fold_weight(weight.detach(), self.format, method)
         check_packed(self, packed)
-        for name, tensor in zip(self._packed_names, packed, strict=True):
+        for name, tensor in zip(self.packed_names, packed, strict=True):
             self._buffers[name] = tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from bitfold.errors import PackedDataError
 from torch import Tensor, nn
 
 from bitfold import ops
+from bitfold.errors import PackedDataError
 from bitfold.nn._base import PackedModule, carry_over
 from bitfold.nn.embedding import apply_scale, scale_or_stored
 
@@ -47,8 +47,26 @@ class _Tied(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The shared int8 codes, for code that reads `head.weight.dtype` or `.device`."""
-        return self.source.weight
+        """The shared int8 codes as `[out, bytes per row]`.
+
+        For code that reads `.dtype`, `.device` or `.shape[0]`: transformers' `tie_weights` pads the bias of a
+        head to `weight.shape[0]`.
+        """
+        return self.source.weight.view(self.shape[0], -1)  # every row starts on a byte
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        # transformers' `tie_weights` assigns the matrix that is shared already
+        source = self.source.weight
+        if (
+            not isinstance(value, Tensor)
+            or value.device != source.device
+            or value.data_ptr() != source.data_ptr()
+        ):
+            msg = (
+                f"{type(self).__name__}: shares the packed matrix of another module; its weight cannot be set"
+            )
+            raise PackedDataError(msg)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The shared matrix as floats, `[out, in]`."""

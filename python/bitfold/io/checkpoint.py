@@ -1,0 +1,172 @@
+"""Files of plain torch models: one safetensors file with the manifest in its metadata.
+
+Metadata `bitfold` is the manifest of `bitfold.manifest` as JSON; where tensors are shared it also holds
+`"aliases": {name: name under which the tensor is stored}`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitfold.errors import PackedDataError
+from torch import Tensor, nn
+
+from bitfold import manifest as manifests
+from bitfold.nn._base import dtype_name, tensor_key
+
+METADATA_KEY = "bitfold"
+
+
+def save(model: nn.Module, file: str | PathLike[str]) -> None:
+    """Write the whole state of `model` to one safetensors file, atomically.
+
+    The file holds the packed bytes as they are in RAM. A process killed in the middle leaves a previous
+    file untouched. For transformers models use `model.save_pretrained` instead.
+
+    Example:
+        >>> bitfold.save(model, "model.safetensors")  # doctest: +SKIP
+        >>> bitfold.load_into(MyModel(), "model.safetensors")  # doctest: +SKIP
+    """
+    from safetensors.torch import save_file
+
+    from bitfold.io.atomic import atomic_file
+
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            msg = f"save(): {name}: state_dict holds a {type(tensor).__name__}, expected tensors only"
+            raise TypeError(msg)
+        if tensor.is_meta:
+            msg = f"save(): {name}: is on the meta device, there are no values to save"
+            raise ValueError(msg)
+        key = tensor_key(tensor)
+        if key in first:
+            aliases[name] = first[key]
+        else:
+            first[key] = name
+            stored[name] = _own_memory(tensor)
+    description = manifests.describe(model)
+    if aliases:
+        description["aliases"] = aliases
+    metadata = {"format": "pt", METADATA_KEY: json.dumps(description)}
+    with atomic_file(Path(file)) as temporary:
+        save_file(stored, temporary, metadata=metadata)
+
+
+def load_into(model: nn.Module, file: str | PathLike[str]) -> nn.Module:
+    """Fill a fresh float model of the saved architecture from a file of `bitfold.save`; returns it.
+
+    The modules that the file has packed are replaced by packed ones. The model may be on meta, then the
+    loaded tensors become its own; else they are copied to the devices of the model, floats into its dtypes.
+    Names, dtypes and shapes of all tensors are compared with the model before anything changes.
+
+    Raises:
+        PackedDataError: truncated or foreign file, or one that does not fit the model: the tensor, what was
+            found and what was expected.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(file)
+    if not path.is_file():
+        msg = f"load_into(): {path} is not a file"
+        raise FileNotFoundError(msg)
+    try:
+        with safe_open(path, framework="pt") as stored:
+            description = read_manifest(stored.metadata(), path)
+            aliases = _aliases(description, set(stored.keys()), path)
+            _check_tensors(model, description, aliases, stored, path)
+            manifests.prepare(model, description)
+            state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        msg = f"{path}: not a whole safetensors file ({error})"
+        raise PackedDataError(msg) from error
+    state |= {name: state[target] for name, target in aliases.items()}
+    on_meta = any(tensor.is_meta for tensor in model.state_dict().values())
+    model.load_state_dict(state, assign=on_meta)
+    return model
+
+
+def read_manifest(metadata: Mapping[str, str] | None, path: Path) -> dict[str, Any]:
+    """The manifest in a file's metadata; PackedDataError where there is none or it is not JSON."""
+    text = (metadata or {}).get(METADATA_KEY)
+    if text is None:
+        msg = f"{path}: no {METADATA_KEY!r} in the metadata, expected a file written by bitfold.save"
+        raise PackedDataError(msg)
+    try:
+        description = json.loads(text)
+    except json.JSONDecodeError as error:
+        msg = f"{path}: metadata {METADATA_KEY!r} is not JSON ({error})"
+        raise PackedDataError(msg) from error
+    manifests.check(description)
+    return description
+
+
+def _own_memory(tensor: Tensor) -> Tensor:
+    """`tensor` as safetensors takes it: contiguous, and not a part of larger memory that others share."""
+    tensor = tensor.detach().contiguous()
+    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+    return tensor if whole else tensor.clone()
+
+
+def _aliases(description: Mapping[str, Any], names: set[str], path: Path) -> dict[str, str]:
+    aliases = description.get("aliases", {})
+    if not isinstance(aliases, dict):
+        msg = f"{path}: aliases is {type(aliases).__name__}, expected an object"
+        raise PackedDataError(msg)
+    for name, target in aliases.items():
+        if target not in names or name in names:
+            msg = f"{path}: alias {name!r} of {target!r}: expected a new name for a stored tensor"
+            raise PackedDataError(msg)
+    return aliases
+
+
+def _check_tensors(
+    model: nn.Module, description: Mapping[str, Any], aliases: Mapping[str, str], stored: Any, path: Path
+) -> None:
+    """Compare names, dtypes and shapes in the file with what the prepared model will need."""
+    packed = manifests.tensors(description)
+    modules = description["modules"]
+    found = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
+    found |= {name: found[target] for name, target in aliases.items()}
+    needed = dict(packed)
+    for name, tensor in model.state_dict().items():
+        owner, _, attribute = name.rpartition(".")
+        if owner in modules and (attribute == "weight" or attribute.startswith("weight_")):
+            continue
+        if owner in modules and isinstance(modules[owner].get("bias"), str):
+            continue  # the bias belongs to another module
+        needed[name] = (dtype_name(tensor.dtype), tuple(tensor.shape))
+    for name, (type_name, shape) in needed.items():
+        if name not in found:
+            msg = f"{path}: {name} is missing, expected {type_name} {list(shape)}"
+            raise PackedDataError(msg)
+        has_type, has_shape = _DTYPES.get(found[name].get_dtype(), "unknown"), tuple(found[name].get_shape())
+        castable = name not in packed and getattr(torch, has_type, torch.int8).is_floating_point
+        if has_shape != shape or (has_type != type_name and not castable):
+            msg = f"{path}: {name} is {has_type} {list(has_shape)}, expected {type_name} {list(shape)}"
+            raise PackedDataError(msg)
+    for name in found:
+        if name not in needed:
+            msg = f"{path}: {name} is in the file but not in the model {type(model).__name__}"
+            raise PackedDataError(msg)
+
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
