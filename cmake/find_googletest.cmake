@@ -11,7 +11,8 @@ else()
     include(FetchContent)
     FetchContent_Declare(googletest
       URL https://github.com/google/googletest/archive/refs/tags/v1.15.2.tar.gz
-      URL_HASH SHA256=7b42b4d6ed48810c5362c265a17faebe90dc2373c885e5216439d37927f02926)
+      URL_HASH SHA256=7b42b4d6ed48810c5362c265a17faebe90dc2373c885e5216439d37927f02926
+      DOWNLOAD_EXTRACT_TIMESTAMP OFF)
     FetchContent_MakeAvailable(googletest)
   endif()
 endif()
