@@ -1,0 +1,99 @@
+"""Is what was stored exactly what the formats say? Asked of the files before, and of the model after a load.
+
+transformers 5.0 to 5.22 assign tensors of any shape to a quantized model, every version casts a float tensor
+to the integer type that a buffer declares, and missing tensors are filled with whatever memory held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bitfold.errors import PackedDataError
+from bitfold.io.safetensors_file import SafetensorsFile
+from bitfold.nn import PackedModule
+
+__all__ = ["check_files", "check_loaded", "check_missing", "folded_modules"]
+
+
+def folded_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
+    """`(name, module)` of every module that owns a packed matrix, each once."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            yield name, module
+
+
+def check_files(
+    files: Iterable[str | Path], expected: Mapping[str, tuple[str, tuple[int, ...]]] | None = None
+) -> None:
+    """Check the headers of safetensors files; no tensor is read.
+
+    Args:
+        files: the shards of one checkpoint. Files of other kinds are passed over.
+        expected: `{tensor name: (dtype, shape)}` as `bitfold.manifest.tensors` gives it. A tensor found under
+            such a name must fit; one that is absent may have another name in the file (transformers renames)
+            and is judged after the load.
+
+    Raises:
+        PackedDataError: a file that is truncated or no safetensors file, or a tensor that does not fit.
+    """
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with SafetensorsFile(file) as opened:
+            for info in opened:
+                want = None if expected is None else expected.get(info.name)
+                have = (_spelled(info.torch_dtype), info.shape)
+                if want is not None and have != want:
+                    found, wanted = (f"{dtype} {list(shape)}" for dtype, shape in (have, want))
+                    msg = f"{info.name} in {file}: found {found}, expected {wanted}; {_REMEDY}"
+                    raise PackedDataError(msg)
+
+
+def _spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_REMEDY = "the file or config.json was damaged or edited: restore them, or fold the float model again"
+
+
+def check_missing(model: nn.Module, missing: Iterable[str], complete: bool) -> None:
+    """Raise PackedDataError for tensors without which the model would compute with leftovers of memory.
+
+    Args:
+        model: the model being loaded, with its packed modules in place.
+        missing: names that the checkpoint did not have.
+        complete: whether the checkpoint was saved from this very class, so that nothing may be missing;
+            otherwise a new head (drawn at random, with a warning by transformers) is what the user asked for.
+    """
+    folded = {name for name, _ in folded_modules(model)}
+    lost = sorted(name for name in missing if complete or name.rpartition(".")[0] in folded)
+    if lost:
+        more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
+        msg = (
+            f"{', '.join(lost[:5])}{more}: not in the checkpoint, expected one tensor for each; "
+            "a shard is missing or was edited: restore it, or fold the float model again"
+        )
+        raise PackedDataError(msg)
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raise PackedDataError unless every packed buffer holds data of the dtype and shape of its format."""
+    offloaded = "disk" in {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    for name, module in folded_modules(model):
+        for suffix, dtype, shape in module.format.buffers(module.shape):
+            key = f"{name}.weight{suffix}"
+            tensor = getattr(module, f"weight{suffix}")
+            found = f"{_spelled(tensor.dtype)} {list(tensor.shape)}"
+            if found != f"{dtype} {list(shape)}":
+                msg = (
+                    f"{key}: found {found}, expected {dtype} {list(shape)} "
+                    f"(format {module.format}, matrix {list(module.shape)}); {_REMEDY}"
+                )
+                raise PackedDataError(msg)
+            if tensor.is_meta and not offloaded:
+                msg = f"{key}: was not loaded (still on the meta device); {_REMEDY}"
+                raise PackedDataError(msg)

@@ -1,0 +1,67 @@
+"""Makes transformers (and PEFT) know bitfold, without importing either.
+
+transformers has no entry points for quantizers: a package must call its registry. Doing so at
+`import bitfold` would import transformers, seconds of it, for people who fold plain torch models.
+So callbacks wait for the modules concerned, and run at once where those are loaded already.
+"""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+from bitfold.hf.postimport import after_import
+
+__all__ = ["QUANT_METHOD", "install"]
+
+QUANT_METHOD = "bitfold"  # `quant_method` in config.json
+
+_installed = False
+
+
+def install() -> None:
+    """Register bitfold with transformers and PEFT now, or right after they are imported. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    after_import("transformers.quantizers.auto", _register)
+    after_import("peft.tuners.lora.layer", _guard_merge)
+
+
+def _register(auto: ModuleType) -> None:
+    """Enter the quantizer and its config into the registries of `transformers.quantizers.auto`."""
+    try:
+        from bitfold import quantizing
+        from bitfold.hf.config import BitfoldConfig
+        from bitfold.hf.conversions import keep_packed_on_save
+        from bitfold.hf.model_card import hook_upload
+        from bitfold.hf.quantizer import BitfoldQuantizer
+
+        # The registry refuses a second entry under one name; after a reload of bitfold the new class counts.
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
+        auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
+        auto.register_quantization_config(QUANT_METHOD)(BitfoldConfig)
+        auto.register_quantizer(QUANT_METHOD)(BitfoldQuantizer)
+        quantizing.AFTER_FOLDING.append(keep_packed_on_save)
+        hook_upload()
+    except Exception as error:  # an unknown transformers must still be importable
+        _warn("transformers", error)
+
+
+def _guard_merge(layer: ModuleType) -> None:
+    try:
+        from bitfold.hf.peft import guard_merge
+
+        guard_merge(layer)
+    except Exception as error:  # an unknown PEFT must still be importable
+        _warn("peft", error)
+
+
+def _warn(package: str, error: Exception) -> None:
+    warnings.warn(
+        f"bitfold could not register with {package}: {type(error).__name__}: {error}. Folded models will "
+        f"not load through {package} in this process; `bitfold doctor` tells which versions are supported",
+        RuntimeWarning,
+        stacklevel=2,
+    )
