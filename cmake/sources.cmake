@@ -4,20 +4,24 @@
 set(BITFOLD_CORE_SOURCES
   csrc/core/bitpack.cc
   csrc/core/codebook.cc
-  csrc/core/float16.cc
+  csrc/core/dynamic_map.cc
   csrc/core/format.cc
-  csrc/core/status.cc
+  csrc/core/scale_coding.cc
   csrc/core/view.cc
   csrc/core/reference/dequantize.cc
+  csrc/core/reference/encode.cc
   csrc/core/reference/linear.cc
-  csrc/core/reference/quantize.cc
 )
 
 set(BITFOLD_CPU_SOURCES
-  csrc/cpu/dequantize.cc
   csrc/cpu/isa.cc
   csrc/cpu/linear.cc
-  csrc/cpu/quantize.cc
+)
+
+set(BITFOLD_SOLVER_SOURCES
+  csrc/solvers/kmeans.cc
+  csrc/solvers/quantize.cc
+  csrc/solvers/scale_search.cc
 )
 
 # name of the target file in csrc/cpu/targets
@@ -25,6 +29,11 @@ set(BITFOLD_ISA_PORTABLE portable)
 set(BITFOLD_ISA_X86 avx2 avx512)
 
 set(BITFOLD_OPS_SOURCES
+  csrc/torch/checks.cc
+  csrc/torch/dequantize.cc
+  csrc/torch/linear.cc
+  csrc/torch/pack.cc
+  csrc/torch/quantize.cc
   csrc/torch/schemas.cc
 )
 
@@ -39,7 +48,7 @@ set(BITFOLD_CPP_TESTS
 set(BITFOLD_CPP_PER_ISA_TESTS
 )
 
-foreach(list CORE CPU OPS PYTHON)
+foreach(list CORE CPU SOLVER OPS PYTHON)
   foreach(file IN LISTS BITFOLD_${list}_SOURCES)
     if(NOT EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${file})
       message(WARNING "cmake/sources.cmake names ${file}, which does not exist: left out")

@@ -1,0 +1,88 @@
+// How one matrix is stored. A Format is a value: it prints to and parses from one short string, and everything about the bytes
+// (which buffers, their types and shapes, their size) follows from it and the logical shape [rows, cols] = [out, in].
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "core/codebook.h"
+#include "core/status.h"
+
+namespace bitfold {
+
+enum class Family : uint8_t { kInteger, kFixedCodebook, kLearnedCodebook };
+enum class Grouping : uint8_t { kGroup, kRow, kTensor };  // which weights share a scale (or a learned codebook)
+enum class Zero : uint8_t {
+  kNone,     // integer grid around code 2^(b-1)
+  kInt,      // integer zero point of b bits per group
+  kFloat,    // real zero point, fp16, per group (HQQ)
+  kMidrise,  // integer grid around 2^(b-1) - 1/2: no zero level, symmetric
+};
+enum class Method : uint8_t { kRound, kSearch };  // scale from absmax or min-max; scale by squared error
+
+// One row of the table of element codes: what a code is and what a bare name stands for.
+struct ElementCode {
+  const char* name;
+  int bits;
+  Family family;
+  const Codebook* codebook;  // kFixedCodebook only
+  Grouping grouping;         // default
+  int group_size;            // default, if grouping is kGroup
+  Zero zero;                 // default
+  bool double_quant;         // default
+  Method method;             // default
+  const char* remark;
+};
+
+// Ordered; the index is what `spec` carries between Python and C++. It is never stored: files hold the string.
+const std::vector<ElementCode>& element_codes();
+
+enum class DType : uint8_t { kInt8, kInt16, kInt32 };
+int64_t size_of(DType dtype);
+const char* name_of(DType dtype);
+
+enum class BufferRole : uint8_t { kCodes, kScale, kScaleAbsmax, kScaleOffset, kZero, kExponent, kCodebook };
+
+struct BufferSpec {
+  BufferRole role;
+  const char* suffix;  // appended to the parameter's name: weight, weight_scale, …
+  DType dtype;
+  std::vector<int64_t> shape;
+  int64_t nbytes() const;
+};
+
+struct Format {
+  int code = 0;  // index in element_codes()
+  Grouping grouping = Grouping::kGroup;
+  int64_t group_size = 64;  // 0 unless grouping is kGroup
+  Zero zero = Zero::kNone;
+  bool double_quant = false;
+
+  static Status parse(std::string_view text, Format* out);
+  std::string to_string() const;
+  bool operator==(const Format&) const = default;
+
+  const ElementCode& element() const { return element_codes()[static_cast<size_t>(code)]; }
+  int bits() const { return element().bits; }
+  Family family() const { return element().family; }
+
+  int64_t groups_per_row(int64_t cols) const;
+  int64_t scale_rows(int64_t rows) const { return grouping == Grouping::kTensor ? 1 : rows; }
+  std::vector<BufferSpec> buffers(int64_t rows, int64_t cols) const;
+  int64_t nbytes(int64_t rows, int64_t cols) const;
+};
+
+inline constexpr int64_t kMinGroupSize = 16;  // one vector of 16 weights never crosses a group
+inline constexpr int64_t kMaxGroupSize = 65536;
+inline constexpr int64_t kDoubleQuantBlock = 256;
+
+// The ints that ops take: code, grouping, group_size, zero, double_quant, rows, cols.
+inline constexpr size_t kSpecLength = 7;
+using Spec = std::array<int64_t, kSpecLength>;
+Spec make_spec(const Format& format, int64_t rows, int64_t cols);
+Status parse_spec(const std::vector<int64_t>& spec, Format* format, int64_t* rows, int64_t* cols);
+
+}  // namespace bitfold

@@ -1,0 +1,19 @@
+// Borrowed threads. The caller (torch's pool, or a plain loop in GoogleTest) hands this in; the core starts no thread.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace bitfold {
+
+// body(begin, end) handles the half-open range; ranges may run concurrently and cover [0, n) exactly once. It must not throw.
+using RangeBody = std::function<void(int64_t begin, int64_t end)>;
+
+// run(n, grain, body): splits [0, n) in pieces of at least `grain`.
+using Parallel = std::function<void(int64_t n, int64_t grain, const RangeBody& body)>;
+
+inline void run_serially(int64_t n, int64_t /*grain*/, const RangeBody& body) {
+  if (n > 0) body(0, n);
+}
+
+}  // namespace bitfold

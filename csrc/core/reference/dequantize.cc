@@ -1,0 +1,20 @@
+#include "core/bitpack.h"
+#include "core/reference/reference.h"
+
+namespace bitfold::reference {
+
+float weight_at(const PackedView& view, int64_t row, int64_t col) {
+  const unsigned code = extract_code(view.codes + row * view.row_bytes, view.cols, view.bits, col);
+  const int64_t group = col / view.group_size;
+  const float scale = scale_of(view, row, group);
+  if (view.family == Family::kInteger) return (static_cast<float>(code) - zero_of(view, row, group)) * scale;
+  return level_of(view, row, code) * scale;
+}
+
+void dequantize(const PackedView& view, float* out) {
+  for (int64_t r = 0; r < view.rows; ++r) {
+    for (int64_t c = 0; c < view.cols; ++c) out[r * view.cols + c] = weight_at(view, r, c);
+  }
+}
+
+}  // namespace bitfold::reference

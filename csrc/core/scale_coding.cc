@@ -1,0 +1,60 @@
+#include "core/scale_coding.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/float16.h"
+#include "core/format.h"
+
+namespace bitfold {
+namespace {
+
+constexpr float kSmallestNormalHalf = 6.103515625e-5f;  // 2^-14
+constexpr float kLargestHalf = 65504.0f;
+
+}  // namespace
+
+int choose_exponent(const float* values, int64_t n) {
+  float largest = 0.0f, smallest = INFINITY;
+  for (int64_t i = 0; i < n; ++i) {
+    const float magnitude = std::fabs(values[i]);
+    largest = std::max(largest, magnitude);
+    if (magnitude > 0.0f) smallest = std::min(smallest, magnitude);
+  }
+  if (largest == 0.0f || (smallest >= kSmallestNormalHalf && largest <= kLargestHalf)) return 0;
+  // The largest lands in [2^14, 2^15): 28 binades of normals below it, and no overflow. Kept where 2^e is itself a normal float.
+  return std::clamp(std::ilogb(largest) - 14, -126, 127);
+}
+
+void encode_halves(const float* values, int64_t n, int exponent, uint16_t* halves) {
+  for (int64_t i = 0; i < n; ++i) halves[i] = float_to_half(std::ldexp(values[i], -exponent));
+}
+
+void double_quantize(const float* scales, int64_t n, uint8_t* codes, float* absmax, float* offset) {
+  double sum = 0.0;
+  for (int64_t i = 0; i < n; ++i) sum += scales[i];
+  *offset = n > 0 ? static_cast<float>(sum / static_cast<double>(n)) : 0.0f;
+
+  static const auto pivots = [] {
+    std::array<float, 255> middle{};
+    for (size_t i = 0; i < middle.size(); ++i) middle[i] = (kDynamicMap[i] + kDynamicMap[i + 1]) / 2;
+    return middle;
+  }();
+  for (int64_t begin = 0; begin < n; begin += kDoubleQuantBlock) {
+    const int64_t end = std::min(begin + kDoubleQuantBlock, n);
+    float largest = 0.0f;
+    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::fabs(scales[i] - *offset));
+    absmax[begin / kDoubleQuantBlock] = largest;
+    const float inverse = largest > 0.0f ? 1.0f / std::max(largest, 1e-38f) : 0.0f;
+    for (int64_t i = begin; i < end; ++i) {
+      const float scaled = (scales[i] - *offset) * inverse;
+      codes[i] = static_cast<uint8_t>(std::lower_bound(pivots.begin(), pivots.end(), scaled) - pivots.begin());
+    }
+  }
+}
+
+void double_dequantize(const uint8_t* codes, const float* absmax, float offset, int64_t n, float* scales) {
+  for (int64_t i = 0; i < n; ++i) scales[i] = kDynamicMap[codes[i]] * absmax[i / kDoubleQuantBlock] + offset;
+}
+
+}  // namespace bitfold

@@ -1,0 +1,64 @@
+// The only thing that an instruction set exports: pointers to its hot functions. Every body works on sixteen lanes, whatever
+// the register width, and none lets the compiler fuse a multiplication with an addition unless it says so; so codes, scales and
+// dequantized weights are the same bits on every instruction set. Only dot products (gemm_*) differ, in the last bits.
+#pragma once
+
+#include <cstdint>
+
+#include "core/codebook.h"
+#include "core/view.h"
+
+namespace bitfold {
+
+struct SpanStats {
+  float min, max, sum;
+  bool finite;
+};
+
+// How well a scale fits a span w[n]; d is the unit decode (code - zero, or the level), so w is approximated by d * scale.
+struct SpanFit {
+  float error;   // sum (w - d * scale)^2
+  float wd, dd;  // sum w * d, sum d * d
+  float d;       // sum d
+};
+
+struct Grid {  // code = clamp(round(w / scale + zero), 0, top)
+  float scale, zero, top;
+};
+
+struct KernelTable {
+  SpanStats (*stats)(const float* w, int64_t n);
+  SpanFit (*fit_grid)(const float* w, int64_t n, const Grid& grid);
+  SpanFit (*fit_codebook)(const float* w, int64_t n, float scale, const Codebook& book);
+  void (*encode_grid)(const float* w, int64_t n, const Grid& grid, uint8_t* codes);
+  void (*encode_codebook)(const float* w, int64_t n, float scale, const Codebook& book, uint8_t* codes);
+
+  // out[n] = w[row, col .. col + n); col a multiple of 16.
+  void (*decode)(const PackedView& view, int64_t row, int64_t col, int64_t n, float* out);
+
+  // Contiguous spans between float and half / bfloat16 bits (or a copy for float32).
+  void (*to_float)(const void* source, FloatType dtype, int64_t n, float* out);
+  void (*from_float)(const float* source, int64_t n, FloatType dtype, void* out);
+
+  // y[m, n] += x[m, k] * w[n, k]^T; leading dimensions in elements, all rows contiguous.
+  void (*gemm_nt)(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y, int64_t ldy, int64_t m, int64_t n,
+                  int64_t k);
+  // y[m, k] += g[m, n] * w[n, k].
+  void (*gemm_nn)(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y, int64_t ldy, int64_t m, int64_t n,
+                  int64_t k);
+};
+
+// The inverse that encoders multiply with; bitsandbytes' clamp keeps an all-zero block finite.
+float inverse_of(float scale);
+
+namespace portable {
+extern const KernelTable table;
+}
+namespace avx2 {
+extern const KernelTable table;
+}
+namespace avx512 {
+extern const KernelTable table;
+}
+
+}  // namespace bitfold

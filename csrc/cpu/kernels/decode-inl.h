@@ -1,0 +1,132 @@
+// Stored bytes to floats, sixteen at a time. Included by each target.
+
+// Sixteen codes that start at column `col` (a multiple of 16) of a packed row.
+template <int Bits>
+static inline I codes_at(const uint8_t* row, int64_t plane_bytes, int64_t col) {
+  if constexpr (Bits == 8) return unpack8(row + col);
+  if constexpr (Bits == 4) return unpack4_exact(row + col / 2);
+  if constexpr (Bits == 2) return unpack2(row + col / 4);
+  if constexpr (Bits == 3) return shift_or(unpack1(row + plane_bytes + col / 8), 2, unpack2(row + col / 4));
+}
+
+// The last vector of a row would read past its bytes (and the buffer): it goes through a zeroed copy.
+template <int Bits>
+static inline I codes_at_tail(const uint8_t* row, int64_t plane_bytes, int64_t col, int n) {
+  uint8_t copy[32] = {};
+  if constexpr (Bits == 3) {
+    memcpy(copy, row + col / 4, static_cast<size_t>((n + 3) / 4));
+    memcpy(copy + 16, row + plane_bytes + col / 8, static_cast<size_t>((n + 7) / 8));
+    return codes_at<3>(copy, 16, 0);
+  } else {
+    memcpy(copy, row + col * Bits / 8, static_cast<size_t>((n * Bits + 7) / 8));
+    return codes_at<Bits>(copy, 0, 0);
+  }
+}
+
+static inline float group_scale(const PackedView& view, int64_t row, int64_t group) {
+  const int64_t at = row * view.scale_row_stride + group;
+  switch (view.scale_kind) {
+    case ScaleKind::kFp32: return static_cast<const float*>(view.scale)[at];
+    case ScaleKind::kFp16: return half_scalar(static_cast<const uint16_t*>(view.scale)[at]) * view.factor;
+    case ScaleKind::kDoubleQuant:
+      return kDynamicMap[static_cast<const uint8_t*>(view.scale)[at]] * view.scale_absmax[at / kDoubleQuantBlock] +
+             view.scale_offset;
+    case ScaleKind::kNone: return 1.0f;
+  }
+  return 0.0f;
+}
+
+template <int Bits>
+static inline float group_zero(const PackedView& view, int64_t row, int64_t group) {
+  constexpr float kMiddle = static_cast<float>(1 << (Bits - 1));
+  switch (view.zero_kind) {
+    case Zero::kNone: return kMiddle;
+    case Zero::kMidrise: return kMiddle - 0.5f;
+    case Zero::kInt: return zero_of(view, row, group);
+    case Zero::kFloat: return half_scalar(static_cast<const uint16_t*>(view.zero)[row * view.scale_row_stride + group]);
+  }
+  return 0.0f;
+}
+
+// Writes out[0, n) = value(codes) for the columns [col, col + n) of one group.
+template <int Bits, class Value>
+static inline void decode_group(const PackedView& view, const uint8_t* row, int64_t col, int64_t n, float* out,
+                                const Value& value) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(out + i, value(codes_at<Bits>(row, view.plane_bytes, col + i)));
+  if (i < n) {
+    const int rest = static_cast<int>(n - i);
+    store_part(out + i, value(codes_at_tail<Bits>(row, view.plane_bytes, col + i, rest)), rest);
+  }
+}
+
+template <int Bits>
+static void decode_bits(const PackedView& view, int64_t row, int64_t col, int64_t n, float* out) {
+  const uint8_t* codes = view.codes + row * view.row_bytes;
+  float levels[kMaxLevels] = {};
+  if constexpr (Bits <= 4) {
+    if (view.family == Family::kFixedCodebook) {
+      memcpy(levels, view.levels, sizeof(float) << Bits);
+    } else if (view.family == Family::kLearnedCodebook) {
+      const uint16_t* stored = view.codebook + ((row * view.scale_row_stride) << Bits);
+      for (int i = 0; i < 1 << Bits; ++i) levels[i] = half_scalar(stored[i]) * view.factor;
+    }
+  }
+  for (int64_t at = col; at < col + n;) {
+    const int64_t group = at / view.group_size;
+    int64_t end = (group + 1) * view.group_size;
+    end = end < col + n ? end : col + n;
+    const F scale = set1(group_scale(view, row, group));
+    float* to = out + (at - col);
+    if (view.family == Family::kInteger) {
+      const F zero_point = set1(group_zero<Bits>(view, row, group));
+      decode_group<Bits>(view, codes, at, end - at, to,
+                         [&](I code) { return mul(sub(to_float(code), zero_point), scale); });
+    } else {
+      decode_group<Bits>(view, codes, at, end - at, to, [&](I code) { return mul(lookup(levels, code), scale); });
+    }
+    at = end;
+  }
+}
+
+static void decode(const PackedView& view, int64_t row, int64_t col, int64_t n, float* out) {
+  switch (view.bits) {
+    case 8: return decode_bits<8>(view, row, col, n, out);
+    case 4: return decode_bits<4>(view, row, col, n, out);
+    case 3: return decode_bits<3>(view, row, col, n, out);
+    case 2: return decode_bits<2>(view, row, col, n, out);
+    default: return;
+  }
+}
+
+static void span_to_float(const void* source, FloatType dtype, int64_t n, float* out) {
+  if (dtype == FloatType::kFloat32) {
+    memcpy(out, source, sizeof(float) * static_cast<size_t>(n));
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(source);
+  const bool is_half = dtype == FloatType::kFloat16;
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store(out + i, is_half ? load_half(from + i) : load_bfloat16(from + i));
+  if (i < n) {
+    uint16_t tail[16] = {};
+    memcpy(tail, from + i, sizeof(uint16_t) * static_cast<size_t>(n - i));
+    store_part(out + i, is_half ? load_half(tail) : load_bfloat16(tail), static_cast<int>(n - i));
+  }
+}
+
+static void span_from_float(const float* source, int64_t n, FloatType dtype, void* out) {
+  if (dtype == FloatType::kFloat32) {
+    memcpy(out, source, sizeof(float) * static_cast<size_t>(n));
+    return;
+  }
+  uint16_t* to = static_cast<uint16_t*>(out);
+  const bool is_half = dtype == FloatType::kFloat16;
+  for (int64_t i = 0; i < n; i += 16) {
+    const int count = static_cast<int>(n - i < 16 ? n - i : 16);
+    uint16_t bits[16];
+    const F v = count == 16 ? load(source + i) : load_part(source + i, count);
+    is_half ? store_half(bits, v) : store_bfloat16(bits, v);
+    memcpy(to + i, bits, sizeof(uint16_t) * static_cast<size_t>(count));
+  }
+}

@@ -1,0 +1,17 @@
+// The kernels compiled for one instruction set: nothing of the standard library's templates may be instantiated here, and every
+// function stays in this namespace, or the linker might hand a wide copy to an older CPU.
+#include "cpu/kernel_table.h"
+
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace bitfold::avx2 {
+
+#include "cpu/vec/avx2.h"
+#include "cpu/kernels/quantize-inl.h"
+#include "cpu/kernels/decode-inl.h"
+#include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/table-inl.h"
+
+}  // namespace bitfold::avx2

@@ -1,0 +1,15 @@
+// The kernels in plain C++ with the baseline flags: what runs on any 64-bit CPU.
+#include <cstring>
+
+#include "core/float16.h"
+#include "cpu/kernel_table.h"
+
+namespace bitfold::portable {
+
+#include "cpu/vec/portable.h"
+#include "cpu/kernels/quantize-inl.h"
+#include "cpu/kernels/decode-inl.h"
+#include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/table-inl.h"
+
+}  // namespace bitfold::portable

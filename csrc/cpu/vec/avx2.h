@@ -1,0 +1,116 @@
+// Sixteen float lanes as two AVX2 registers; see portable.h for what each name means.
+// Included inside the target's namespace.
+
+struct F { __m256 a, b; };
+struct I { __m256i a, b; };
+
+static inline F set1(float v) { const __m256 x = _mm256_set1_ps(v); return {x, x}; }
+static inline F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+static inline F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+static inline void store(float* p, F v) { _mm256_storeu_ps(p, v.a); _mm256_storeu_ps(p + 8, v.b); }
+static inline F load_part(const float* p, int n) {
+  alignas(32) float t[16] = {};
+  memcpy(t, p, sizeof(float) * n);
+  return load(t);
+}
+static inline void store_part(float* p, F v, int n) {
+  alignas(32) float t[16];
+  store(t, v);
+  memcpy(p, t, sizeof(float) * n);
+}
+static inline F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+static inline F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+static inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+static inline F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+static inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+static inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+static inline F round_even(F x) {
+  constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
+}
+static inline I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+static inline I count_above(I n, F x, F pivot) {
+  // A true comparison is -1 in every bit, so subtracting it counts.
+  return {_mm256_sub_epi32(n.a, _mm256_castps_si256(_mm256_cmp_ps(x.a, pivot.a, _CMP_GT_OQ))),
+          _mm256_sub_epi32(n.b, _mm256_castps_si256(_mm256_cmp_ps(x.b, pivot.b, _CMP_GT_OQ)))};
+}
+static inline I to_int(F x) { return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)}; }
+static inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+static inline __m256 lookup_half(__m256 low, __m256 high, __m256i at) {
+  // vpermps reads three index bits; bit 3, moved to the sign, chooses between the two halves of the table.
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at),
+                          _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+}
+static inline F lookup(const float* table16, I at) {
+  const __m256 low = _mm256_loadu_ps(table16), high = _mm256_loadu_ps(table16 + 8);
+  return {lookup_half(low, high, at.a), lookup_half(low, high, at.b)};
+}
+static inline void store_bytes(uint8_t* p, I x) {
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
+  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+}
+
+static inline uint32_t big_endian32(const uint8_t* p) {
+  uint32_t v;
+  memcpy(&v, p, 4);
+  return __builtin_bswap32(v);
+}
+static inline I unpack8(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+static inline I unpack4(const uint8_t* p) {
+  const __m256i shift = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
+  return {_mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(big_endian32(p))), shift),
+          _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(big_endian32(p + 4))), shift)};
+}
+static inline I mask_i(I x, int mask) {
+  const __m256i m = _mm256_set1_epi32(mask);
+  return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
+}
+static inline I unpack4_exact(const uint8_t* p) { return mask_i(unpack4(p), 15); }
+static inline I unpack2(const uint8_t* p) {
+  const __m256i bits = _mm256_set1_epi32(static_cast<int>(big_endian32(p)));
+  return mask_i({_mm256_srlv_epi32(bits, _mm256_setr_epi32(30, 28, 26, 24, 22, 20, 18, 16)),
+                 _mm256_srlv_epi32(bits, _mm256_setr_epi32(14, 12, 10, 8, 6, 4, 2, 0))},
+                3);
+}
+static inline I unpack1(const uint8_t* p) {
+  const __m256i bits = _mm256_set1_epi32(p[0] << 8 | p[1]);
+  return mask_i({_mm256_srlv_epi32(bits, _mm256_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8)),
+                 _mm256_srlv_epi32(bits, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0))},
+                1);
+}
+static inline I shift_or(I high, int shift, I low) {
+  return {_mm256_or_si256(_mm256_slli_epi32(high.a, shift), low.a),
+          _mm256_or_si256(_mm256_slli_epi32(high.b, shift), low.b)};
+}
+
+static inline F load_half(const uint16_t* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+          _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
+}
+static inline void store_half(uint16_t* p, F x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline float half_scalar(uint16_t h) { return _cvtsh_ss(h); }
+
+static inline __m256 widen_bfloat16(const uint16_t* p) {
+  const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
+}
+static inline F load_bfloat16(const uint16_t* p) { return {widen_bfloat16(p), widen_bfloat16(p + 8)}; }
+static inline __m256i narrow_bfloat16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+  return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+}
+static inline void store_bfloat16(uint16_t* p, F x) {
+  const __m256i words = _mm256_packus_epi32(narrow_bfloat16(x.a), narrow_bfloat16(x.b));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
+}

@@ -1,0 +1,104 @@
+#include "torch/checks.h"
+
+#include <stdexcept>
+
+#include "cpu/isa.h"
+
+namespace bitfold::binding {
+
+void fail(const char* op, const std::string& message) {
+  throw std::runtime_error(std::string("bitfold::") + op + ": " + message);
+}
+
+void check(const Status& status, const char* op) {
+  if (!status.ok()) fail(op, status.message);
+}
+
+std::string shape_of(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+const char* name_of(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "another dtype";
+  }
+}
+
+const KernelTable& kernels(const char* op) {
+  Status status;
+  const InstructionSet* isa = active_instruction_set(&status);
+  check(status, op);
+  return *isa->table;
+}
+
+const Parallel& torch_parallel() {
+  static const Parallel parallel = [](int64_t n, int64_t grain, const RangeBody& body) {
+    if (n <= 0) return;
+    if (n <= grain) return body(0, n);
+    torch::stable::parallel_for(0, n, grain, body);
+  };
+  return parallel;
+}
+
+FloatType float_type(ScalarType dtype, const char* op, const char* argument) {
+  switch (dtype) {
+    case ScalarType::Float: return FloatType::kFloat32;
+    case ScalarType::Half: return FloatType::kFloat16;
+    case ScalarType::BFloat16: return FloatType::kBFloat16;
+    default:
+      fail(op, std::string(argument) + " must be float32, float16 or bfloat16, got " + name_of(dtype));
+  }
+}
+
+ScalarType scalar_type(FloatType dtype) {
+  return dtype == FloatType::kFloat32   ? ScalarType::Float
+         : dtype == FloatType::kFloat16 ? ScalarType::Half
+                                        : ScalarType::BFloat16;
+}
+
+ScalarType scalar_type(DType dtype) {
+  return dtype == DType::kInt8 ? ScalarType::Char : dtype == DType::kInt16 ? ScalarType::Short : ScalarType::Int;
+}
+
+Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op) {
+  Packed result;
+  check(parse_spec(spec, &result.format, &result.rows, &result.cols), op);
+  const std::vector<BufferSpec> buffers = result.format.buffers(result.rows, result.cols);
+  const std::string where = "(" + result.format.to_string() + ")";
+  if (packed.size() != buffers.size()) {
+    fail(op, "packed" + where + " must hold " + std::to_string(buffers.size()) + " tensors, got " +
+                 std::to_string(packed.size()));
+  }
+  std::array<const void*, 8> data{};
+  for (size_t i = 0; i < buffers.size(); ++i) {
+    const BufferSpec& want = buffers[i];
+    const Tensor& got = packed[i];
+    int64_t numel = 1;
+    for (int64_t extent : want.shape) numel *= extent;
+    const ScalarType dtype = scalar_type(want.dtype);
+    if (got.scalar_type() != dtype || got.numel() != numel || !got.is_cpu() || !got.is_contiguous()) {
+      fail(op, "weight" + std::string(want.suffix) + where + " must be a contiguous " + name_of(dtype) +
+                   " CPU tensor of " + std::to_string(numel) + " elements for [out, in] = [" +
+                   std::to_string(result.rows) + ", " + std::to_string(result.cols) + "], got " +
+                   (got.is_contiguous() ? "" : "non-contiguous ") + name_of(got.scalar_type()) + " " + shape_of(got) +
+                   (got.is_cpu() ? "" : " on another device"));
+    }
+    data[i] = got.const_data_ptr();
+  }
+  result.view = make_view(result.format, result.rows, result.cols, data.data());
+  return result;
+}
+
+}  // namespace bitfold::binding

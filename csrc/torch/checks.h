@@ -1,0 +1,50 @@
+// From tensors to views, with the argument checks that word the messages. The only folder that sees torch; no arithmetic here.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/format.h"
+#include "core/parallel.h"
+#include "core/view.h"
+#include "cpu/kernel_table.h"
+
+namespace bitfold::binding {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Raises RuntimeError("bitfold::<op>: <message>"). A plain throw: STD_TORCH_CHECK would put file and line before the sentence.
+[[noreturn]] void fail(const char* op, const std::string& message);
+void check(const Status& status, const char* op);
+
+std::string shape_of(const Tensor& tensor);
+const char* name_of(ScalarType dtype);
+
+// The kernels of the active instruction set; fails where BITFOLD_ISA cannot be honoured.
+const KernelTable& kernels(const char* op);
+
+// Torch's thread pool.
+const Parallel& torch_parallel();
+
+FloatType float_type(ScalarType dtype, const char* op, const char* argument);
+ScalarType scalar_type(FloatType dtype);
+ScalarType scalar_type(DType dtype);
+
+struct Packed {
+  Format format;
+  int64_t rows = 0, cols = 0;
+  PackedView view;
+};
+
+// Checks number, dtype, device, size and contiguity of every buffer against the spec.
+Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op);
+
+}  // namespace bitfold::binding

@@ -1,0 +1,71 @@
+"""bitfold makes torch models small for real: weights folded to 2-8 bits, on disk, in RAM, and computed with in that form.
+
+    import bitfold
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained("model")
+    bitfold.quantize(model, "nf4")              # in place, layer by layer
+    print(bitfold.summary(model))               # bytes before and after
+    model.save_pretrained("model-nf4")          # packed on disk
+    model = AutoModel.from_pretrained("model-nf4")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from bitfold import nn
+from bitfold.errors import BitfoldError
+from bitfold.formats import Format
+from bitfold.hf.registration import install as _install_hf
+from bitfold.quantizing import quantize
+from bitfold.summarizing import summary
+
+if TYPE_CHECKING:
+    from bitfold.hf.config import BitfoldConfig
+    from bitfold.hf.loading import load, save_pretrained
+    from bitfold.io.checkpoint import load_into, save
+
+# Names that need an extra (safetensors, transformers): imported when first asked for.
+_LAZY = {
+    "BitfoldConfig": "bitfold.hf.config",
+    "load": "bitfold.hf.loading",
+    "load_into": "bitfold.io.checkpoint",
+    "save": "bitfold.io.checkpoint",
+    "save_pretrained": "bitfold.hf.loading",
+}
+
+__all__ = [
+    "BitfoldConfig",
+    "BitfoldError",
+    "Format",
+    "load",
+    "load_into",
+    "nn",
+    "quantize",
+    "save",
+    "save_pretrained",
+    "summary",
+]
+
+_install_hf()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("bitfold")
+        except PackageNotFoundError:  # used from a source tree
+            from bitfold import _C
+
+            return _C.build_info()["version"]
+    raise AttributeError(f"module 'bitfold' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

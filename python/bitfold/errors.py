@@ -1,0 +1,23 @@
+"""Every exception of bitfold: children of `BitfoldError` and of the built-in class that callers would catch anyway."""
+
+from __future__ import annotations
+
+
+class BitfoldError(Exception):
+    """Base of all errors that bitfold raises on purpose."""
+
+
+class FormatError(BitfoldError, ValueError):
+    """A format string or combination that does not exist; names the token at fault and what is allowed."""
+
+
+class WeightError(BitfoldError, ValueError):
+    """A weight that cannot be folded: NaN or infinity, an integer or complex dtype, no elements."""
+
+
+class CoverageError(BitfoldError, ValueError):
+    """Weights that would stay float without having been named."""
+
+
+class PackedDataError(BitfoldError, RuntimeError):
+    """Stored data that does not fit what was promised: missing, truncated, of another shape or dtype."""

@@ -1,0 +1,276 @@
+"""One wrapper per native op, with its fake kernel and autograd formula beside it.
+
+The ops live in ``torch.ops.bitfold`` (``csrc/torch/schemas.cc``); these wrappers take a `Format` instead of bare ints and
+raise the exceptions of `bitfold.errors`. `packed` is always the list of stored tensors in the order of `Format.buffers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitfold import _C
+from bitfold.errors import WeightError
+from bitfold.formats import Format
+
+torch.ops.load_library(str(Path(__file__).with_name("_ops.so")))
+_ops = torch.ops.bitfold
+
+METHODS = {"round": 0, "search": 1}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_ROWS, _COLS = -2, -1  # where a spec holds the logical shape
+
+
+def quantize(weight: Tensor, fmt: Format | str, method: str | None = None) -> list[Tensor]:
+    """Folds a matrix into the buffers of a format.
+
+    Args:
+        weight: ``[out, in]``, float32, float16 or bfloat16, any strides; read twice.
+        fmt: how to store it.
+        method: ``"round"`` (scale from absmax or min-max), ``"search"`` (scale by squared error), or None for the
+            format's default.
+
+    Returns:
+        The tensors of ``fmt.buffers((out, in))``, freshly allocated; the same bits on every CPU and thread count.
+
+    Raises:
+        WeightError: not a float matrix, no elements, or a NaN or infinity (its place is named).
+
+    Example:
+        >>> packed = quantize(torch.randn(8, 64), "int4-g64")
+        >>> [tuple(t.shape) for t in packed]
+        [(256,), (8, 1), (1,), (8,)]
+    """
+    fmt = Format(fmt)
+    method = fmt.default_method if method is None else method
+    if method not in METHODS:
+        raise ValueError(f"quantize(): method must be one of {', '.join(METHODS)}, got {method!r}")
+    if weight.dtype not in _FLOATS:
+        raise WeightError(f"quantize(): weight must be float32, float16 or bfloat16, got {weight.dtype}")
+    if weight.dim() != 2:
+        raise WeightError(
+            f"quantize(): weight must be 2-D [out, in], got {weight.dim()}-D {tuple(weight.shape)}; flatten the leading dimensions first"
+        )
+    if weight.numel() == 0:
+        raise WeightError(f"quantize(): weight must have at least one element, got {tuple(weight.shape)}")
+    try:
+        return _ops.quantize(weight.detach(), fmt.spec(tuple(weight.shape)), METHODS[method])
+    except RuntimeError as error:
+        if "every weight must be finite" in str(error):
+            raise WeightError(str(error).splitlines()[0]) from None
+        raise
+
+
+def dequantize(
+    packed: Sequence[Tensor], fmt: Format | str, shape: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The float matrix that the packed one stands for.
+
+    Args:
+        packed: the stored tensors.
+        fmt: their format.
+        shape: ``(out, in)``.
+        dtype: float32, float16 or bfloat16; each weight is computed in float32 and rounded once.
+
+    Returns:
+        ``[out, in]``, contiguous.
+
+    Example:
+        >>> w = torch.randn(4, 64)
+        >>> dequantize(quantize(w, "int8-row"), "int8-row", (4, 64)).shape
+        torch.Size([4, 64])
+    """
+    return _ops.dequantize(list(packed), Format(fmt).spec(tuple(shape)), dtype)
+
+
+def linear(
+    x: Tensor, packed: Sequence[Tensor], spec: Sequence[int], bias: Tensor | None = None, accuracy: int = 0
+) -> Tensor:
+    """``x @ dequantize(packed).T + bias`` without a float copy of the weight; fp32 accumulation.
+
+    Args:
+        x: ``[..., in]``, float32, float16 or bfloat16, any strides, any number of rows including none.
+        packed: the stored tensors.
+        spec: ``fmt.spec((out, in))``.
+        bias: ``[out]``, or None.
+        accuracy: 0, the default level. Others are reserved.
+
+    Returns:
+        ``[..., out]`` in x's dtype. Differentiable in x and bias; the packed weight is frozen.
+
+    Example:
+        >>> fmt, w = Format("nf4"), torch.randn(8, 64)
+        >>> linear(torch.randn(3, 64), quantize(w, fmt), fmt.spec((8, 64))).shape
+        torch.Size([3, 8])
+    """
+    # An op with an autograd formula costs microseconds more per call, so it is taken only where a gradient is wanted.
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
+    op = _ops.linear if needs_grad else _ops.linear_nograd
+    return op(x, packed, spec, bias, accuracy)
+
+
+def embedding(indices: Tensor, packed: Sequence[Tensor], spec: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Rows ``indices`` of a packed table ``[rows, dim]``.
+
+    Args:
+        indices: int64 or int32, any shape; each within ``[0, rows)``.
+        packed: the stored tensors.
+        spec: ``fmt.spec((rows, dim))``.
+        dtype: of the result.
+
+    Returns:
+        ``[*indices.shape, dim]``; touches only the bytes of the rows asked for.
+
+    Raises:
+        RuntimeError: an index out of range, naming it.
+
+    Example:
+        >>> fmt, table = Format("int8-g64"), torch.randn(10, 64)
+        >>> embedding(torch.tensor([[1, 2]]), quantize(table, fmt), fmt.spec((10, 64)), torch.float32).shape
+        torch.Size([1, 2, 64])
+    """
+    return _ops.embedding(indices, packed, spec, dtype)
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Codes to bytes: every row starts on a byte, the first code in the high bits (docs/format.md).
+
+    Args:
+        codes: uint8 ``[rows, cols]``, each below ``2**bits``.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        int8, 1-D.
+
+    Example:
+        >>> pack_bits(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist()
+        [18, 48]
+    """
+    return _ops.pack_bits(codes, bits)
+
+
+def unpack_bits(packed: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    """The codes behind `pack_bits`: int8 1-D to uint8 ``[rows, cols]``.
+
+    Example:
+        >>> unpack_bits(torch.tensor([18, 48], dtype=torch.int8), 4, 1, 3).tolist()
+        [[1, 2, 3]]
+    """
+    return _ops.unpack_bits(packed, bits, rows, cols)
+
+
+def double_quantize(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Scales as 8-bit codes of the dynamic map, blocks of 256, minus their mean (QLoRA, 2305.14314, section 3).
+
+    Args:
+        scales: float32, any shape.
+
+    Returns:
+        codes (int8, same shape), absmax (int32 bits of float32, one per 256 scales), offset (int32 bits of float32, ``[1]``).
+
+    Example:
+        >>> s = torch.rand(4, 8)
+        >>> bool((double_dequantize(*double_quantize(s)) - s).abs().max() < 0.02)
+        True
+    """
+    return _ops.double_quantize(scales)
+
+
+def double_dequantize(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
+    """The float32 scales that `double_quantize` stored: ``map[code] * absmax[block] + offset``."""
+    return _ops.double_dequantize(codes, absmax, offset)
+
+
+def instruction_set() -> str:
+    """The name of the instruction set whose kernels run (forced with the environment variable ``BITFOLD_ISA``)."""
+    return _C.instruction_sets()[_ops.instruction_set()][0]
+
+
+# ---- fake kernels: shapes and dtypes, for torch.compile, torch.export and the meta device ----
+
+
+def _format_of(spec: Sequence[int]) -> tuple[list[tuple[str, str, tuple[int, ...]]], tuple[int, int]]:
+    shape = (int(spec[_ROWS]), int(spec[_COLS]))
+    return _C.buffers_of_spec(list(spec)), shape
+
+
+@torch.library.register_fake("bitfold::quantize")
+def _(weight: Tensor, spec: Sequence[int], method: int) -> list[Tensor]:
+    buffers, _ = _format_of(spec)
+    return [weight.new_empty(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in buffers]
+
+
+@torch.library.register_fake("bitfold::dequantize")
+def _(packed: Sequence[Tensor], spec: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return packed[0].new_empty((spec[_ROWS], spec[_COLS]), dtype=dtype)
+
+
+@torch.library.register_fake("bitfold::linear")
+@torch.library.register_fake("bitfold::linear_nograd")
+def _fake_linear(
+    x: Tensor, packed: Sequence[Tensor], spec: Sequence[int], bias: Tensor | None = None, accuracy: int = 0
+) -> Tensor:
+    if x.shape[-1] != spec[_COLS]:
+        raise RuntimeError(f"bitfold::linear: x must be [..., {spec[_COLS]}] (in_features), got {list(x.shape)}")
+    return x.new_empty((*x.shape[:-1], spec[_ROWS]))
+
+
+@torch.library.register_fake("bitfold::linear_grad_input")
+def _(grad: Tensor, packed: Sequence[Tensor], spec: Sequence[int]) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], spec[_COLS]))
+
+
+@torch.library.register_fake("bitfold::embedding")
+def _(indices: Tensor, packed: Sequence[Tensor], spec: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return indices.new_empty((*indices.shape, spec[_COLS]), dtype=dtype)
+
+
+@torch.library.register_fake("bitfold::pack_bits")
+def _(codes: Tensor, bits: int) -> Tensor:
+    rows, cols = codes.shape
+    row_bytes = (cols + 3) // 4 + (cols + 7) // 8 if bits == 3 else (cols * bits + 7) // 8
+    return codes.new_empty((rows * row_bytes,), dtype=torch.int8)
+
+
+@torch.library.register_fake("bitfold::unpack_bits")
+def _(packed: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    return packed.new_empty((rows, cols), dtype=torch.uint8)
+
+
+@torch.library.register_fake("bitfold::double_quantize")
+def _(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    blocks = (scales.numel() + 255) // 256
+    return (
+        scales.new_empty(scales.shape, dtype=torch.int8),
+        scales.new_empty((blocks,), dtype=torch.int32),
+        scales.new_empty((1,), dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("bitfold::double_dequantize")
+def _(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=torch.float32)
+
+
+# ---- autograd: the gradient of the product in x and bias; codes are integers and have none ----
+
+
+def _setup_linear(ctx, inputs, output) -> None:
+    x, packed, spec, bias, *_ = inputs
+    ctx.save_for_backward(*packed)
+    ctx.spec = spec
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward_linear(ctx, grad: Tensor):
+    grad_x = _ops.linear_grad_input(grad, list(ctx.saved_tensors), ctx.spec) if ctx.needs_input_grad[0] else None
+    grad_bias = None
+    if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, grad_bias, None
+
+
+torch.library.register_autograd("bitfold::linear", _backward_linear, setup_context=_setup_linear)
