@@ -241,14 +241,23 @@ def _problem(module: nn.Module) -> tuple[str, bool] | None:
 
 
 def _direct_readers(model: nn.Module) -> dict[nn.Module, tuple[str, bool]]:
-    """Children whose `.weight` their parent reads without calling them. A rule may insist on folding."""
+    """Modules whose `.weight` another one reads without calling them. A rule may insist on folding."""
     found: dict[nn.Module, tuple[str, bool]] = {}
-    for parent in model.modules():
-        for attribute in weights_read_by(type(parent)):
-            child = parent._modules.get(attribute)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    loose: dict[str, str] = {}
+    for parent_name, parent in modules.items():
+        reads = weights_read_by(type(parent))
+        reason = f"{type(parent).__name__} reads its weight without calling it (a rule can insist)"
+        loose |= dict.fromkeys(reads.loose, reason)
+        for path in reads.own:
+            child = modules.get(f"{parent_name}.{path}".removeprefix("."))
             for module in child if isinstance(child, nn.ModuleList | nn.Sequential) else [child]:
                 if module is not None:
-                    found[module] = (f"{type(parent).__name__} reads its weight without calling it", True)
+                    found[module] = (reason, True)
+    for name, module in modules.items():
+        for path, reason in loose.items():
+            if f".{name}".endswith(f".{path}"):
+                found[module] = (reason, True)
     return found
 
 
@@ -298,7 +307,7 @@ def _reason(
     kind = type(owner).__name__
     if isinstance(owner, nn.modules.conv._ConvNd):
         return f"a convolution ({kind}), not covered"
-    if parameter.ndim == 3 and not isinstance(owner, nn.Linear | nn.Embedding):
+    if parameter.ndim == 3 and parameter.shape[0] > 1 and not isinstance(owner, nn.Linear | nn.Embedding):
         return f"a 3-D parameter of {kind}, such as fused experts [E, out, in]; not covered yet"
     if isinstance(owner, nn.Linear | nn.Embedding):
         return f"{kind} is a subclass that may compute something else"

@@ -109,7 +109,7 @@ def paste_ready(names: Iterable[str], all_names: Iterable[str]) -> list[str]:
     others = set(all_names) - set(wanted)
     groups: dict[str, list[str]] = {}
     for name in wanted:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", r"\\d+", re.escape(name)), []).append(name)
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\\\.|$)", r"\\d+", re.escape(name)), []).append(name)
     literals = []
     for pattern, members in groups.items():
         if len(members) > 1 and not any(re.fullmatch(pattern, name) for name in others):

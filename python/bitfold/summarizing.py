@@ -97,16 +97,9 @@ class Summary:
         }
 
     def _cells(self) -> list[list[str]]:
-        head = [
-            "class",
-            "tensors",
-            "weights",
-            "before MiB",
-            "on disk MiB",
-            "resident MiB",
-            "ratio",
-            "bits/weight",
-        ]
+        size, unit = (2**20, "MiB") if self.total.before >= 2**20 else (2**10, "KiB")
+        sizes = [f"before {unit}", f"on disk {unit}", f"resident {unit}"]
+        head = ["class", "tensors", "weights", *sizes, "ratio", "bits/weight"]
         cells = [head]
         for row in [*self.rows, self.folded, self.total]:
             cells.append(

@@ -7,13 +7,31 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from bitfold.errors import PackedDataError, WeightError
-from bitfold.formats import Format
 from torch import Tensor, nn
 
 from bitfold import ops
+from bitfold.errors import PackedDataError, WeightError
+from bitfold.formats import Format
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+# The ops take 16- and 32-bit floats. float64 is served through float32, so that `.double()` models run; the
+# packed values are far coarser than float32 anyway.
+
+
+def linear(x: Tensor, packed: list[Tensor], spec: list[int], bias: Tensor | None) -> Tensor:
+    """`ops.linear` in x's dtype, float64 included."""
+    if x.dtype == torch.float64:
+        return ops.linear(x.float(), packed, spec, None if bias is None else bias.float()).double()
+    return ops.linear(x, packed, spec, bias)
+
+
+def embedding(indices: Tensor, packed: list[Tensor], spec: list[int], dtype: torch.dtype) -> Tensor:
+    """`ops.embedding` in `dtype`, float64 included."""
+    if dtype == torch.float64:
+        return ops.embedding(indices, packed, spec, torch.float32).double()
+    return ops.embedding(indices, packed, spec, dtype)
 
 
 def as_format(fmt: Format | str) -> Format:
@@ -126,13 +144,18 @@ class PackedModule(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix as floats, shape `[out, in]`, a fresh tensor of `out * in * itemsize` bytes."""
+        if dtype == torch.float64:
+            return self.dequantize(torch.float32).double()
         return ops.dequantize(self.packed(), self.format, self.shape, dtype)
 
     def _fill(self, weight: Tensor, method: str | None) -> None:
         """Fold `weight` `[out, in]` into the buffers; all of them are swapped only once all are made."""
         from bitfold.methods import fold_weight
 
-        packed = fold_weight(weight.detach(), self.format, method)
+        weight = weight.detach()
+        if weight.dtype == torch.float64:
+            weight = weight.float()
+        packed = fold_weight(weight, self.format, method)
         check_packed(self, packed)
         for name, tensor in zip(self.packed_names, packed, strict=True):
             self._buffers[name] = tensor

@@ -12,35 +12,52 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from torch import nn
 
 # Set-up, tying and resizing touch weights as well, but never while the model computes.
 _SET_UP = re.compile(
-    r"__\w+__|_?init_\w+|_?tie_\w+|get_\w+|set_\w+|_?resize_\w+|_?reset_parameters|_?load_\w+"
+    r"__\w+__|_?init_\w+|_?tie_\w+|[gs]et_(input|output)_embeddings|_?resize_\w+|_?reset_parameters|_?load_\w+"
 )
+_PLAIN = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _HARMLESS = {"dtype", "device", "is_meta", "requires_grad"}
 
 
+@dataclass(frozen=True)
+class Reads:
+    """Where the methods of a class read weights.
+
+    `own` are paths below the module (`a` or `a.b`, from `self.a.weight`, `self.a.b.weight`);
+    `loose` are ends of paths anywhere in the model (`word_embeddings`, from an argument of that name).
+    """
+
+    own: frozenset[str]
+    loose: frozenset[str]
+
+
 @functools.cache
-def weights_read_by(cls: type[nn.Module]) -> frozenset[str]:
-    """Names of the attributes `a` of `cls` where its methods read `self.a.weight` (or `self.a[i].weight`).
+def weights_read_by(cls: type[nn.Module]) -> Reads:
+    """Which weights the methods of `cls` read. Empty where there is no source.
 
     Harmless looks (`self.a.weight.dtype`, `isinstance(self.a.weight, …)`) do not count; casting the input
-    to `self.a.weight.dtype` does, unless the method knows about int8. Empty where there is no source.
+    to `self.a.weight.dtype` does, unless the method knows about int8.
     """
-    found: set[str] = set()
+    own: set[str] = set()
+    loose: set[str] = set()
     seen: set[str] = set()
     for base in cls.__mro__:
-        if base in (nn.Module, object) or not issubclass(base, nn.Module):
-            continue
-        if base in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
+        if not issubclass(base, nn.Module) or base in _PLAIN:
             continue
         for method in _methods(base):
             if method.name not in seen and not _SET_UP.fullmatch(method.name):
-                found.update(_reads(method))
+                for root, path in _reads(method):
+                    if root == "self":
+                        own.add(path)
+                    else:
+                        loose.add(path or root)
             seen.add(method.name)
-    return frozenset(found)
+    return Reads(frozenset(own), frozenset(loose) - {"module", "layer"})
 
 
 def _methods(cls: type) -> Iterator[ast.FunctionDef]:
@@ -53,25 +70,26 @@ def _methods(cls: type) -> Iterator[ast.FunctionDef]:
             yield from (item for item in node.body if isinstance(item, ast.FunctionDef))
 
 
-def _reads(method: ast.FunctionDef) -> Iterator[str]:
+def _reads(method: ast.FunctionDef) -> Iterator[tuple[str, str]]:
     parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
     knows_int8 = any(isinstance(node, ast.Attribute) and node.attr == "int8" for node in ast.walk(method))
     for node in ast.walk(method):
-        child = _child_of_self(node)
-        if child is not None and not _harmless(node, parents, knows_int8):
-            yield child
+        found = _owner_of_weight(node)
+        if found is not None and found != ("self", "") and not _harmless(node, parents, knows_int8):
+            yield found
 
 
-def _child_of_self(node: ast.AST) -> str | None:
-    """`a` for an expression `self.a.weight` or `self.a[…].weight` that is read, else None."""
+def _owner_of_weight(node: ast.AST) -> tuple[str, str] | None:
+    """`("self", "a.b")` for an expression `self.a.b.weight` that is read, indices left out; else None."""
     if not (isinstance(node, ast.Attribute) and node.attr == "weight" and isinstance(node.ctx, ast.Load)):
         return None
-    owner = node.value
-    if isinstance(owner, ast.Subscript):
+    path: list[str] = []
+    owner: ast.AST = node.value
+    while isinstance(owner, ast.Attribute | ast.Subscript):
+        if isinstance(owner, ast.Attribute):
+            path.insert(0, owner.attr)
         owner = owner.value
-    if isinstance(owner, ast.Attribute) and isinstance(owner.value, ast.Name) and owner.value.id == "self":
-        return owner.attr
-    return None
+    return (owner.id, ".".join(path)) if isinstance(owner, ast.Name) else None
 
 
 def _harmless(node: ast.AST, parents: dict[ast.AST, ast.AST], knows_int8: bool) -> bool:

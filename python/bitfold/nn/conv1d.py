@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from bitfold.formats import Format
 from torch import Tensor, nn
 
+from bitfold.formats import Format
 from bitfold.nn.linear import QuantLinear
 
 

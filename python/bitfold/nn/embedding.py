@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitfold.errors import WeightError
-from bitfold.formats import Format
 from torch import Tensor, nn
 
-from bitfold import ops
-from bitfold.nn._base import PackedModule, carry_over, check_finite, check_float_weight
+from bitfold.errors import WeightError
+from bitfold.formats import Format
+from bitfold.nn._base import PackedModule, carry_over, check_finite, check_float_weight, embedding
 
 
 class QuantEmbedding(PackedModule, nn.Embedding):
@@ -116,7 +115,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Take integer indices `[...]` -> `[..., embedding_dim]` in `self.dtype`."""
-        rows = ops.embedding(input, self.packed(), self._spec, self.dtype)
+        rows = embedding(input, self.packed(), self._spec, self.dtype)
         return apply_scale(rows, self.scale, self.round_scale)
 
     def manifest_entry(self) -> dict[str, Any]:

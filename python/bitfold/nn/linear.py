@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from bitfold.formats import Format
 from torch import Tensor, nn
 
-from bitfold import ops
-from bitfold.nn._base import PackedModule, carry_over, check_finite, check_float_weight
+from bitfold.formats import Format
+from bitfold.nn._base import PackedModule, carry_over, check_finite, check_float_weight, linear
 
 
 class QuantLinear(PackedModule, nn.Linear):
@@ -109,7 +108,7 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take x `[..., in_features]` in any float dtype -> `[..., out_features]` in the same dtype."""
-        return ops.linear(x, self.packed(), self._spec, self.bias)
+        return linear(x, self.packed(), self._spec, self.bias)
 
     def manifest_entry(self) -> dict[str, Any]:
         """JSON for `bitfold.manifest`."""

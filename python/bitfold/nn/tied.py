@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold import ops
 from bitfold.errors import PackedDataError
-from bitfold.nn._base import PackedModule, carry_over
+from bitfold.nn._base import PackedModule, carry_over, embedding, linear
 from bitfold.nn.embedding import apply_scale, scale_or_stored
 
 
@@ -123,7 +122,7 @@ class TiedHead(_Tied):
             owner, name = self._bias_owner
             bias = getattr(owner, name)
         source = self._source
-        return ops.linear(x, source.packed(), source._spec, bias)
+        return linear(x, source.packed(), source._spec, bias)
 
     def manifest_entry(self, names: Mapping[nn.Module, str]) -> dict[str, Any]:
         """JSON for `bitfold.manifest`; `names` gives the modules' names in the model."""
@@ -185,7 +184,7 @@ class TiedEmbedding(_Tied):
     def forward(self, input: Tensor) -> Tensor:
         """Take integer indices `[...]` -> `[..., embedding_dim]` in `self.dtype`."""
         source = self._source
-        rows = ops.embedding(input, source.packed(), source._spec, self.dtype)
+        rows = embedding(input, source.packed(), source._spec, self.dtype)
         return apply_scale(rows, self.scale, self.round_scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TiedEmbedding:
