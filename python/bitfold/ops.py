@@ -270,7 +270,8 @@ def _backward_linear(ctx, grad: Tensor):
     grad_bias = None
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return grad_x, None, None, grad_bias, None
+    # autograd wants the structure of the inputs back: one None for each packed tensor
+    return grad_x, [None] * len(ctx.saved_tensors), None, grad_bias, None
 
 
 torch.library.register_autograd("bitfold::linear", _backward_linear, setup_context=_setup_linear)
