@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bitfold.errors import PackedDataError
 from torch import Tensor, nn
 
 from bitfold import manifest as manifests
+from bitfold.errors import PackedDataError
 from bitfold.nn._base import dtype_name, tensor_key
 
 METADATA_KEY = "bitfold"

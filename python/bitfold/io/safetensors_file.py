@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+
 from bitfold.errors import PackedDataError
 
 __all__ = ["DTYPES", "SafetensorsFile", "TensorInfo", "dtype_name"]

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from bitfold.errors import PackedDataError
 
+from bitfold.errors import PackedDataError
 from bitfold.io.safetensors_file import dtype_name
 
 __all__ = ["SafetensorsWriter", "TensorSpec", "file_nbytes"]

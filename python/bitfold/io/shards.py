@@ -14,8 +14,8 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from bitfold.errors import PackedDataError
 
+from bitfold.errors import PackedDataError
 from bitfold.io.safetensors_file import SafetensorsFile, TensorInfo
 from bitfold.io.safetensors_writer import SafetensorsWriter, TensorSpec, file_nbytes
 
@@ -154,7 +154,7 @@ def _list_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
 
 def _pickle_error(path: Path, files: list[Path]) -> PackedDataError:
     return PackedDataError(
-        f"{path}: the weights are in {files[0].name}, a pickle; reading a pickle can run code that it contains, "
+        f"{path}: the weights are in {files[0].name}, a pickle; reading a pickle can run code in it, "
         "and it cannot be read tensor by tensor. Only safetensors is taken: load the model once with its own "
         "library in a place where you trust the file, and save_pretrained it (which writes safetensors)"
     )

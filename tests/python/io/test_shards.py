@@ -176,7 +176,7 @@ def test_index_that_is_none(sharded: Path, content: str) -> None:
 )
 def test_pickles_are_refused_with_the_reason(tmp_path: Path, name: str) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / name)
-    with pytest.raises(PackedDataError, match=rf"{name}, a pickle; reading a pickle can run code"):
+    with pytest.raises(PackedDataError, match=rf"{name}, a pickle; reading a pickle can run code in it"):
         Checkpoint(tmp_path)
     with pytest.raises(PackedDataError, match="a pickle"):
         Checkpoint(tmp_path / name)
