@@ -7,6 +7,8 @@ function(bitfold_compile_options target)
     -O3 -ffp-contract=off -fvisibility=hidden
     "-ffile-prefix-map=${PROJECT_SOURCE_DIR}/="
     -Wall -Wextra -Wno-psabi
+    # g++ 12 sees overlapping copies in std::string's operator+ where there are none (GCC bug 105651).
+    $<$<AND:$<CXX_COMPILER_ID:GNU>,$<VERSION_LESS:$<CXX_COMPILER_VERSION>,13>>:-Wno-restrict>
     $<$<BOOL:${BITFOLD_WERROR}>:-Werror>)
   target_compile_definitions(${target} PRIVATE BITFOLD_VERSION="${BITFOLD_VERSION}")
   if(BITFOLD_SANITIZE)
