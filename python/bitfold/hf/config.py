@@ -10,7 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfold.errors import FormatError
 from bitfold.formats import Format
-from bitfold.hf.registration import QUANT_METHOD
+from bitfold.hf.registration import QUANT_METHOD, resume
 
 __all__ = ["BitfoldConfig"]
 
@@ -108,3 +108,6 @@ def _spelled(fmt: Format | str | None) -> str | None:
     if fmt is None:
         return None
     return str(fmt if isinstance(fmt, Format) else Format(fmt))
+
+
+resume()

@@ -17,6 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from bitfold.hf.checks import check_files, check_loaded, check_missing
 from bitfold.hf.config import BitfoldConfig
 from bitfold.hf.conversions import without_folded
+from bitfold.hf.registration import resume
+from bitfold.hf.ties import release_ties
 
 __all__ = ["BitfoldQuantizer"]
 
@@ -57,6 +59,7 @@ class BitfoldQuantizer(HfQuantizer):
         absent = manifest.prepare(model, stored, missing="raise" if complete else "ignore")
         if absent and len(absent) == len(stored["modules"]):
             manifest.prepare(model, stored)  # none fits: raises, naming one
+        release_ties(model)
         self._watch_missing(model)
         self._loading = model
         return model
@@ -112,14 +115,13 @@ class BitfoldQuantizer(HfQuantizer):
         from bitfold.quantizing import quantize
 
         recipe = self.quantization_config
-        options = {} if recipe.method is None else {"method": recipe.method}
         quantize(
             model,
             recipe.format,
             embeddings=recipe.embeddings,
             skip=recipe.skip,
             rules=recipe.rules,
-            **options,
+            method=recipe.method,
         )
 
     # Saving and what the model can do
@@ -158,3 +160,6 @@ def check_shapes(mismatched: Iterable[tuple[str, Any, Any]]) -> None:
             "the file or config.json was damaged or edited: restore them, or fold the float model again"
         )
         raise PackedDataError(msg)
+
+
+resume()

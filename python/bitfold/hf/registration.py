@@ -7,12 +7,13 @@ So callbacks wait for the modules concerned, and run at once where those are loa
 
 from __future__ import annotations
 
+import sys
 import warnings
 from types import ModuleType
 
 from bitfold.hf.postimport import after_import
 
-__all__ = ["QUANT_METHOD", "install"]
+__all__ = ["QUANT_METHOD", "install", "resume"]
 
 QUANT_METHOD = "bitfold"  # `quant_method` in config.json
 
@@ -29,21 +30,33 @@ def install() -> None:
     after_import("peft.tuners.lora.layer", _guard_merge)
 
 
+def resume() -> None:
+    """Register if that had to wait for the module which calls this at its end (see `_register`)."""
+    auto = sys.modules.get("transformers.quantizers.auto")
+    if auto is not None and QUANT_METHOD not in getattr(auto, "AUTO_QUANTIZER_MAPPING", {QUANT_METHOD: None}):
+        _register(auto)
+
+
 def _register(auto: ModuleType) -> None:
     """Enter the quantizer and its config into the registries of `transformers.quantizers.auto`."""
+    for name, attribute in (("config", "BitfoldConfig"), ("quantizer", "BitfoldQuantizer")):
+        module = sys.modules.get(f"bitfold.hf.{name}")
+        if module is not None and not hasattr(module, attribute):
+            return  # it is this module's own import of transformers that led here: it calls `resume` at its end
     try:
         from bitfold import quantizing
         from bitfold.hf.config import BitfoldConfig
         from bitfold.hf.conversions import keep_packed_on_save
         from bitfold.hf.model_card import hook_upload
         from bitfold.hf.quantizer import BitfoldQuantizer
+        from bitfold.hf.ties import release_ties
 
         # The registry refuses a second entry under one name; after a reload of bitfold the new class counts.
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(QUANT_METHOD, None)
         auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
         auto.register_quantization_config(QUANT_METHOD)(BitfoldConfig)
         auto.register_quantizer(QUANT_METHOD)(BitfoldQuantizer)
-        quantizing.AFTER_FOLDING.append(keep_packed_on_save)
+        quantizing.AFTER_FOLDING += [keep_packed_on_save, release_ties]
         hook_upload()
     except Exception as error:  # an unknown transformers must still be importable
         _warn("transformers", error)
