@@ -259,8 +259,11 @@ def _(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
 
 
 def _setup_linear(ctx, inputs, output) -> None:
-    x, packed, spec, bias, *_ = inputs
+    x, packed, spec, bias, accuracy = inputs
     ctx.save_for_backward(*packed)
+    # The dispatcher drops trailing arguments that equal their default, and autograd wants one gradient for each
+    # argument that is left.
+    ctx.arguments = 5 if accuracy != 0 else 4 if bias is not None else 3
     ctx.spec = spec
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -270,8 +273,7 @@ def _backward_linear(ctx, grad: Tensor):
     grad_bias = None
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    # autograd wants the structure of the inputs back: one None for each packed tensor
-    return grad_x, [None] * len(ctx.saved_tensors), None, grad_bias, None
+    return (grad_x, [None] * len(ctx.saved_tensors), None, grad_bias, None)[: ctx.arguments]
 
 
 torch.library.register_autograd("bitfold::linear", _backward_linear, setup_context=_setup_linear)
