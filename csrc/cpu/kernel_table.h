@@ -15,9 +15,8 @@ struct SpanStats {
   bool finite;
 };
 
-// How well a scale fits a span w[n]; d is the unit decode (code - zero, or the level), so w is approximated by d * scale.
+// Sums for a least-squares scale: w is approximated by d * scale, d the unit decode (code - zero, or the level).
 struct SpanFit {
-  float error;   // sum (w - d * scale)^2
   float wd, dd;  // sum w * d, sum d * d
   float d;       // sum d
 };
@@ -28,6 +27,8 @@ struct Grid {  // code = clamp(round(w / scale + zero), 0, top)
 
 struct KernelTable {
   SpanStats (*stats)(const float* w, int64_t n);
+  float (*error_grid)(const float* w, int64_t n, const Grid& grid);  // sum (w - decoded)^2
+  float (*error_codebook)(const float* w, int64_t n, float scale, const Codebook& book);
   SpanFit (*fit_grid)(const float* w, int64_t n, const Grid& grid);
   SpanFit (*fit_codebook)(const float* w, int64_t n, float scale, const Codebook& book);
   void (*encode_grid)(const float* w, int64_t n, const Grid& grid, uint8_t* codes);

@@ -6,9 +6,16 @@
 namespace bitfold {
 namespace {
 
-constexpr int64_t kTileCols = 512;   // 2 KiB of floats: a decoded row piece
-constexpr int64_t kTileRows = 64;    // with kTileCols 128 KiB: fits in L2 beside the activations
-constexpr int64_t kNarrowRows = 8;   // few activations: the tile stays in L1
+// The piece of a weight that is float at any moment. With many activations it is reused from L2; with few, bytes of the packed
+// weight are what is waited for, so rows are read in long streams that the prefetcher follows.
+struct Tile {
+  int64_t rows, cols;
+};
+constexpr Tile kWideTile = {64, 512};
+constexpr Tile kStreamTile = {4, 2048};
+constexpr int64_t kFewActivations = 16;
+constexpr int64_t kPieceCols = 512;  // a row on its way to half or bfloat16
+
 constexpr int64_t kBatchRows = 1024; // activations widened to float at a time: bounds scratch for huge batches
 // A range handed to one thread should decode at least this many weights, or starting it costs more than it saves.
 constexpr int64_t kGrainWeights = 1 << 16;
@@ -49,9 +56,9 @@ const void* advance(const void* data, FloatType dtype, int64_t elements) {
 // One row of the result, decoded piecewise.
 void decode_row(const KernelTable& k, const PackedView& w, int64_t row, FloatType dtype, void* out) {
   if (dtype == FloatType::kFloat32) return k.decode(w, row, 0, w.cols, static_cast<float*>(out));
-  float piece[kTileCols];
-  for (int64_t col = 0; col < w.cols; col += kTileCols) {
-    const int64_t n = std::min(kTileCols, w.cols - col);
+  float piece[kPieceCols];
+  for (int64_t col = 0; col < w.cols; col += kPieceCols) {
+    const int64_t n = std::min(kPieceCols, w.cols - col);
     k.decode(w, row, col, n, piece);
     k.from_float(piece, n, dtype, advance(out, dtype, col));
   }
@@ -78,26 +85,26 @@ void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
   for (int64_t m0 = 0; m0 < m; m0 += kBatchRows) {
     const int64_t batch = std::min(kBatchRows, m - m0);
     const FloatRows x_f(k, advance(x, dtype, m0 * w.cols), dtype, batch, w.cols, parallel);
-    const int64_t tile_rows = batch < 16 ? kNarrowRows : kTileRows;
-    const int64_t tiles = (w.rows + tile_rows - 1) / tile_rows;
-    parallel(tiles, grain_for(tile_rows * w.cols), [&](int64_t begin, int64_t end) {
-      std::vector<float> tile(static_cast<size_t>(tile_rows * kTileCols));
-      std::vector<float> sums(static_cast<size_t>(batch * tile_rows));
+    const Tile tile = batch < kFewActivations ? kStreamTile : kWideTile;
+    const int64_t tiles = (w.rows + tile.rows - 1) / tile.rows;
+    parallel(tiles, grain_for(tile.rows * w.cols), [&](int64_t begin, int64_t end) {
+      std::vector<float> decoded(static_cast<size_t>(tile.rows * tile.cols));
+      std::vector<float> sums(static_cast<size_t>(batch * tile.rows));
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t r0 = t * tile_rows;
-        const int64_t rows = std::min(tile_rows, w.rows - r0);
+        const int64_t r0 = t * tile.rows;
+        const int64_t rows = std::min(tile.rows, w.rows - r0);
         for (int64_t i = 0; i < batch; ++i) {
           for (int64_t r = 0; r < rows; ++r) {
-            sums[static_cast<size_t>(i * tile_rows + r)] = bias ? bias_f.data()[r0 + r] : 0.0f;
+            sums[static_cast<size_t>(i * tile.rows + r)] = bias ? bias_f.data()[r0 + r] : 0.0f;
           }
         }
-        for (int64_t col = 0; col < w.cols; col += kTileCols) {
-          const int64_t n = std::min(kTileCols, w.cols - col);
-          for (int64_t r = 0; r < rows; ++r) k.decode(w, r0 + r, col, n, tile.data() + r * kTileCols);
-          k.gemm_nt(x_f.data() + col, w.cols, tile.data(), kTileCols, sums.data(), tile_rows, batch, rows, n);
+        for (int64_t col = 0; col < w.cols; col += tile.cols) {
+          const int64_t n = std::min(tile.cols, w.cols - col);
+          for (int64_t r = 0; r < rows; ++r) k.decode(w, r0 + r, col, n, decoded.data() + r * tile.cols);
+          k.gemm_nt(x_f.data() + col, w.cols, decoded.data(), tile.cols, sums.data(), tile.rows, batch, rows, n);
         }
         for (int64_t i = 0; i < batch; ++i) {
-          k.from_float(sums.data() + i * tile_rows, rows, dtype, advance(y, dtype, (m0 + i) * w.rows + r0));
+          k.from_float(sums.data() + i * tile.rows, rows, dtype, advance(y, dtype, (m0 + i) * w.rows + r0));
         }
       }
     });
@@ -107,21 +114,21 @@ void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
 void linear_grad_input(const KernelTable& k, const PackedView& w, const void* g, int64_t m, FloatType dtype, void* gx,
                        const Parallel& parallel) {
   // Threads own column strips, so that no two of them add to the same gradient; narrow strips where the matrix is small.
-  const int64_t strip = w.cols >= 4 * kTileCols ? kTileCols : 128;
+  const int64_t strip = w.cols >= 4 * kWideTile.cols ? kWideTile.cols : 128;
   for (int64_t m0 = 0; m0 < m; m0 += kBatchRows) {
     const int64_t batch = std::min(kBatchRows, m - m0);
     const FloatRows g_f(k, advance(g, dtype, m0 * w.rows), dtype, batch, w.rows, parallel);
     parallel((w.cols + strip - 1) / strip, grain_for(strip * w.rows), [&](int64_t begin, int64_t end) {
-      std::vector<float> tile(static_cast<size_t>(kTileRows * strip));
+      std::vector<float> decoded(static_cast<size_t>(kWideTile.rows * strip));
       std::vector<float> sums(static_cast<size_t>(batch * strip));
       for (int64_t s = begin; s < end; ++s) {
         const int64_t col = s * strip;
         const int64_t n = std::min(strip, w.cols - col);
         std::fill(sums.begin(), sums.end(), 0.0f);
-        for (int64_t r0 = 0; r0 < w.rows; r0 += kTileRows) {
-          const int64_t rows = std::min(kTileRows, w.rows - r0);
-          for (int64_t r = 0; r < rows; ++r) k.decode(w, r0 + r, col, n, tile.data() + r * strip);
-          k.gemm_nn(g_f.data() + r0, w.rows, tile.data(), strip, sums.data(), strip, batch, rows, n);
+        for (int64_t r0 = 0; r0 < w.rows; r0 += kWideTile.rows) {
+          const int64_t rows = std::min(kWideTile.rows, w.rows - r0);
+          for (int64_t r = 0; r < rows; ++r) k.decode(w, r0 + r, col, n, decoded.data() + r * strip);
+          k.gemm_nn(g_f.data() + r0, w.rows, decoded.data(), strip, sums.data(), strip, batch, rows, n);
         }
         for (int64_t i = 0; i < batch; ++i) {
           k.from_float(sums.data() + i * strip, n, dtype, advance(gx, dtype, (m0 + i) * w.cols + col));

@@ -1,5 +1,5 @@
 // Everything that reads a packed weight. Weights are decoded a tile at a time into scratch that stays in cache; no function here
-// ever holds a float copy of more than kTileRows x kTileCols weights per thread.
+// ever holds a float copy of more than 32768 weights per thread.
 #pragma once
 
 #include "core/parallel.h"

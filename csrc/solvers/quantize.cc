@@ -102,9 +102,14 @@ class Quantizer {
     return {scale, zero, static_cast<float>((1 << format_.bits()) - 1)};
   }
 
-  SpanFit fit(const float* w, int64_t n, float scale, float zero) const {
-    if (format_.family() == Family::kInteger) return k_.fit_grid(w, n, grid(scale, zero));
-    return k_.fit_codebook(w, n, scale, *format_.element().codebook);
+  float error(const float* w, int64_t n, const ScaleChoice& c) const {
+    if (format_.family() == Family::kInteger) return k_.error_grid(w, n, grid(c.scale, c.zero));
+    return k_.error_codebook(w, n, c.scale, *format_.element().codebook);
+  }
+
+  SpanFit fit(const float* w, int64_t n, const ScaleChoice& c) const {
+    if (format_.family() == Family::kInteger) return k_.fit_grid(w, n, grid(c.scale, c.zero));
+    return k_.fit_codebook(w, n, c.scale, *format_.element().codebook);
   }
 
   void note_bad_row(int64_t r) {
@@ -129,9 +134,8 @@ class Quantizer {
         const int64_t n = std::min(group_size_, w_.cols - g * group_size_);
         const SpanStats stats = k_.stats(w, n);
         if (!stats.finite) return note_bad_row(r);
-        set(r * groups_ + g, method_ == Method::kRound
-                                 ? round_scale(format_, stats)
-                                 : search_scale(format_, stats, n, [&](float s, float z) { return fit(w, n, s, z); }));
+        set(r * groups_ + g, choose(stats, n, {[&](const ScaleChoice& c) { return error(w, n, c); },
+                                               [&](const ScaleChoice& c) { return fit(w, n, c); }}));
       }
     });
   }
@@ -152,22 +156,32 @@ class Quantizer {
       sum += one.sum;
     }
     stats.sum = static_cast<float>(sum);
-    std::vector<SpanFit> row_fits(static_cast<size_t>(w_.rows));
-    const FitFunction fit_all = [&](float scale, float zero) {
+    GroupProbe probe;
+    std::vector<float> row_errors(row_stats.size());
+    probe.error = [&](const ScaleChoice& c) {
       parallel_rows([&](int64_t r, const float* row, uint8_t*) {
-        row_fits[static_cast<size_t>(r)] = fit(row, w_.cols, scale, zero);
+        row_errors[static_cast<size_t>(r)] = error(row, w_.cols, c);
       });
-      double error = 0.0, wd = 0.0, dd = 0.0, d = 0.0;
+      double total = 0.0;
+      for (float one : row_errors) total += one;
+      return static_cast<float>(total);
+    };
+    std::vector<SpanFit> row_fits(row_stats.size());
+    probe.fit = [&](const ScaleChoice& c) {
+      parallel_rows([&](int64_t r, const float* row, uint8_t*) { row_fits[static_cast<size_t>(r)] = fit(row, w_.cols, c); });
+      double wd = 0.0, dd = 0.0, d = 0.0;
       for (const SpanFit& one : row_fits) {
-        error += one.error;
         wd += one.wd;
         dd += one.dd;
         d += one.d;
       }
-      return SpanFit{static_cast<float>(error), static_cast<float>(wd), static_cast<float>(dd), static_cast<float>(d)};
+      return SpanFit{static_cast<float>(wd), static_cast<float>(dd), static_cast<float>(d)};
     };
-    set(0, method_ == Method::kRound ? round_scale(format_, stats)
-                                     : search_scale(format_, stats, w_.rows * w_.cols, fit_all));
+    set(0, choose(stats, w_.rows * w_.cols, probe));
+  }
+
+  ScaleChoice choose(const SpanStats& stats, int64_t n, const GroupProbe& probe) const {
+    return method_ == Method::kRound ? round_scale(format_, stats) : search_scale(format_, stats, n, probe);
   }
 
   void set(int64_t at, const ScaleChoice& choice) {

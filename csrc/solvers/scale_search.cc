@@ -12,6 +12,7 @@ constexpr int kRefinements = 3;
 
 // How far a range may be clipped: the fewer levels, the more it pays. On 2^20 Gaussian draws the optimum lies well inside.
 float symmetric_floor(int bits) { return bits >= 8 ? 0.8f : bits == 4 ? 0.4f : bits == 3 ? 0.3f : 0.2f; }
+float shrink_ratio(int bits) { return std::pow(symmetric_floor(bits), 1.0f / (kSymmetricSteps - 1)); }
 float range_floor(int bits) { return bits >= 8 ? 0.95f : bits == 4 ? 0.6f : 0.4f; }
 
 float absmax_of(const SpanStats& stats) { return std::max(std::fabs(stats.min), std::fabs(stats.max)); }
@@ -66,16 +67,16 @@ ScaleChoice round_scale(const Format& format, const SpanStats& stats) {
   return choice_for_shrink(format, stats, 1.0f, 1.0f);
 }
 
-ScaleChoice search_scale(const Format& format, const SpanStats& stats, int64_t n, const FitFunction& fit) {
+ScaleChoice search_scale(const Format& format, const SpanStats& stats, int64_t n, const GroupProbe& probe) {
   ScaleChoice best = round_scale(format, stats);
   if (!(best.scale > 0.0f)) return best;
-  SpanFit best_fit = fit(best.scale, best.zero);
+  float least = probe.error(best);
   const auto consider = [&](const ScaleChoice& choice) {
     if (!(choice.scale > 0.0f) || !std::isfinite(choice.scale) || std::fabs(choice.zero) > 2048.0f) return false;
-    const SpanFit sums = fit(choice.scale, choice.zero);
-    if (!(sums.error < best_fit.error)) return false;
+    const float error = probe.error(choice);
+    if (!(error < least)) return false;
     best = choice;
-    best_fit = sums;
+    least = error;
     return true;
   };
   const bool asymmetric = format.zero == Zero::kInt || format.zero == Zero::kFloat;
@@ -87,7 +88,8 @@ ScaleChoice search_scale(const Format& format, const SpanStats& stats, int64_t n
       }
     }
   } else {
-    const float ratio = std::pow(symmetric_floor(format.bits()), 1.0f / (kSymmetricSteps - 1));
+    static const float kRatios[] = {shrink_ratio(2), shrink_ratio(3), shrink_ratio(4), shrink_ratio(8)};
+    const float ratio = kRatios[format.bits() == 8 ? 3 : format.bits() - 2];
     float shrink = 1.0f;
     for (int i = 1; i < kSymmetricSteps; ++i) {
       shrink *= ratio;
@@ -95,7 +97,7 @@ ScaleChoice search_scale(const Format& format, const SpanStats& stats, int64_t n
     }
   }
   for (int i = 0; i < kRefinements; ++i) {
-    if (!consider(least_squares(format, stats, n, best, best_fit))) break;
+    if (!consider(least_squares(format, stats, n, best, probe.fit(best)))) break;
   }
   return best;
 }

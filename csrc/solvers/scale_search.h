@@ -13,13 +13,17 @@ struct ScaleChoice {
   float zero;  // integer grids; a codebook has none
 };
 
-// fit(scale, zero): the sums of SpanFit for these on the group at hand, which may be larger than one span.
-using FitFunction = std::function<SpanFit(float scale, float zero)>;
+// The group at hand, which may be one span or a whole tensor: its squared error and its least-squares sums for a choice.
+struct GroupProbe {
+  std::function<float(const ScaleChoice&)> error;
+  std::function<SpanFit(const ScaleChoice&)> fit;
+};
 
 ScaleChoice round_scale(const Format& format, const SpanStats& stats);
 
 // Tries shrunken ranges, then alternates least squares for the scale with new codes, never accepting a larger error.
 // n is the number of weights in the group.
-ScaleChoice search_scale(const Format& format, const SpanStats& stats, int64_t n, const FitFunction& fit);
+ScaleChoice search_scale(const Format& format, const SpanStats& stats, int64_t n,
+                         const GroupProbe& probe);
 
 }  // namespace bitfold

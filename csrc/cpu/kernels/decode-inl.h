@@ -4,9 +4,16 @@
 template <int Bits>
 static inline I codes_at(const uint8_t* row, int64_t plane_bytes, int64_t col) {
   if constexpr (Bits == 8) return unpack8(row + col);
-  if constexpr (Bits == 4) return unpack4_exact(row + col / 2);
+  if constexpr (Bits == 4) return unpack4(row + col / 2);
   if constexpr (Bits == 2) return unpack2(row + col / 4);
   if constexpr (Bits == 3) return shift_or(unpack1(row + plane_bytes + col / 8), 2, unpack2(row + col / 4));
+}
+
+// unpack4 may leave bits above a code: a table look-up ignores them, arithmetic must not see them.
+template <int Bits>
+static inline I keep_code(I code) {
+  if constexpr (Bits == 4) return low_nibble(code);
+  return code;
 }
 
 // The last vector of a row would read past its bytes (and the buffer): it goes through a zeroed copy.
@@ -72,8 +79,8 @@ static void decode_bits(const PackedView& view, int64_t row, int64_t col, int64_
       for (int i = 0; i < 1 << Bits; ++i) levels[i] = half_scalar(stored[i]) * view.factor;
     }
   }
-  for (int64_t at = col; at < col + n;) {
-    const int64_t group = at / view.group_size;
+  int64_t group = col / view.group_size;  // the only division: it costs as much as decoding a vector
+  for (int64_t at = col; at < col + n; ++group) {
     int64_t end = (group + 1) * view.group_size;
     end = end < col + n ? end : col + n;
     const F scale = set1(group_scale(view, row, group));
@@ -81,7 +88,7 @@ static void decode_bits(const PackedView& view, int64_t row, int64_t col, int64_
     if (view.family == Family::kInteger) {
       const F zero_point = set1(group_zero<Bits>(view, row, group));
       decode_group<Bits>(view, codes, at, end - at, to,
-                         [&](I code) { return mul(sub(to_float(code), zero_point), scale); });
+                         [&](I code) { return mul(sub(to_float(keep_code<Bits>(code)), zero_point), scale); });
     } else {
       decode_group<Bits>(view, codes, at, end - at, to, [&](I code) { return mul(lookup(levels, code), scale); });
     }

@@ -1,15 +1,5 @@
 // Choosing codes: statistics of a span, the error of a scale on it, and the codes for a scale. Included by each target.
 
-// Lanes are added in the same order on every target: halves, quarters, …
-static inline float reduce_add(F v) {
-  float lane[16];
-  store(lane, v);
-  for (int step = 8; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
-  }
-  return lane[0];
-}
-
 static SpanStats stats(const float* w, int64_t n) {
   F low = set1(w[0]), high = low, sum = zero(), poison = zero();
   const F nothing = zero();
@@ -77,17 +67,10 @@ struct CodebookEncoder {
   F unit(F w) const { return lookup(level_of_rank, rank(w)); }
 };
 
-template <class Encoder>
-static inline SpanFit fit(const float* w, int64_t n, float scale, const Encoder& encoder) {
-  const F s = set1(scale);
-  F error = zero(), wd = zero(), dd = zero(), sum = zero();
-  const auto take = [&](F v, F d) {
-    const F off = sub(v, mul(d, s));
-    error = add(error, mul(off, off));
-    wd = add(wd, mul(v, d));
-    dd = add(dd, mul(d, d));
-    sum = add(sum, d);
-  };
+// take(values, unit decode) for each vector of the span; absent lanes of the last one are zero in both, so that they do not count
+// (a mid-rise grid has no zero of its own).
+template <class Encoder, class Take>
+static inline void for_each_vector(const float* w, int64_t n, const Encoder& encoder, const Take& take) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const F v = load(w + i);
@@ -98,9 +81,30 @@ static inline SpanFit fit(const float* w, int64_t n, float scale, const Encoder&
     const F v = load_part(w + i, rest);
     float d[16];
     store(d, encoder.unit(v));
-    take(v, load_part(d, rest));  // absent lanes must not count: a mid-rise grid has no zero
+    take(v, load_part(d, rest));
   }
-  return {reduce_add(error), reduce_add(wd), reduce_add(dd), reduce_add(sum)};
+}
+
+template <class Encoder>
+static inline float error(const float* w, int64_t n, float scale, const Encoder& encoder) {
+  const F s = set1(scale);
+  F sum = zero();
+  for_each_vector(w, n, encoder, [&](F v, F d) {
+    const F off = sub(v, mul(d, s));
+    sum = add(sum, mul(off, off));
+  });
+  return reduce_add(sum);
+}
+
+template <class Encoder>
+static inline SpanFit fit(const float* w, int64_t n, const Encoder& encoder) {
+  F wd = zero(), dd = zero(), sum = zero();
+  for_each_vector(w, n, encoder, [&](F v, F d) {
+    wd = add(wd, mul(v, d));
+    dd = add(dd, mul(d, d));
+    sum = add(sum, d);
+  });
+  return {reduce_add(wd), reduce_add(dd), reduce_add(sum)};
 }
 
 template <class Encoder>
@@ -114,9 +118,13 @@ static inline void encode(const float* w, int64_t n, const Encoder& encoder, uin
   }
 }
 
-static SpanFit fit_grid(const float* w, int64_t n, const Grid& grid) { return fit(w, n, grid.scale, GridEncoder(grid)); }
+static float error_grid(const float* w, int64_t n, const Grid& grid) { return error(w, n, grid.scale, GridEncoder(grid)); }
+static float error_codebook(const float* w, int64_t n, float scale, const Codebook& book) {
+  return error(w, n, scale, CodebookEncoder(scale, book));
+}
+static SpanFit fit_grid(const float* w, int64_t n, const Grid& grid) { return fit(w, n, GridEncoder(grid)); }
 static SpanFit fit_codebook(const float* w, int64_t n, float scale, const Codebook& book) {
-  return fit(w, n, scale, CodebookEncoder(scale, book));
+  return fit(w, n, CodebookEncoder(scale, book));
 }
 static void encode_grid(const float* w, int64_t n, const Grid& grid, uint8_t* codes) {
   encode(w, n, GridEncoder(grid), codes);

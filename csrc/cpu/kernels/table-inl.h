@@ -1,6 +1,8 @@
 // What a target exports. Included last.
 const KernelTable table = {
     .stats = stats,
+    .error_grid = error_grid,
+    .error_codebook = error_codebook,
     .fit_grid = fit_grid,
     .fit_codebook = fit_codebook,
     .encode_grid = encode_grid,

@@ -28,6 +28,13 @@ static inline F round_even(F x) {
   constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
 }
+// Lanes are added in one order on every target: i with i + 8, then + 4, + 2, + 1.
+static inline float reduce_add(F x) {
+  const __m256 a = _mm256_add_ps(x.a, x.b);
+  const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
 static inline I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 static inline I count_above(I n, F x, F pivot) {
   // A true comparison is -1 in every bit, so subtracting it counts.
@@ -69,7 +76,7 @@ static inline I mask_i(I x, int mask) {
   const __m256i m = _mm256_set1_epi32(mask);
   return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
 }
-static inline I unpack4_exact(const uint8_t* p) { return mask_i(unpack4(p), 15); }
+static inline I low_nibble(I x) { return mask_i(x, 15); }
 static inline I unpack2(const uint8_t* p) {
   const __m256i bits = _mm256_set1_epi32(static_cast<int>(big_endian32(p)));
   return mask_i({_mm256_srlv_epi32(bits, _mm256_setr_epi32(30, 28, 26, 24, 22, 20, 18, 16)),

@@ -20,6 +20,13 @@ static inline F max(F x, F y) { return _mm512_max_ps(x, y); }
 static inline F round_even(F x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+// Lanes are added in one order on every target: i with i + 8, then + 4, + 2, + 1.
+static inline float reduce_add(F x) {
+  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
 static inline I zero_i() { return _mm512_setzero_si512(); }
 static inline I count_above(I n, F x, F pivot) {
   return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(x, pivot, _CMP_GT_OQ), n, _mm512_set1_epi32(1));
@@ -31,26 +38,30 @@ static inline void store_bytes(uint8_t* p, I x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
 
-static inline int big_endian32(const uint8_t* p) {
-  uint32_t v;
-  memcpy(&v, p, 4);
-  return static_cast<int>(__builtin_bswap32(v));
-}
+// Every 32-bit lane gets the byte that holds its code (broadcast, then a byte shuffle that zeroes the rest), shifted to the end.
 static inline I unpack8(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 static inline I unpack4(const uint8_t* p) {
-  const __m512i bits = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set1_epi32(big_endian32(p))),
-                                          _mm256_set1_epi32(big_endian32(p + 4)), 1);
-  return _mm512_srlv_epi32(bits, _mm512_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0, 28, 24, 20, 16, 12, 8, 4, 0));
+  int64_t bytes;
+  memcpy(&bytes, p, 8);
+  const I byte_of_lane = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
+  const I pick = _mm512_or_si512(byte_of_lane, _mm512_set1_epi32(static_cast<int>(0x80808000u)));
+  const I shift = _mm512_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0);
+  return _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi64(bytes), pick), shift);
 }
-static inline I unpack4_exact(const uint8_t* p) { return _mm512_and_si512(unpack4(p), _mm512_set1_epi32(15)); }
+static inline I low_nibble(I x) { return _mm512_and_si512(x, _mm512_set1_epi32(15)); }
 static inline I unpack2(const uint8_t* p) {
-  const __m512i shift = _mm512_setr_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-  return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(big_endian32(p)), shift), _mm512_set1_epi32(3));
+  int32_t bytes;
+  memcpy(&bytes, p, 4);
+  const I byte_of_lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const I pick = _mm512_or_si512(byte_of_lane, _mm512_set1_epi32(static_cast<int>(0x80808000u)));
+  const I shift = _mm512_setr_epi32(6, 4, 2, 0, 6, 4, 2, 0, 6, 4, 2, 0, 6, 4, 2, 0);
+  const I shifted = _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(bytes), pick), shift);
+  return _mm512_and_si512(shifted, _mm512_set1_epi32(3));
 }
 static inline I unpack1(const uint8_t* p) {
-  const __m512i shift = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const I shift = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(p[0] << 8 | p[1]), shift), _mm512_set1_epi32(1));
 }
 static inline I shift_or(I high, int shift, I low) {

@@ -28,6 +28,13 @@ static inline F round_even(F a) {
   }
   return a;
 }
+// Lanes are added in one order on every target: i with i + 8, then + 4, + 2, + 1.
+static inline float reduce_add(F a) {
+  for (int step = 8; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) a.lane[i] += a.lane[i + step];
+  }
+  return a.lane[0];
+}
 static inline I zero_i() { I r; BITFOLD_LANES r.lane[i] = 0; return r; }
 static inline I count_above(I n, F a, F pivot) { BITFOLD_LANES n.lane[i] += a.lane[i] > pivot.lane[i]; return n; }
 static inline I to_int(F a) { I r; BITFOLD_LANES r.lane[i] = static_cast<int32_t>(a.lane[i]); return r; }
@@ -36,14 +43,10 @@ static inline F lookup(const float* table16, I at) { F r; BITFOLD_LANES r.lane[i
 static inline void store_bytes(uint8_t* p, I a) { BITFOLD_LANES p[i] = static_cast<uint8_t>(a.lane[i]); }
 
 // Sixteen codes from 16, 8 and 4 bytes, and sixteen single bits from 2; first element in the high bits. unpack4 may leave
-// higher bits set, which lookup ignores; `unpack4_exact` clears them.
+// higher bits set, which lookup ignores and low_nibble clears.
 static inline I unpack8(const uint8_t* p) { I r; BITFOLD_LANES r.lane[i] = p[i]; return r; }
-static inline I unpack4_exact(const uint8_t* p) {
-  I r;
-  BITFOLD_LANES r.lane[i] = (p[i / 2] >> (i % 2 ? 0 : 4)) & 15;
-  return r;
-}
-static inline I unpack4(const uint8_t* p) { return unpack4_exact(p); }
+static inline I unpack4(const uint8_t* p) { I r; BITFOLD_LANES r.lane[i] = p[i / 2] >> (i % 2 ? 0 : 4); return r; }
+static inline I low_nibble(I a) { BITFOLD_LANES a.lane[i] &= 15; return a; }
 static inline I unpack2(const uint8_t* p) { I r; BITFOLD_LANES r.lane[i] = (p[i / 4] >> (6 - 2 * (i % 4))) & 3; return r; }
 static inline I unpack1(const uint8_t* p) { I r; BITFOLD_LANES r.lane[i] = (p[i / 8] >> (7 - i % 8)) & 1; return r; }
 static inline I shift_or(I high, int shift, I low) {
