@@ -42,7 +42,7 @@ def _register(auto: ModuleType) -> None:
     for name, attribute in (("config", "BitfoldConfig"), ("quantizer", "BitfoldQuantizer")):
         module = sys.modules.get(f"bitfold.hf.{name}")
         if module is not None and not hasattr(module, attribute):
-            return  # it is this module's own import of transformers that led here: it calls `resume` at its end
+            return  # that module's own import of transformers led here: it calls `resume` at its end
     try:
         from bitfold import quantizing
         from bitfold.hf.config import BitfoldConfig

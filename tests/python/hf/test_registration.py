@@ -33,7 +33,7 @@ ORDERS = {
     "from a model module": "import bitfold; from transformers import BertModel",
     "config first": "import bitfold; bitfold.BitfoldConfig",
     "quantizer module first": "import bitfold; from bitfold.hf import quantizer",
-    "twice": "import bitfold; from bitfold.hf import registration; registration.install(); import transformers",
+    "twice": "import bitfold; from bitfold.hf.registration import install; install(); import transformers",
 }
 
 

@@ -136,10 +136,9 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
-                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-            parameter.data = parameter.to(
-                dtype
-            )  # not buffers: a model that is loaded keeps its rotary table in fp32
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+            # Not the buffers: a model that is loaded keeps its rotary table in fp32.
+            parameter.data = parameter.to(dtype)
     return model
 
 
