@@ -1,13 +1,14 @@
-"""bitfold makes torch models small for real: weights folded to 2-8 bits, on disk, in RAM, and computed with in that form.
+"""bitfold makes torch models small for real: weights folded to 2-8 bits, on disk, in RAM, and computed with
+in that form.
 
-    import bitfold
-    from transformers import AutoModel
+import bitfold
+from transformers import AutoModel
 
-    model = AutoModel.from_pretrained("model")
-    bitfold.quantize(model, "nf4")              # in place, layer by layer
-    print(bitfold.summary(model))               # bytes before and after
-    model.save_pretrained("model-nf4")          # packed on disk
-    model = AutoModel.from_pretrained("model-nf4")
+model = AutoModel.from_pretrained("model")
+bitfold.quantize(model, "nf4")              # in place, layer by layer
+print(bitfold.summary(model))               # bytes before and after
+model.save_pretrained("model-nf4")          # packed on disk
+model = AutoModel.from_pretrained("model-nf4")
 """
 
 from __future__ import annotations
@@ -15,12 +16,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bitfold import nn
 from bitfold.errors import BitfoldError
-from bitfold.formats import Format
-from bitfold.hf.registration import install as _install_hf
-from bitfold.quantizing import quantize
-from bitfold.summarizing import summary
+
+# Where the native libraries cannot be loaded, importing still succeeds, so that `bitfold doctor` can say why,
+# and every use of bitfold raises (see __getattr__).
+_import_error: Exception | None = None
+try:
+    from bitfold import nn
+    from bitfold.formats import Format
+    from bitfold.hf.registration import install as _install_hf
+    from bitfold.quantizing import quantize
+    from bitfold.summarizing import summary
+except (ImportError, OSError, RuntimeError) as _error:
+    _import_error = _error
 
 if TYPE_CHECKING:
     from bitfold.hf.config import BitfoldConfig
@@ -49,10 +57,15 @@ __all__ = [
     "summary",
 ]
 
-_install_hf()
+if _import_error is None:
+    _install_hf()
 
 
 def __getattr__(name: str) -> Any:
+    if _import_error is not None and name in __all__:
+        raise ImportError(
+            f"bitfold cannot be used: {type(_import_error).__name__}: {_import_error}; `bitfold doctor` says more"
+        ) from _import_error
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     if name == "__version__":

@@ -1,0 +1,124 @@
+"""Fold the checkpoint SRC into OUT, tensor by tensor; the model is never in memory.
+
+SRC is a directory as save_pretrained writes it, with safetensors weights. OUT appears whole at the end or not
+at all; it holds the same tensors as bitfold.quantize(model) and model.save_pretrained(OUT) would give, and
+the tokenizer, generation config and code of SRC.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bitfold.cli.output import Output, human_bytes
+
+HELP = "fold a checkpoint on disk into another one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("source", metavar="SRC", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path)
+    parser.add_argument("--format", default="nf4", help="format of linear layers (default: %(default)s)")
+    parser.add_argument(
+        "--embeddings",
+        default="int8-g64",
+        metavar="FORMAT",
+        help="format of embeddings, or none (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--skip",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave in float: a module, or a regular expression",
+    )
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="REGEX=FORMAT",
+        help="format of single modules; FORMAT may be none",
+    )
+    parser.add_argument("--method", help="how codes are chosen: round, search, …")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="such as 500MB (default: %(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at OUT")
+    parser.add_argument("--dry-run", action="store_true", help="predict the bytes, write nothing")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python files that came with SRC"
+    )
+
+
+def run(options: argparse.Namespace, output: Output) -> int:
+    """Predict, print, fold."""
+    rules = dict(_rule(text) for text in options.rule)
+    import bitfold
+    from bitfold.hf.streaming import fold_directory, plan_directory
+
+    quiet_transformers()
+    start = time.perf_counter()
+    plan = plan_directory(
+        options.source,
+        options.format,
+        embeddings=_format(options.embeddings),
+        skip=options.skip,
+        rules=rules,
+        method=options.method,
+        max_shard_size=options.max_shard_size,
+        trust_remote_code=options.trust_remote_code,
+    )
+    summary = bitfold.summary(plan.model)
+    output.text(summary)
+    output.text(
+        f"weight files: {human_bytes(plan.source_bytes)} -> {plan.weights_bytes:,} bytes "
+        f"({human_bytes(plan.weights_bytes)}), {plan.ratio:.2f}x smaller"
+    )
+    if plan.unused:
+        names = ", ".join(plan.unused[:5])
+        output.warning(f"{len(plan.unused)} tensors have no place in the model and are left out: {names}")
+    result: dict[str, Any] = {
+        "source": str(options.source),
+        "out": str(options.out),
+        "source_bytes": plan.source_bytes,
+        "predicted_bytes": plan.weights_bytes,
+        "ratio": plan.ratio,
+        "left_out": plan.unused,
+        "summary": summary.to_dict(),
+    }
+    if options.dry_run:
+        output.text("dry run: nothing was written")
+        return output.result({**result, "written_bytes": 0})
+    with output.progress("folding", plan.source_bytes) as advance:
+        written = fold_directory(plan, options.out, overwrite=options.overwrite, progress=advance)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    output.text(f"{options.out}: written in {seconds:.1f} s, at most {human_bytes(peak)} of memory resident")
+    return output.result(
+        {**result, "written_bytes": written, "seconds": seconds, "peak_resident_bytes": peak}
+    )
+
+
+def _format(text: str) -> str | None:
+    return None if text.lower() == "none" else text
+
+
+def _rule(text: str) -> tuple[str, str | None]:
+    pattern, separator, fmt = text.rpartition("=")  # a regular expression may hold a '=', a format cannot
+    if not separator or not pattern or not fmt:
+        message = f"--rule {text!r}: expected REGEX=FORMAT, such as '.*down_proj=int8-g64' or 'lm_head=none'"
+        raise ValueError(message)
+    return pattern, _format(fmt)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' advice about training and its own bars out of our output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
