@@ -63,9 +63,9 @@ if _import_error is None:
 
 def __getattr__(name: str) -> Any:
     if _import_error is not None and name in __all__:
-        raise ImportError(
-            f"bitfold cannot be used: {type(_import_error).__name__}: {_import_error}; `bitfold doctor` says more"
-        ) from _import_error
+        reason = f"{type(_import_error).__name__}: {_import_error}"
+        message = f"bitfold cannot be used: {reason}; `bitfold doctor` says more"
+        raise ImportError(message) from _import_error
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     if name == "__version__":

@@ -50,7 +50,7 @@ def examine() -> list[Check]:
         ("_ops", _ops_library, ("torch",)),
         ("bitfold", _bitfold, ()),
         ("instruction set", _instruction_set, ("_C", "_ops")),
-        ("self-test", _self_test, ("bitfold",)),
+        ("self-test", _self_test, ("bitfold", "instruction set")),
         ("transformers", _transformers, ()),
         ("registration", _registration, ("bitfold",)),
         ("other packages", _packages, ()),
@@ -167,7 +167,12 @@ def _instruction_set() -> Check:
     import torch
 
     sets = _core().instruction_sets()
-    chosen = sets[int(torch.ops.bitfold.instruction_set())][0]
+    forced = os.environ.get("BITFOLD_ISA")
+    try:
+        chosen = sets[int(torch.ops.bitfold.instruction_set())][0]
+    except RuntimeError as error:
+        advice = "unset BITFOLD_ISA, or set it to a set that this CPU has" if forced else _REBUILD
+        return Check("instruction set", "broken", str(error).splitlines()[0], advice)
     known = ", ".join(f"{name} {'yes' if supported else 'no'}" for name, _, supported in sets)
     forced = os.environ.get("BITFOLD_ISA")
     detail = (
