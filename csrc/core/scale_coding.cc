@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "core/float16.h"
 #include "core/format.h"
@@ -11,6 +12,24 @@ namespace {
 
 constexpr float kSmallestNormalHalf = 6.103515625e-5f;  // 2^-14
 constexpr float kLargestHalf = 65504.0f;
+
+// The entry of kDynamicMap nearest to x in [-1, 1], taken at the nearest of 65536 equidistant points: a look-up, and the very
+// decision that bitsandbytes makes on the CPU (an exact search differs from it in 0.2 % of the scales).
+uint8_t nearest_code(float x) {
+  constexpr int kPoints = 65536;
+  static const std::vector<uint8_t> table = [] {
+    std::vector<uint8_t> codes(kPoints);
+    int code = 0;
+    for (int i = 0; i < kPoints; ++i) {
+      const double point = 2.0 * i / (kPoints - 1) - 1.0;
+      while (code < 255 && point > (static_cast<double>(kDynamicMap[code]) + kDynamicMap[code + 1]) / 2) ++code;
+      codes[static_cast<size_t>(i)] = static_cast<uint8_t>(code);
+    }
+    return codes;
+  }();
+  const float at = (x + 1.0f) * 0.5f * (kPoints - 1) + 0.5f;
+  return table[static_cast<size_t>(std::clamp(at, 0.0f, static_cast<float>(kPoints - 1)))];
+}
 
 }  // namespace
 
@@ -35,11 +54,6 @@ void double_quantize(const float* scales, int64_t n, uint8_t* codes, float* absm
   for (int64_t i = 0; i < n; ++i) sum += scales[i];
   *offset = n > 0 ? static_cast<float>(sum / static_cast<double>(n)) : 0.0f;
 
-  static const auto pivots = [] {
-    std::array<float, 255> middle{};
-    for (size_t i = 0; i < middle.size(); ++i) middle[i] = (kDynamicMap[i] + kDynamicMap[i + 1]) / 2;
-    return middle;
-  }();
   for (int64_t begin = 0; begin < n; begin += kDoubleQuantBlock) {
     const int64_t end = std::min(begin + kDoubleQuantBlock, n);
     float largest = 0.0f;
@@ -47,8 +61,7 @@ void double_quantize(const float* scales, int64_t n, uint8_t* codes, float* absm
     absmax[begin / kDoubleQuantBlock] = largest;
     const float inverse = largest > 0.0f ? 1.0f / std::max(largest, 1e-38f) : 0.0f;
     for (int64_t i = begin; i < end; ++i) {
-      const float scaled = (scales[i] - *offset) * inverse;
-      codes[i] = static_cast<uint8_t>(std::lower_bound(pivots.begin(), pivots.end(), scaled) - pivots.begin());
+      codes[i] = nearest_code((scales[i] - *offset) * inverse);
     }
   }
 }

@@ -13,7 +13,7 @@ int choose_exponent(const float* values, int64_t n);
 void encode_halves(const float* values, int64_t n, int exponent, uint16_t* halves);
 
 // QLoRA's double quantization: offset = mean (in float64, so that it depends on nothing but the values), then blocks of 256:
-// absmax[b] = max |s - offset|, codes = nearest entry of kDynamicMap to (s - offset) / absmax[b].
+// absmax[b] = max |s - offset|, codes = nearest entry of kDynamicMap to (s - offset) / absmax[b] on a grid of 65536 points.
 // codes [n], absmax [ceil(n / 256)], offset [1].
 void double_quantize(const float* scales, int64_t n, uint8_t* codes, float* absmax, float* offset);
 void double_dequantize(const uint8_t* codes, const float* absmax, float offset, int64_t n, float* scales);
