@@ -174,7 +174,6 @@ def _instruction_set() -> Check:
         advice = "unset BITFOLD_ISA, or set it to a set that this CPU has" if forced else _REBUILD
         return Check("instruction set", "broken", str(error).splitlines()[0], advice)
     known = ", ".join(f"{name} {'yes' if supported else 'no'}" for name, _, supported in sets)
-    forced = os.environ.get("BITFOLD_ISA")
     detail = (
         f"{chosen} is used{f' (BITFOLD_ISA={forced})' if forced else ''}; this CPU: {known}; {_cpu_name()}"
     )
