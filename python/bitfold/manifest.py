@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from bitfold.errors import BitfoldError, PackedDataError
-from bitfold.formats import Format
 from torch import nn
 
+from bitfold.errors import BitfoldError, PackedDataError
+from bitfold.formats import Format
 from bitfold.nn import PackedModule, QuantConv1D, QuantEmbedding, QuantLinear, TiedEmbedding, TiedHead
 from bitfold.nn._base import dtype_from_name
 from bitfold.nn._places import Places, all_names
@@ -93,7 +93,7 @@ def tensors(manifest: Mapping[str, Any]) -> dict[str, tuple[str, tuple[int, ...]
     for name, entry in check(manifest).items():
         if entry["kind"] in PACKED_KINDS:
             for suffix, type_name, size in Format(entry["format"]).buffers(tuple(entry["shape"])):
-                table[f"{name}.weight{suffix}"] = (type_name, tuple(size))
+                table[f"{name}.weight{suffix}".removeprefix(".")] = (type_name, tuple(size))
     return table
 
 
@@ -117,6 +117,16 @@ def prepare(model: nn.Module, manifest: Mapping[str, Any], *, missing: str = "ra
     Raises:
         PackedDataError: unknown kind, format or version, a name that is not there, a shape that lies.
     """
+    swaps, absent = build(model, manifest, missing=missing)
+    Places(model).replace(swaps)
+    forget_tied_keys(model)
+    return absent
+
+
+def build(
+    model: nn.Module, manifest: Mapping[str, Any], *, missing: str = "raise"
+) -> tuple[dict[nn.Module, nn.Module], list[str]]:
+    """The first half of `prepare`: the swaps to make (old module -> new one), and the absent names."""
     if missing not in ("raise", "ignore"):
         msg = f"prepare(): missing must be 'raise' or 'ignore', got {missing!r}"
         raise ValueError(msg)
@@ -147,9 +157,7 @@ def prepare(model: nn.Module, manifest: Mapping[str, Any], *, missing: str = "ra
                 msg = f"{name}: tied to {entry['tied_to']}, which {type(model).__name__} does not have"
                 raise PackedDataError(msg)
             swaps[module] = _build_tied(name, module, entry, swaps.get(source, source), model)
-    Places(model).replace(swaps)
-    forget_tied_keys(model)
-    return absent
+    return swaps, absent
 
 
 def _check_entry(name: str, entry: Any, modules: Mapping[str, Any]) -> None:

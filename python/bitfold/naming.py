@@ -37,11 +37,13 @@ class Patterns:
 
     def _first(self, names: Iterable[str]) -> tuple[bool, Any]:
         names = list(names)
-        for i, (pattern, regex, value) in enumerate(self._rules):
-            if any(_holds(pattern, regex, name) for name in names):
-                self._unused.discard((i, pattern))
-                return True, value
-        return False, None
+        holding = [
+            (i, pattern, value)
+            for i, (pattern, regex, value) in enumerate(self._rules)
+            if any(_holds(pattern, regex, name) for name in names)
+        ]
+        self._unused.difference_update((i, pattern) for i, pattern, _ in holding)
+        return (True, holding[0][2]) if holding else (False, None)
 
     def format_of(self, module: nn.Module) -> tuple[bool, Any]:
         """(whether a pattern holds for the module, the format that it asks for; None means float)."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bitfold import manifest as manifests
 from bitfold.errors import PackedDataError
 from bitfold.nn._base import dtype_name, tensor_key
+from bitfold.nn._places import Places
 
 METADATA_KEY = "bitfold"
 
@@ -81,8 +82,14 @@ def load_into(model: nn.Module, file: str | PathLike[str]) -> nn.Module:
         with safe_open(path, framework="pt") as stored:
             description = read_manifest(stored.metadata(), path)
             aliases = _aliases(description, set(stored.keys()), path)
-            _check_tensors(model, description, aliases, stored, path)
-            manifests.prepare(model, description)
+            swaps, _ = manifests.build(model, description)
+            Places(model).replace(swaps)
+            try:
+                _check_tensors(model, aliases, stored, path)
+            except PackedDataError:
+                Places(model).replace({new: old for old, new in swaps.items()})
+                raise
+            manifests.forget_tied_keys(model)
             state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         msg = f"{path}: not a whole safetensors file ({error})"
@@ -127,30 +134,22 @@ def _aliases(description: Mapping[str, Any], names: set[str], path: Path) -> dic
     return aliases
 
 
-def _check_tensors(
-    model: nn.Module, description: Mapping[str, Any], aliases: Mapping[str, str], stored: Any, path: Path
-) -> None:
-    """Compare names, dtypes and shapes in the file with what the prepared model will need."""
-    packed = manifests.tensors(description)
-    modules = description["modules"]
+def _check_tensors(model: nn.Module, aliases: Mapping[str, str], stored: Any, path: Path) -> None:
+    """Compare names, dtypes and shapes in the file with what the model, packed modules in place, holds."""
     found = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118 (not a dict)
     found |= {name: found[target] for name, target in aliases.items()}
-    needed = dict(packed)
-    for name, tensor in model.state_dict().items():
-        owner, _, attribute = name.rpartition(".")
-        if owner in modules and (attribute == "weight" or attribute.startswith("weight_")):
-            continue
-        if owner in modules and isinstance(modules[owner].get("bias"), str):
-            continue  # the bias belongs to another module
-        needed[name] = (dtype_name(tensor.dtype), tuple(tensor.shape))
-    for name, (type_name, shape) in needed.items():
+    needed = model.state_dict()
+    for name, tensor in needed.items():
+        expected = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
         if name not in found:
-            msg = f"{path}: {name} is missing, expected {type_name} {list(shape)}"
+            msg = f"{path}: {name} is missing, expected {expected}"
             raise PackedDataError(msg)
-        has_type, has_shape = _DTYPES.get(found[name].get_dtype(), "unknown"), tuple(found[name].get_shape())
-        castable = name not in packed and getattr(torch, has_type, torch.int8).is_floating_point
-        if has_shape != shape or (has_type != type_name and not castable):
-            msg = f"{path}: {name} is {has_type} {list(has_shape)}, expected {type_name} {list(shape)}"
+        code, shape = found[name].get_dtype(), list(found[name].get_shape())
+        dtype = _DTYPES.get(code)
+        both_float = tensor.is_floating_point() and dtype is not None and dtype.is_floating_point
+        if shape != list(tensor.shape) or (dtype != tensor.dtype and not both_float):
+            has = code if dtype is None else dtype_name(dtype)
+            msg = f"{path}: {name} is {has} {shape}, expected {expected}"
             raise PackedDataError(msg)
     for name in found:
         if name not in needed:
@@ -158,15 +157,16 @@ def _check_tensors(
             raise PackedDataError(msg)
 
 
+# safetensors' names for the dtypes that a state may hold; others are compared by shape and refused by name
 _DTYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }

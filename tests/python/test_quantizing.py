@@ -1,0 +1,541 @@
+"""bitfold.quantize: what is folded, what stays, what raises before anything changes, interrupts, memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import bitfold
+from bitfold import methods
+from bitfold.errors import CoverageError, FormatError, WeightError
+from bitfold.nn import QuantEmbedding, QuantLinear, TiedEmbedding, TiedHead
+
+
+class Toy(nn.Module):
+    """Embedding, two layers, a head that may be tied, norms."""
+
+    def __init__(self, tied: bool = False, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 32, padding_idx=0)
+        self.layers = nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32, bias=False)])
+        self.norm = nn.LayerNorm(32)
+        self.head = nn.Linear(32, 50)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.to(dtype)
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        x = self.embed(indices)
+        for layer in self.layers:
+            x = x + torch.relu(layer(x))
+        return self.head(self.norm(x))
+
+
+INDICES = torch.arange(12).reshape(2, 6)
+
+
+def fold(model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    return bitfold.quantize(model, *args, progress=False, **kwargs)
+
+
+def kinds(model: nn.Module) -> dict[str, str]:
+    """name -> "nf4" or "float" for everything that could be folded."""
+    result = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "format"):
+            result[name] = str(module.format)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            result[name] = "float"
+    return result
+
+
+def state_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def test_defaults():
+    model = Toy().eval()
+    expected = model(INDICES)
+    assert fold(model) is model
+    assert kinds(model) == {"embed": "int8-g64", "layers.0": "nf4", "layers.1": "nf4", "head": "nf4"}
+    assert (model(INDICES) - expected).norm() < 0.2 * expected.norm()
+    assert [name for name, _ in model.named_parameters()] == [
+        "layers.0.bias",
+        "norm.weight",
+        "norm.bias",
+        "head.bias",
+    ]
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_float_dtypes(dtype):
+    model = fold(Toy(dtype=dtype))
+    assert model(INDICES).dtype == dtype
+    assert model.layers[0].original_dtype == dtype
+
+
+def test_accepts_format_objects():
+    model = fold(Toy(), bitfold.Format("int4-g64"), embeddings=bitfold.Format("nf4"))
+    assert kinds(model)["embed"] == "nf4"
+
+
+def test_embeddings_none_leaves_them_in_float():
+    model = fold(Toy(), embeddings=None)
+    assert kinds(model) == {"embed": "float", "layers.0": "nf4", "layers.1": "nf4", "head": "nf4"}
+
+
+def test_skip_by_name_prefix_and_regex():
+    assert kinds(fold(Toy(), skip=["head"]))["head"] == "float"
+    assert kinds(fold(Toy(), skip=["layers"])) == {
+        "embed": "int8-g64",
+        "layers.0": "float",
+        "layers.1": "float",
+        "head": "nf4",
+    }
+    assert kinds(fold(Toy(), skip=[r"layers\.\d"]))["layers.1"] == "float"
+    assert kinds(fold(Toy(), skip=["layers.1"]))["layers.0"] == "nf4"
+
+
+def test_first_rule_wins_and_skip_goes_before():
+    rules = {"layers.0": "int8-row", r"layers\..*": "int4-g64", "head": None, "embed": "nf4"}
+    assert kinds(fold(Toy(), rules=rules)) == {
+        "embed": "nf4",
+        "layers.0": "int8-row",
+        "layers.1": "int4-g64",
+        "head": "float",
+    }
+    assert kinds(fold(Toy(), rules=rules, skip=["layers.0"]))["layers.0"] == "float"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"skip": ["layer"]},
+        {"skip": ["layers.2"]},
+        {"rules": {"nothing.*": "nf4"}},
+        {"rules": {"norm": "nf4"}},
+        {"skip": ["head("]},
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_named(arguments):
+    model = Toy()
+    before = state_of(model)
+    pattern = next(iter(next(iter(arguments.values()))))
+    with pytest.raises(ValueError, match=r"(skip|rules)") as error:
+        fold(model, **arguments)
+    assert repr(pattern) in str(error.value)
+    assert_unchanged(model, before)
+
+
+def test_wrong_argument_types_are_named():
+    with pytest.raises(TypeError, match=r"write skip=\['head'\]"):
+        fold(Toy(), skip="head")
+    with pytest.raises(TypeError, match="rules must be a dict"):
+        fold(Toy(), rules=["head"])
+    with pytest.raises(TypeError, match="skip: expected a string, got 3"):
+        fold(Toy(), skip=[3])
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
+        bitfold.quantize({"a": torch.zeros(3)})
+    with pytest.raises(TypeError, match="the model itself is a Linear; fold it with"):
+        fold(nn.Linear(3, 4))
+
+
+def test_unknown_format_and_method_change_nothing():
+    model = Toy()
+    before = state_of(model)
+    for arguments in ({"fmt": "nf5"}, {"embeddings": "int9"}, {"rules": {"head": "x"}}):
+        with pytest.raises(FormatError):
+            fold(model, **arguments)
+    with pytest.raises(ValueError, match="method must be one of"):
+        fold(model, method="best")
+    assert_unchanged(model, before)
+
+
+def test_method_is_used():
+    a, b = (
+        fold(copy.deepcopy(model := Toy()), "int4-g64", method="round"),
+        fold(model, "int4-g64", method="search"),
+    )
+    assert not torch.equal(a.layers[0].dequantize(), b.layers[0].dequantize())
+
+
+# Folding again, interrupts, memory
+
+
+def test_again_with_the_same_formats_is_a_no_op():
+    model = fold(Toy(tied=True))
+    before, modules = state_of(model), list(model.modules())
+    fold(model)
+    assert_unchanged(model, before)
+    assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [({"fmt": "int4-g64"}, "layers.0"), ({"embeddings": "nf4"}, "embed"), ({"skip": ["head"]}, "head")],
+)
+def test_again_with_another_format_is_an_error(arguments, name):
+    model = fold(Toy())
+    before = state_of(model)
+    with pytest.raises(FormatError, match=f"{name}: folded in .* already"):
+        fold(model, **arguments)
+    assert_unchanged(model, before)
+
+
+@pytest.fixture
+def interrupting():
+    """A method that is interrupted at its n-th matrix."""
+    count = {"left": 0}
+
+    def interrupted(weight, fmt, statistics=None):
+        if count["left"] == 0:
+            raise KeyboardInterrupt
+        count["left"] -= 1
+        return methods.get("round")(weight, fmt)
+
+    methods.register("interrupted")(interrupted)
+    yield count
+    del methods.base._METHODS["interrupted"]
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 3])
+def test_interrupt_leaves_whole_modules_and_a_second_run_finishes(interrupting, after):
+    whole = fold(copy.deepcopy(model := Toy(tied=True).eval()), "nf4", method="round")
+    interrupting["left"] = after
+    if after < 3:
+        with pytest.raises(KeyboardInterrupt):
+            fold(model, "nf4", method="interrupted")
+    else:
+        fold(model, "nf4", method="interrupted")
+    assert sum(kind != "float" for kind in kinds(model).values()) >= after
+    assert (kinds(model)["embed"] == "float") == (kinds(model)["head"] == "float")
+    assert torch.isfinite(model(INDICES)).all()
+    bitfold.manifest.describe(model)
+    fold(model, "nf4", method="round")
+    assert torch.equal(model(INDICES), whole(INDICES))
+
+
+def test_interrupt_in_the_middle_of_a_swap_does_not_part_tied_modules(monkeypatch):
+    from bitfold.nn._places import Places
+
+    class Interrupting(dict):
+        times = 1
+
+        def __setitem__(self, key, value):
+            if isinstance(value, TiedHead) and Interrupting.times:
+                Interrupting.times -= 1
+                raise KeyboardInterrupt
+            super().__setitem__(key, value)
+
+    model = Toy(tied=True)
+    model._modules = Interrupting(model._modules)
+    with pytest.raises(KeyboardInterrupt):
+        fold(model)
+    assert isinstance(model.embed, QuantEmbedding)
+    assert isinstance(model.head, TiedHead)
+    assert model.head.source is model.embed
+    assert Places(model)
+
+
+def test_each_float_weight_is_freed_before_the_next_is_folded():
+    model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(5)], nn.Embedding(64, 64))
+    references = [weakref.ref(module.weight) for module in model]
+    alive = []
+
+    def watching(weight, fmt, statistics=None):
+        alive.append(sum(reference() is not None for reference in references))
+        return methods.get("round")(weight, fmt)
+
+    methods.register("watching")(watching)
+    gc.disable()  # reference counts alone must do
+    try:
+        fold(model, method="watching")
+    finally:
+        gc.enable()
+        del methods.base._METHODS["watching"]
+    assert alive == [6, 5, 4, 3, 2, 1]
+    assert all(reference() is None for reference in references)
+
+
+def test_progress_bar_shows_the_names(capsys):
+    pytest.importorskip("tqdm")
+    bitfold.quantize(Toy(), "nf4")
+    assert "folding" in capsys.readouterr().err
+    fold(Toy())
+    assert capsys.readouterr().err == ""
+
+
+def test_without_tqdm(monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    bitfold.quantize(Toy(), "nf4")
+    assert capsys.readouterr().err == ""
+
+
+# Tied and shared
+
+
+def test_tied_weights_are_folded_once_and_stay_tied():
+    model = fold(Toy(tied=True).eval())
+    assert isinstance(model.head, TiedHead)
+    assert model.head.source is model.embed
+    assert str(model.embed.format) == "int8-g64"
+    x = torch.randn(3, 32)
+    assert torch.allclose(model.head(x), x @ model.embed.dequantize().T + model.head.bias, atol=1e-5)
+    assert [name for name in model.state_dict() if "head" in name] == ["head.bias"]
+    twin = copy.deepcopy(model)
+    assert twin.head.source is twin.embed
+    assert torch.equal(twin(INDICES), model(INDICES))
+
+
+def test_tied_by_equal_memory():
+    model = Toy()
+    model.head.weight = nn.Parameter(model.embed.weight.detach())  # another Parameter, same memory
+    assert isinstance(fold(model).head, TiedHead)
+
+
+def test_rules_for_tied_modules():
+    assert kinds(fold(Toy(tied=True), rules={"head": "nf4"})) == {
+        "embed": "nf4",
+        "layers.0": "nf4",
+        "layers.1": "nf4",
+        "head": "nf4",
+    }
+    model = fold(Toy(tied=True), skip=["head"])
+    assert model.head.weight is model.embed.weight
+    assert kinds(fold(Toy(tied=True), embeddings=None))["head"] == "float"
+    with pytest.raises(FormatError, match="tied modules need one format"):
+        fold(Toy(tied=True), rules={"head": "nf4", "embed": "int8-row"})
+
+
+def test_several_embeddings_of_one_table():
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared = nn.Embedding(20, 16)
+            self.first = nn.Embedding(20, 16)
+            self.second = nn.Embedding(20, 16)
+            self.first.weight = self.second.weight = self.shared.weight
+
+        def forward(self, indices):
+            return self.first(indices) + self.second(indices)
+
+    model = fold(Encoder())
+    assert isinstance(model.shared, QuantEmbedding)
+    assert isinstance(model.first, TiedEmbedding)
+    indices = torch.tensor([1, 2])
+    assert torch.equal(model(indices), 2 * model.shared(indices))
+    assert {name.partition(".")[0] for name in model.state_dict()} == {"shared"}
+
+
+def test_a_shared_module_stays_shared():
+    layer = nn.Linear(16, 16)
+    model = fold(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "c": nn.Linear(16, 16)}))
+    assert model["a"] is model["b"][0]
+    assert isinstance(model["a"], QuantLinear)
+    assert kinds(fold(nn.ModuleDict({"a": (one := nn.Linear(4, 4)), "b": one}), skip=["b"])) == {"a": "float"}
+
+
+def test_two_linears_with_one_weight():
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
+    model["b"].weight = model["a"].weight
+    fold(model)
+    assert isinstance(model["b"], TiedHead)
+    assert model["b"].source is model["a"]
+
+
+def test_a_weight_shared_with_something_else_stays_float():
+    class Foreign(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.table = weight
+
+    embed = nn.Embedding(16, 16)
+    model = nn.ModuleDict({"embed": embed, "other": Foreign(embed.weight), "fc": nn.Linear(16, 16)})
+    with pytest.raises(CoverageError, match=r"embed .*shares its weight with other\.table \(Foreign\)"):
+        fold(model)
+    fold(model, skip=["embed"])
+    assert model["other"].table is model["embed"].weight
+
+
+# Coverage
+
+
+class Subclass(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Experts(nn.Module):
+    def __init__(self, count: int = 4) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.randn(count, 32, 16))
+        self.down = nn.Parameter(torch.randn(count, 16, 32))
+
+
+def pasted(error: Exception) -> list[str]:
+    """The `skip=[…]` of the message, as a user pastes it."""
+    return eval(str(error).split("skip=")[1])
+
+
+@pytest.mark.parametrize(
+    ("extra", "named", "reason"),
+    [
+        (lambda: nn.Conv2d(3, 16, 5), ["extra"], "a convolution"),
+        (lambda: Subclass(32, 32), ["extra"], "Subclass is a subclass"),
+        (Experts, ["extra.gate_up", "extra.down"], "fused experts"),
+        (
+            lambda: nn.MultiheadAttention(32, 2),
+            ["extra.in_proj_weight", "extra.out_proj"],
+            "a parameter of MultiheadAttention",
+        ),
+        (lambda: nn.Embedding(50, 32, max_norm=1.0), ["extra"], "max_norm"),
+        (lambda: nn.LSTM(32, 32), ["extra.weight_ih_l0", "extra.weight_hh_l0"], "a parameter of LSTM"),
+        (lambda: torch.nn.utils.parametrizations.weight_norm(nn.Linear(32, 32)), None, "a parameter of"),
+    ],
+    ids=["conv", "subclass", "experts", "attention", "max_norm", "lstm", "weight_norm"],
+)
+def test_what_cannot_be_folded_must_be_named(extra, named, reason):
+    model = Toy()
+    model.extra = extra()
+    before = state_of(model)
+    with pytest.raises(CoverageError, match="% of the bytes of all matrices") as error:
+        fold(model)
+    assert_unchanged(model, before)
+    assert reason in str(error.value)
+    if named is not None:
+        assert sorted(pasted(error.value)) == sorted(named)
+    fold(model, skip=pasted(error.value))
+    assert kinds(model)["layers.0"] == "nf4"
+    assert all(tensor.is_floating_point() for name, tensor in model.extra.state_dict().items())
+
+
+def test_numbered_siblings_are_listed_as_one_regex():
+    model = nn.ModuleDict(
+        {"blocks": nn.ModuleList([nn.Conv1d(8, 8, 3) for _ in range(12)]), "fc": nn.Linear(4, 4)}
+    )
+    with pytest.raises(CoverageError) as error:
+        fold(model)
+    assert pasted(error.value) == [r"blocks\.\d+"]
+    fold(model, skip=pasted(error.value))
+
+
+def test_less_than_one_percent_may_stay_unnamed():
+    model = nn.ModuleDict({"fc": nn.Linear(256, 256), "conv": nn.Conv1d(4, 4, 9)})
+    fold(model)
+    assert kinds(model) == {"fc": "nf4"}
+
+
+def test_rules_that_say_none_count_as_naming():
+    model = Toy()
+    model.extra = nn.Conv2d(3, 16, 5)
+    fold(model, rules={"extra": None})
+
+
+def test_parent_that_reads_the_weight_and_a_rule_that_insists():
+    layer = nn.TransformerEncoderLayer(32, 2, dim_feedforward=64, batch_first=True).eval()
+    model = nn.ModuleDict({"layer": layer})
+    with pytest.raises(
+        CoverageError, match="TransformerEncoderLayer reads its weight without calling it"
+    ) as error:
+        fold(model)
+    assert {"layer.linear1", "layer.linear2"} <= set(pasted(error.value))
+    fold(copy.deepcopy(model), skip=["layer"])
+    fold(model, skip=["layer.self_attn"], rules={r"layer\.linear\d": "nf4"})
+    assert kinds(model)["layer.linear1"] == "nf4"
+
+
+def test_transformer_encoder_as_a_whole_computes_as_before():
+    model = nn.ModuleDict(
+        {"encoder": nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 2, 64, batch_first=True), 2)}
+    )
+    model["fc"] = nn.Linear(32, 32)
+    model.eval()
+    fold(model, skip=["encoder"])
+    x = torch.randn(1, 4, 32)
+    with torch.no_grad():
+        assert torch.isfinite(model["encoder"](x)).all()
+
+
+def test_patched_forward_stays_float():
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    model["a"].forward = lambda x: x
+    with pytest.raises(CoverageError, match="its forward was replaced"):
+        fold(model)
+
+
+def test_a_model_without_matrices():
+    model = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
+    assert fold(model) is model
+
+
+# Bad weights
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_weights_are_named_before_anything_changes(value):
+    model = Toy()
+    model.head.weight.data[3, 4] = value
+    before = list(model.modules())
+    with pytest.raises(WeightError, match=r"head\.weight: 1 of 1600 values are NaN or Inf"):
+        fold(model)
+    assert list(model.modules()) == before
+    fold(model, skip=["head"])
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_non_float_weights_are_named(dtype):
+    model = Toy()
+    model.layers[1].weight = nn.Parameter(torch.ones(32, 32).to(dtype), requires_grad=False)
+    before = list(model.modules())
+    with pytest.raises(WeightError, match=r"layers\.1\.weight: dtype is"):
+        fold(model)
+    assert list(model.modules()) == before
+    fold(model, skip=["layers.1"])
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty_weights_are_named():
+    model = Toy()
+    model.extra = nn.Linear(0, 8)
+    with pytest.raises(WeightError, match=r"extra\.weight: .*no elements"):
+        fold(model)
+    fold(model, skip=["extra"])
+
+
+def test_tiny_layers():
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2), nn.Linear(2, 3))
+    assert fold(model)(torch.ones(1, 1)).shape == (1, 3)
+
+
+def test_on_meta_gives_empty_packed_modules():
+    with torch.device("meta"):
+        model = Toy(tied=True)
+    fold(model)
+    assert kinds(model)["layers.0"] == "nf4"
+    assert isinstance(model.head, TiedHead)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    real = fold(Toy(tied=True))
+    assert {n: (t.dtype, t.shape) for n, t in model.state_dict().items()} == {
+        n: (t.dtype, t.shape) for n, t in real.state_dict().items()
+    }
