@@ -5,7 +5,8 @@
 namespace bitfold {
 namespace {
 
-// Sorts distinct levels and separates neighbours at their midpoint, computed in float32 as bitsandbytes computes it.
+// Sorts distinct levels and separates neighbours at their midpoint, computed in float32 as
+// bitsandbytes computes it.
 Codebook from_levels(const float* levels, int count) {
   Codebook book{};
   book.count = count;
@@ -30,7 +31,8 @@ Codebook from_levels(const float (&levels)[N]) {
   return from_levels(levels, N);
 }
 
-// Quantiles of the normal distribution, Dettmers et al. 2305.14314 (nf4); the same construction at 3 and 2 bits.
+// Quantiles of the normal distribution, Dettmers et al. 2305.14314 (nf4); the same construction at
+// 3 and 2 bits.
 constexpr float kNf4Levels[] = {-1.0f,
                                 -0.6961928009986877f,
                                 -0.5250730514526367f,
@@ -51,15 +53,17 @@ constexpr float kNf3Levels[] = {-1.0f,        -0.478629172f, -0.217141822f, 0.0f
                                 0.160930172f, 0.337915182f,  0.562616944f,  1.0f};
 constexpr float kNf2Levels[] = {-1.0f, 0.0f, 0.337915182f, 1.0f};
 
-// Half-octaves: 0 and +-2^(-k/2). Seven negative, zero, eight positive; zero keeps pruned weights exactly zero.
-constexpr float kLog4Levels[] = {-1.0f,       -0.70710678f, -0.5f,       -0.35355339f, -0.25f, -0.17677670f,
-                                 -0.125f,     0.0f,         0.08838835f, 0.125f,       0.17677670f, 0.25f,
-                                 0.35355339f, 0.5f,         0.70710678f, 1.0f};
+// Half-octaves: 0 and +-2^(-k/2). Seven negative, zero, eight positive; zero keeps pruned weights
+// exactly zero.
+constexpr float kLog4Levels[] = {
+    -1.0f,  -0.70710678f, -0.5f, -0.35355339f, -0.25f, -0.17677670f, -0.125f, 0.0f, 0.08838835f,
+    0.125f, 0.17677670f,  0.25f, 0.35355339f,  0.5f,   0.70710678f,  1.0f};
 
-// bitsandbytes' fp4: sign, 2 bits of exponent, 1 of significand, scaled to 1; not in order of magnitude, and code 8 is a
-// second zero that is read but never written.
-constexpr float kFp4Levels[] = {0.0f,  0.0052083333f,  0.6666667f,  1.0f,  0.33333333f,  0.5f,  0.16666667f,  0.25f,
-                                0.0f, -0.0052083333f, -0.6666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f};
+// bitsandbytes' fp4: sign, 2 bits of exponent, 1 of significand, scaled to 1; not in order of
+// magnitude, and code 8 is a second zero that is read but never written.
+constexpr float kFp4Levels[] = {
+    0.0f, 0.0052083333f,  0.6666667f,  1.0f,  0.33333333f,  0.5f,  0.16666667f,  0.25f,
+    0.0f, -0.0052083333f, -0.6666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f};
 
 }  // namespace
 

@@ -5,14 +5,14 @@ namespace bitfold {
 
 inline constexpr int kMaxLevels = 16;
 
-// A codebook prepared for encoding by comparison: rank(x) = number of pivots that x is above, code = code_of_rank[rank].
-// A value on the midpoint of two levels takes the lower one.
+// A codebook prepared for encoding by comparison: rank(x) = number of pivots that x is above, code
+// = code_of_rank[rank]. A value on the midpoint of two levels takes the lower one.
 struct Codebook {
-  int count;                              // number of levels, 2^bits
-  float levels[kMaxLevels];               // by code
-  int pivot_count;                        // distinct levels - 1
-  float pivots[kMaxLevels];               // ascending
-  unsigned char code_of_rank[kMaxLevels]; // by rank
+  int count;                               // number of levels, 2^bits
+  float levels[kMaxLevels];                // by code
+  int pivot_count;                         // distinct levels - 1
+  float pivots[kMaxLevels];                // ascending
+  unsigned char code_of_rank[kMaxLevels];  // by rank
 };
 
 extern const Codebook kNf4, kNf3, kNf2, kFp4, kLog4;
@@ -20,7 +20,8 @@ extern const Codebook kNf4, kNf3, kNf2, kFp4, kLog4;
 // Levels found at run time (k-means): `levels` ascending, count <= kMaxLevels.
 Codebook sorted_codebook(const float* levels, int count);
 
-// The signed dynamic map of 8-bit optimizers (Dettmers et al., 2110.02861), ascending; index 127 is 0, index 255 is 1.
+// The signed dynamic map of 8-bit optimizers (Dettmers et al., 2110.02861), ascending; index 127 is
+// 0, index 255 is 1.
 extern const float kDynamicMap[256];
 
 }  // namespace bitfold

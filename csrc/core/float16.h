@@ -1,4 +1,5 @@
-// Bits of half and bfloat16 to float and back, rounding to nearest even; plain integer arithmetic, usable on host and device.
+// Bits of half and bfloat16 to float and back, rounding to nearest even; plain integer arithmetic,
+// usable on host and device.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +28,10 @@ BITFOLD_HOST_DEVICE inline uint32_t bits_from_float(float value) {
 BITFOLD_HOST_DEVICE inline float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  // Shifted into place the exponent is 112 too small; one multiplication by 2^112 mends normals and subnormals alike.
+  if (magnitude >= 0x7c00u)
+    return float_from_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  // Shifted into place the exponent is 112 too small; one multiplication by 2^112 mends normals and
+  // subnormals alike.
   const float value = float_from_bits(magnitude << 13) * float_from_bits((127u + 112u) << 23);
   return float_from_bits(sign | bits_from_float(value));
 }
@@ -40,7 +43,8 @@ BITFOLD_HOST_DEVICE inline uint16_t float_to_half(float value) {
   if (magnitude > 0x7f800000u) return sign | 0x7e00u;   // NaN
   if (magnitude >= 0x477ff000u) return sign | 0x7c00u;  // rounds to 65536 or more: infinity
   if (magnitude < 0x38800000u) {
-    // Subnormal half: adding 0.5 places the 10 bits at the end of the significand and lets the FPU round to even.
+    // Subnormal half: adding 0.5 places the 10 bits at the end of the significand and lets the FPU
+    // round to even.
     const float shifted = float_from_bits(magnitude) + 0.5f;
     return sign | static_cast<uint16_t>(bits_from_float(shifted) - 0x3f000000u);
   }

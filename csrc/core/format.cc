@@ -25,10 +25,14 @@ Status bad_format(std::string_view text, const std::string& why) {
 
 const char* zero_token(Zero zero) {
   switch (zero) {
-    case Zero::kNone: return "sym";
-    case Zero::kInt: return "zp";
-    case Zero::kFloat: return "fz";
-    case Zero::kMidrise: return "midrise";
+    case Zero::kNone:
+      return "sym";
+    case Zero::kInt:
+      return "zp";
+    case Zero::kFloat:
+      return "fz";
+    case Zero::kMidrise:
+      return "midrise";
   }
   return "";
 }
@@ -51,18 +55,24 @@ const std::vector<ElementCode>& element_codes() {
 
 int64_t size_of(DType dtype) {
   switch (dtype) {
-    case DType::kInt8: return 1;
-    case DType::kInt16: return 2;
-    case DType::kInt32: return 4;
+    case DType::kInt8:
+      return 1;
+    case DType::kInt16:
+      return 2;
+    case DType::kInt32:
+      return 4;
   }
   return 0;
 }
 
 const char* name_of(DType dtype) {
   switch (dtype) {
-    case DType::kInt8: return "int8";
-    case DType::kInt16: return "int16";
-    case DType::kInt32: return "int32";
+    case DType::kInt8:
+      return "int8";
+    case DType::kInt16:
+      return "int16";
+    case DType::kInt32:
+      return "int32";
   }
   return "";
 }
@@ -83,7 +93,8 @@ Status Format::parse(std::string_view text, Format* out) {
     if (head == table[i].name) format.code = static_cast<int>(i);
   }
   if (format.code < 0) {
-    return bad_format(text, "unknown element code " + quoted(head) + "; known codes: " + code_names());
+    return bad_format(text,
+                      "unknown element code " + quoted(head) + "; known codes: " + code_names());
   }
   const ElementCode& element = format.element();
   format.grouping = element.grouping;
@@ -93,7 +104,8 @@ Status Format::parse(std::string_view text, Format* out) {
 
   bool grouping_seen = false, zero_seen = false, quant_seen = false;
   const auto once = [&](bool* seen, std::string_view token, const char* what) {
-    if (*seen) return bad_format(text, quoted(token) + " is a second option for the " + what + "; give one");
+    if (*seen)
+      return bad_format(text, quoted(token) + " is a second option for the " + what + "; give one");
     *seen = true;
     return Status::success();
   };
@@ -114,14 +126,16 @@ Status Format::parse(std::string_view text, Format* out) {
                                     " learns its codebook per 'row' or per 'tensor'");
       }
       if (size < kMinGroupSize || size > kMaxGroupSize || size % kMinGroupSize != 0) {
-        return bad_format(text, "group size " + std::to_string(size) + " must be a multiple of 16 from 16 to 65536");
+        return bad_format(text, "group size " + std::to_string(size) +
+                                    " must be a multiple of 16 from 16 to 65536");
       }
       format.grouping = Grouping::kGroup;
       format.group_size = size;
     } else if (token == "sym" || token == "zp" || token == "fz" || token == "midrise") {
       status = once(&zero_seen, token, "zero point (sym, zp, fz, midrise)");
       if (element.family != Family::kInteger) {
-        return bad_format(text, quoted(token) + " is impossible: " + element.name + " has no zero point");
+        return bad_format(text,
+                          quoted(token) + " is impossible: " + element.name + " has no zero point");
       }
       for (Zero zero : {Zero::kNone, Zero::kInt, Zero::kFloat, Zero::kMidrise}) {
         if (token == zero_token(zero)) format.zero = zero;
@@ -129,7 +143,8 @@ Status Format::parse(std::string_view text, Format* out) {
     } else if (token == "dq" || token == "nodq") {
       status = once(&quant_seen, token, "double quantization (dq, nodq)");
       if (element.family == Family::kLearnedCodebook) {
-        return bad_format(text, quoted(token) + " is impossible: " + element.name + " has no scales");
+        return bad_format(text,
+                          quoted(token) + " is impossible: " + element.name + " has no scales");
       }
       format.double_quant = token == "dq";
     } else {
@@ -139,7 +154,9 @@ Status Format::parse(std::string_view text, Format* out) {
     if (!status.ok()) return status;
   }
   if (format.grouping == Grouping::kTensor && format.double_quant) {
-    if (quant_seen) return bad_format(text, "'dq' is impossible with 'tensor': there is one scale, nothing to fold");
+    if (quant_seen)
+      return bad_format(text,
+                        "'dq' is impossible with 'tensor': there is one scale, nothing to fold");
     format.double_quant = false;
   }
   *out = format;
@@ -149,7 +166,8 @@ Status Format::parse(std::string_view text, Format* out) {
 std::string Format::to_string() const {
   const ElementCode& e = element();
   std::string text = e.name;
-  // Integer grids and learned codebooks always say their grouping; table codes are known by the bare name.
+  // Integer grids and learned codebooks always say their grouping; table codes are known by the
+  // bare name.
   const bool default_grouping = grouping == e.grouping && group_size == e.group_size;
   if (!default_grouping || e.family != Family::kFixedCodebook) {
     if (grouping == Grouping::kRow) text += "-row";
@@ -172,7 +190,8 @@ std::vector<BufferSpec> Format::buffers(int64_t rows, int64_t cols) const {
   std::vector<BufferSpec> specs;
   specs.push_back({BufferRole::kCodes, "", DType::kInt8, {rows * packed_row_bytes(cols, bits())}});
   if (family() == Family::kLearnedCodebook) {
-    specs.push_back({BufferRole::kCodebook, "_codebook", DType::kInt16, {scale_r, int64_t{1} << bits()}});
+    specs.push_back(
+        {BufferRole::kCodebook, "_codebook", DType::kInt16, {scale_r, int64_t{1} << bits()}});
     specs.push_back({BufferRole::kExponent, "_exponent", DType::kInt8, {1}});
     return specs;
   }
@@ -188,7 +207,8 @@ std::vector<BufferSpec> Format::buffers(int64_t rows, int64_t cols) const {
     specs.push_back({BufferRole::kScale, "_scale", DType::kInt32, {scale_r, groups}});
   }
   if (zero == Zero::kInt) {
-    specs.push_back({BufferRole::kZero, "_zero", DType::kInt8, {scale_r * packed_row_bytes(groups, bits())}});
+    specs.push_back(
+        {BufferRole::kZero, "_zero", DType::kInt8, {scale_r * packed_row_bytes(groups, bits())}});
   } else if (zero == Zero::kFloat) {
     specs.push_back({BufferRole::kZero, "_zero", DType::kInt16, {scale_r, groups}});
   }
@@ -213,10 +233,12 @@ Spec make_spec(const Format& format, int64_t rows, int64_t cols) {
 
 Status parse_spec(const std::vector<int64_t>& spec, Format* format, int64_t* rows, int64_t* cols) {
   const auto bad = [](const std::string& why) {
-    return Status::error(StatusCode::kInvalidArgument, "spec " + why + "; take it from Format.spec((out, in))");
+    return Status::error(StatusCode::kInvalidArgument,
+                         "spec " + why + "; take it from Format.spec((out, in))");
   };
   if (spec.size() != kSpecLength) {
-    return bad("must hold " + std::to_string(kSpecLength) + " ints, got " + std::to_string(spec.size()));
+    return bad("must hold " + std::to_string(kSpecLength) + " ints, got " +
+               std::to_string(spec.size()));
   }
   const auto in_range = [](int64_t value, int64_t end) { return value >= 0 && value < end; };
   if (!in_range(spec[0], static_cast<int64_t>(element_codes().size())) || !in_range(spec[1], 3) ||
@@ -232,7 +254,8 @@ Status parse_spec(const std::vector<int64_t>& spec, Format* format, int64_t* row
   *cols = spec[6];
   // The string grammar is the one place that knows what may be combined.
   Format same;
-  if (*rows < 0 || *cols < 0 || !Format::parse(format->to_string(), &same).ok() || !(same == *format)) {
+  if (*rows < 0 || *cols < 0 || !Format::parse(format->to_string(), &same).ok() ||
+      !(same == *format)) {
     return bad("describes an impossible format or a negative shape");
   }
   return Status::success();

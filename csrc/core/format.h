@@ -1,5 +1,6 @@
-// How one matrix is stored. A Format is a value: it prints to and parses from one short string, and everything about the bytes
-// (which buffers, their types and shapes, their size) follows from it and the logical shape [rows, cols] = [out, in].
+// How one matrix is stored. A Format is a value: it prints to and parses from one short string, and
+// everything about the bytes (which buffers, their types and shapes, their size) follows from it
+// and the logical shape [rows, cols] = [out, in].
 #pragma once
 
 #include <array>
@@ -14,14 +15,21 @@
 namespace bitfold {
 
 enum class Family : uint8_t { kInteger, kFixedCodebook, kLearnedCodebook };
-enum class Grouping : uint8_t { kGroup, kRow, kTensor };  // which weights share a scale (or a learned codebook)
+enum class Grouping : uint8_t {
+  kGroup,
+  kRow,
+  kTensor
+};  // which weights share a scale (or a learned codebook)
 enum class Zero : uint8_t {
   kNone,     // integer grid around code 2^(b-1)
   kInt,      // integer zero point of b bits per group
   kFloat,    // real zero point, fp16, per group (HQQ)
   kMidrise,  // integer grid around 2^(b-1) - 1/2: no zero level, symmetric
 };
-enum class Method : uint8_t { kRound, kSearch };  // scale from absmax or min-max; scale by squared error
+enum class Method : uint8_t {
+  kRound,
+  kSearch
+};  // scale from absmax or min-max; scale by squared error
 
 // One row of the table of element codes: what a code is and what a bare name stands for.
 struct ElementCode {
@@ -37,14 +45,23 @@ struct ElementCode {
   const char* remark;
 };
 
-// Ordered; the index is what `spec` carries between Python and C++. It is never stored: files hold the string.
+// Ordered; the index is what `spec` carries between Python and C++. It is never stored: files hold
+// the string.
 const std::vector<ElementCode>& element_codes();
 
 enum class DType : uint8_t { kInt8, kInt16, kInt32 };
 int64_t size_of(DType dtype);
 const char* name_of(DType dtype);
 
-enum class BufferRole : uint8_t { kCodes, kScale, kScaleAbsmax, kScaleOffset, kZero, kExponent, kCodebook };
+enum class BufferRole : uint8_t {
+  kCodes,
+  kScale,
+  kScaleAbsmax,
+  kScaleOffset,
+  kZero,
+  kExponent,
+  kCodebook
+};
 
 struct BufferSpec {
   BufferRole role;

@@ -1,4 +1,5 @@
-// Borrowed threads. The caller (torch's pool, or a plain loop in GoogleTest) hands this in; the core starts no thread.
+// Borrowed threads. The caller (torch's pool, or a plain loop in GoogleTest) hands this in; the
+// core starts no thread.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +7,8 @@
 
 namespace bitfold {
 
-// body(begin, end) handles the half-open range; ranges may run concurrently and cover [0, n) exactly once. It must not throw.
+// body(begin, end) handles the half-open range; ranges may run concurrently and cover [0, n)
+// exactly once. It must not throw.
 using RangeBody = std::function<void(int64_t begin, int64_t end)>;
 
 // run(n, grain, body): splits [0, n) in pieces of at least `grain`.

@@ -13,8 +13,9 @@ namespace {
 constexpr float kSmallestNormalHalf = 6.103515625e-5f;  // 2^-14
 constexpr float kLargestHalf = 65504.0f;
 
-// The entry of kDynamicMap nearest to x in [-1, 1], taken at the nearest of 65536 equidistant points: a look-up, and the very
-// decision that bitsandbytes makes on the CPU (an exact search differs from it in 0.2 % of the scales).
+// The entry of kDynamicMap nearest to x in [-1, 1], taken at the nearest of 65536 equidistant
+// points: a look-up, and the very decision that bitsandbytes makes on the CPU (an exact search
+// differs from it in 0.2 % of the scales).
 uint8_t nearest_code(float x) {
   constexpr int kPoints = 65536;
   static const std::vector<uint8_t> table = [] {
@@ -22,7 +23,9 @@ uint8_t nearest_code(float x) {
     int code = 0;
     for (int i = 0; i < kPoints; ++i) {
       const double point = 2.0 * i / (kPoints - 1) - 1.0;
-      while (code < 255 && point > (static_cast<double>(kDynamicMap[code]) + kDynamicMap[code + 1]) / 2) ++code;
+      while (code < 255 &&
+             point > (static_cast<double>(kDynamicMap[code]) + kDynamicMap[code + 1]) / 2)
+        ++code;
       codes[static_cast<size_t>(i)] = static_cast<uint8_t>(code);
     }
     return codes;
@@ -41,7 +44,8 @@ int choose_exponent(const float* values, int64_t n) {
     if (magnitude > 0.0f) smallest = std::min(smallest, magnitude);
   }
   if (largest == 0.0f || (smallest >= kSmallestNormalHalf && largest <= kLargestHalf)) return 0;
-  // The largest lands in [2^14, 2^15): 28 binades of normals below it, and no overflow. Kept where 2^e is itself a normal float.
+  // The largest lands in [2^14, 2^15): 28 binades of normals below it, and no overflow. Kept where
+  // 2^e is itself a normal float.
   return std::clamp(std::ilogb(largest) - 14, -126, 127);
 }
 
@@ -57,7 +61,8 @@ void double_quantize(const float* scales, int64_t n, uint8_t* codes, float* absm
   for (int64_t begin = 0; begin < n; begin += kDoubleQuantBlock) {
     const int64_t end = std::min(begin + kDoubleQuantBlock, n);
     float largest = 0.0f;
-    for (int64_t i = begin; i < end; ++i) largest = std::max(largest, std::fabs(scales[i] - *offset));
+    for (int64_t i = begin; i < end; ++i)
+      largest = std::max(largest, std::fabs(scales[i] - *offset));
     absmax[begin / kDoubleQuantBlock] = largest;
     const float inverse = largest > 0.0f ? 1.0f / std::max(largest, 1e-38f) : 0.0f;
     for (int64_t i = begin; i < end; ++i) {
@@ -66,8 +71,10 @@ void double_quantize(const float* scales, int64_t n, uint8_t* codes, float* absm
   }
 }
 
-void double_dequantize(const uint8_t* codes, const float* absmax, float offset, int64_t n, float* scales) {
-  for (int64_t i = 0; i < n; ++i) scales[i] = kDynamicMap[codes[i]] * absmax[i / kDoubleQuantBlock] + offset;
+void double_dequantize(const uint8_t* codes, const float* absmax, float offset, int64_t n,
+                       float* scales) {
+  for (int64_t i = 0; i < n; ++i)
+    scales[i] = kDynamicMap[codes[i]] * absmax[i / kDoubleQuantBlock] + offset;
 }
 
 }  // namespace bitfold

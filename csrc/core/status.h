@@ -1,5 +1,5 @@
-// How core, cpu and solvers report failure: a code and a sentence. Nothing throws across a library border; csrc/torch and
-// csrc/python turn a Status into the exception of their world.
+// How core, cpu and solvers report failure: a code and a sentence. Nothing throws across a library
+// border; csrc/torch and csrc/python turn a Status into the exception of their world.
 #pragma once
 
 #include <string>

@@ -32,13 +32,27 @@ PackedView make_view(const Format& format, int64_t rows, int64_t cols, const voi
   for (const BufferSpec& spec : format.buffers(rows, cols)) {
     const void* data = buffers[i++];
     switch (spec.role) {
-      case BufferRole::kCodes: view.codes = static_cast<const uint8_t*>(data); break;
-      case BufferRole::kScale: view.scale = data; break;
-      case BufferRole::kScaleAbsmax: view.scale_absmax = static_cast<const float*>(data); break;
-      case BufferRole::kScaleOffset: view.scale_offset = *static_cast<const float*>(data); break;
-      case BufferRole::kZero: view.zero = data; break;
-      case BufferRole::kExponent: view.factor = std::ldexp(1.0f, *static_cast<const int8_t*>(data)); break;
-      case BufferRole::kCodebook: view.codebook = static_cast<const uint16_t*>(data); break;
+      case BufferRole::kCodes:
+        view.codes = static_cast<const uint8_t*>(data);
+        break;
+      case BufferRole::kScale:
+        view.scale = data;
+        break;
+      case BufferRole::kScaleAbsmax:
+        view.scale_absmax = static_cast<const float*>(data);
+        break;
+      case BufferRole::kScaleOffset:
+        view.scale_offset = *static_cast<const float*>(data);
+        break;
+      case BufferRole::kZero:
+        view.zero = data;
+        break;
+      case BufferRole::kExponent:
+        view.factor = std::ldexp(1.0f, *static_cast<const int8_t*>(data));
+        break;
+      case BufferRole::kCodebook:
+        view.codebook = static_cast<const uint16_t*>(data);
+        break;
     }
   }
   return view;
@@ -47,13 +61,16 @@ PackedView make_view(const Format& format, int64_t rows, int64_t cols, const voi
 float scale_of(const PackedView& view, int64_t row, int64_t group) {
   const int64_t at = row * view.scale_row_stride + group;
   switch (view.scale_kind) {
-    case ScaleKind::kFp32: return static_cast<const float*>(view.scale)[at];
-    case ScaleKind::kFp16: return half_to_float(static_cast<const uint16_t*>(view.scale)[at]) * view.factor;
+    case ScaleKind::kFp32:
+      return static_cast<const float*>(view.scale)[at];
+    case ScaleKind::kFp16:
+      return half_to_float(static_cast<const uint16_t*>(view.scale)[at]) * view.factor;
     case ScaleKind::kDoubleQuant: {
       const float level = kDynamicMap[static_cast<const uint8_t*>(view.scale)[at]];
       return level * view.scale_absmax[at / kDoubleQuantBlock] + view.scale_offset;
     }
-    case ScaleKind::kNone: return 1.0f;
+    case ScaleKind::kNone:
+      return 1.0f;
   }
   return 0.0f;
 }
@@ -61,21 +78,25 @@ float scale_of(const PackedView& view, int64_t row, int64_t group) {
 float zero_of(const PackedView& view, int64_t row, int64_t group) {
   const float middle = static_cast<float>(1 << (view.bits - 1));
   switch (view.zero_kind) {
-    case Zero::kNone: return middle;
-    case Zero::kMidrise: return middle - 0.5f;
+    case Zero::kNone:
+      return middle;
+    case Zero::kMidrise:
+      return middle - 0.5f;
     case Zero::kInt: {
       const uint8_t* packed = static_cast<const uint8_t*>(view.zero) + row * view.zero_row_bytes;
       return static_cast<float>(extract_code(packed, view.groups, view.bits, group));
     }
     case Zero::kFloat:
-      return half_to_float(static_cast<const uint16_t*>(view.zero)[row * view.scale_row_stride + group]);
+      return half_to_float(
+          static_cast<const uint16_t*>(view.zero)[row * view.scale_row_stride + group]);
   }
   return 0.0f;
 }
 
 float level_of(const PackedView& view, int64_t row, unsigned code) {
   if (view.family == Family::kFixedCodebook) return view.levels[code];
-  return half_to_float(view.codebook[row * view.scale_row_stride * (1 << view.bits) + code]) * view.factor;
+  return half_to_float(view.codebook[row * view.scale_row_stride * (1 << view.bits) + code]) *
+         view.factor;
 }
 
 }  // namespace bitfold

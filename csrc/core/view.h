@@ -1,4 +1,5 @@
-// Borrowed memory: what a kernel sees of a float matrix and of a packed weight. Pointers and sizes only; nothing here owns.
+// Borrowed memory: what a kernel sees of a float matrix and of a packed weight. Pointers and sizes
+// only; nothing here owns.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,8 @@ struct MatrixView {
 
 enum class ScaleKind : uint8_t { kFp32, kFp16, kDoubleQuant, kNone };
 
-// A packed weight, flattened for inner loops. value(r, c) = (code - zero) * scale for integer grids, levels[code] * scale for
-// codebooks; see docs/format.md.
+// A packed weight, flattened for inner loops. value(r, c) = (code - zero) * scale for integer
+// grids, levels[code] * scale for codebooks; see docs/format.md.
 struct PackedView {
   int bits;
   Family family;
@@ -34,19 +35,21 @@ struct PackedView {
   int64_t zero_row_bytes;    // integer zeros, packed like codes; 0 where one serves the tensor
 
   const uint8_t* codes;
-  const void* scale;             // by scale_kind: float, half bits, or double-quantization codes [scale rows, groups]
-  const float* scale_absmax;     // [blocks of 256], kDoubleQuant
-  float scale_offset;            // kDoubleQuant
-  float factor;                  // 2^exponent: multiplies fp16 scales and learned codebooks
-  const void* zero;              // packed integers or half bits
-  const uint16_t* codebook;      // half bits [scale rows, 2^bits], learned
-  const float* levels;           // [2^bits], fixed codebook
+  const void*
+      scale;  // by scale_kind: float, half bits, or double-quantization codes [scale rows, groups]
+  const float* scale_absmax;  // [blocks of 256], kDoubleQuant
+  float scale_offset;         // kDoubleQuant
+  float factor;               // 2^exponent: multiplies fp16 scales and learned codebooks
+  const void* zero;           // packed integers or half bits
+  const uint16_t* codebook;   // half bits [scale rows, 2^bits], learned
+  const float* levels;        // [2^bits], fixed codebook
 };
 
 // `buffers` in the order of Format::buffers. Values behind _offset and _exponent are read now.
 PackedView make_view(const Format& format, int64_t rows, int64_t cols, const void* const* buffers);
 
-// Scale and zero point of one group, in double-free float arithmetic exactly as every kernel computes them.
+// Scale and zero point of one group, in double-free float arithmetic exactly as every kernel
+// computes them.
 float scale_of(const PackedView& view, int64_t row, int64_t group);
 float zero_of(const PackedView& view, int64_t row, int64_t group);
 float level_of(const PackedView& view, int64_t row, unsigned code);

@@ -15,10 +15,12 @@ namespace {
 bool always() { return true; }
 
 #if defined(__x86_64__)
-// The builtins ask CPUID and, through XGETBV, whether the operating system saves the wide registers.
+// The builtins ask CPUID and, through XGETBV, whether the operating system saves the wide
+// registers.
 bool has_avx2() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
 }
 
 bool has_avx512() {
@@ -33,10 +35,10 @@ bool has_avx512() {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> list = {
 #if defined(__x86_64__)
-      {"avx512", "AVX-512 F/BW/VL/DQ", &has_avx512, &avx512::table},
-      {"avx2", "AVX2 with FMA and F16C", &has_avx2, &avx2::table},
+    {"avx512", "AVX-512 F/BW/VL/DQ", &has_avx512, &avx512::table},
+    {"avx2", "AVX2 with FMA and F16C", &has_avx2, &avx2::table},
 #endif
-      {"portable", "plain C++, any 64-bit CPU", &always, &portable::table},
+    {"portable", "plain C++, any 64-bit CPU", &always, &portable::table},
   };
   return list;
 }
@@ -47,14 +49,16 @@ Status choose_instruction_set(const char* forced, const InstructionSet** chosen)
     known += known.empty() ? isa.name : std::string(", ") + isa.name;
     if (forced ? strcmp(forced, isa.name) != 0 : !isa.supported()) continue;
     if (!isa.supported()) {
-      return Status::error(StatusCode::kInvalidArgument, std::string("BITFOLD_ISA=") + forced + ": this CPU lacks " +
-                                                             isa.description + "; unset it, or choose another");
+      return Status::error(StatusCode::kInvalidArgument, std::string("BITFOLD_ISA=") + forced +
+                                                             ": this CPU lacks " + isa.description +
+                                                             "; unset it, or choose another");
     }
     *chosen = &isa;
     return Status::success();
   }
-  return Status::error(StatusCode::kInvalidArgument,
-                       std::string("BITFOLD_ISA=") + forced + ": unknown instruction set; known: " + known);
+  return Status::error(
+      StatusCode::kInvalidArgument,
+      std::string("BITFOLD_ISA=") + forced + ": unknown instruction set; known: " + known);
 }
 
 const InstructionSet* active_instruction_set(Status* status) {

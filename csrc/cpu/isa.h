@@ -18,8 +18,8 @@ struct InstructionSet {
 // Best first.
 const std::vector<InstructionSet>& instruction_sets();
 
-// The first supported one, or the one that the environment variable BITFOLD_ISA names. Decided once; an unknown or unsupported
-// name is an error, never a quiet fallback.
+// The first supported one, or the one that the environment variable BITFOLD_ISA names. Decided
+// once; an unknown or unsupported name is an error, never a quiet fallback.
 Status choose_instruction_set(const char* forced, const InstructionSet** chosen);
 const InstructionSet* active_instruction_set(Status* status);
 

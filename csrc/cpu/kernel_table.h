@@ -1,6 +1,7 @@
-// The only thing that an instruction set exports: pointers to its hot functions. Every body works on sixteen lanes, whatever
-// the register width, and none lets the compiler fuse a multiplication with an addition unless it says so; so codes, scales and
-// dequantized weights are the same bits on every instruction set. Only dot products (gemm_*) differ, in the last bits.
+// The only thing that an instruction set exports: pointers to its hot functions. Every body works
+// on sixteen lanes, whatever the register width, and none lets the compiler fuse a multiplication
+// with an addition unless it says so; so codes, scales and dequantized weights are the same bits on
+// every instruction set. Only dot products (gemm_*) differ, in the last bits.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@ struct SpanStats {
   bool finite;
 };
 
-// Sums for a least-squares scale: w is approximated by d * scale, d the unit decode (code - zero, or the level).
+// Sums for a least-squares scale: w is approximated by d * scale, d the unit decode (code - zero,
+// or the level).
 struct SpanFit {
   float wd, dd;  // sum w * d, sum d * d
   float d;       // sum d
@@ -32,7 +34,8 @@ struct KernelTable {
   SpanFit (*fit_grid)(const float* w, int64_t n, const Grid& grid);
   SpanFit (*fit_codebook)(const float* w, int64_t n, float scale, const Codebook& book);
   void (*encode_grid)(const float* w, int64_t n, const Grid& grid, uint8_t* codes);
-  void (*encode_codebook)(const float* w, int64_t n, float scale, const Codebook& book, uint8_t* codes);
+  void (*encode_codebook)(const float* w, int64_t n, float scale, const Codebook& book,
+                          uint8_t* codes);
 
   // out[n] = w[row, col .. col + n); col a multiple of 16.
   void (*decode)(const PackedView& view, int64_t row, int64_t col, int64_t n, float* out);
@@ -42,11 +45,11 @@ struct KernelTable {
   void (*from_float)(const float* source, int64_t n, FloatType dtype, void* out);
 
   // y[m, n] += x[m, k] * w[n, k]^T; leading dimensions in elements, all rows contiguous.
-  void (*gemm_nt)(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y, int64_t ldy, int64_t m, int64_t n,
-                  int64_t k);
+  void (*gemm_nt)(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y, int64_t ldy,
+                  int64_t m, int64_t n, int64_t k);
   // y[m, k] += g[m, n] * w[n, k].
-  void (*gemm_nn)(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y, int64_t ldy, int64_t m, int64_t n,
-                  int64_t k);
+  void (*gemm_nn)(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y, int64_t ldy,
+                  int64_t m, int64_t n, int64_t k);
 };
 
 // The inverse that encoders multiply with; bitsandbytes' clamp keeps an all-zero block finite.

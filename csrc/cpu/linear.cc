@@ -6,8 +6,9 @@
 namespace bitfold {
 namespace {
 
-// The piece of a weight that is float at any moment. With many activations it is reused from L2; with few, bytes of the packed
-// weight are what is waited for, so rows are read in long streams that the prefetcher follows.
+// The piece of a weight that is float at any moment. With many activations it is reused from L2;
+// with few, bytes of the packed weight are what is waited for, so rows are read in long streams
+// that the prefetcher follows.
 struct Tile {
   int64_t rows, cols;
 };
@@ -16,8 +17,10 @@ constexpr Tile kStreamTile = {4, 2048};
 constexpr int64_t kFewActivations = 16;
 constexpr int64_t kPieceCols = 512;  // a row on its way to half or bfloat16
 
-constexpr int64_t kBatchRows = 1024; // activations widened to float at a time: bounds scratch for huge batches
-// A range handed to one thread should decode at least this many weights, or starting it costs more than it saves.
+constexpr int64_t kBatchRows =
+    1024;  // activations widened to float at a time: bounds scratch for huge batches
+// A range handed to one thread should decode at least this many weights, or starting it costs more
+// than it saves.
 constexpr int64_t kGrainWeights = 1 << 16;
 
 int64_t grain_for(int64_t weights_per_item) {
@@ -27,7 +30,8 @@ int64_t grain_for(int64_t weights_per_item) {
 // A float32 view of contiguous rows; copies only if they are narrower.
 class FloatRows {
  public:
-  FloatRows(const KernelTable& k, const void* data, FloatType dtype, int64_t rows, int64_t cols, const Parallel& parallel) {
+  FloatRows(const KernelTable& k, const void* data, FloatType dtype, int64_t rows, int64_t cols,
+            const Parallel& parallel) {
     if (dtype == FloatType::kFloat32) {
       data_ = static_cast<const float*>(data);
       return;
@@ -54,7 +58,8 @@ const void* advance(const void* data, FloatType dtype, int64_t elements) {
 }
 
 // One row of the result, decoded piecewise.
-void decode_row(const KernelTable& k, const PackedView& w, int64_t row, FloatType dtype, void* out) {
+void decode_row(const KernelTable& k, const PackedView& w, int64_t row, FloatType dtype,
+                void* out) {
   if (dtype == FloatType::kFloat32) return k.decode(w, row, 0, w.cols, static_cast<float*>(out));
   float piece[kPieceCols];
   for (int64_t col = 0; col < w.cols; col += kPieceCols) {
@@ -66,21 +71,24 @@ void decode_row(const KernelTable& k, const PackedView& w, int64_t row, FloatTyp
 
 }  // namespace
 
-void dequantize(const KernelTable& k, const PackedView& w, FloatType dtype, void* out, const Parallel& parallel) {
+void dequantize(const KernelTable& k, const PackedView& w, FloatType dtype, void* out,
+                const Parallel& parallel) {
   parallel(w.rows, grain_for(w.cols), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) decode_row(k, w, r, dtype, advance(out, dtype, r * w.cols));
+    for (int64_t r = begin; r < end; ++r)
+      decode_row(k, w, r, dtype, advance(out, dtype, r * w.cols));
   });
 }
 
-void embedding(const KernelTable& k, const PackedView& w, const int64_t* indices, int64_t count, FloatType dtype, void* out,
-               const Parallel& parallel) {
+void embedding(const KernelTable& k, const PackedView& w, const int64_t* indices, int64_t count,
+               FloatType dtype, void* out, const Parallel& parallel) {
   parallel(count, grain_for(w.cols), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) decode_row(k, w, indices[i], dtype, advance(out, dtype, i * w.cols));
+    for (int64_t i = begin; i < end; ++i)
+      decode_row(k, w, indices[i], dtype, advance(out, dtype, i * w.cols));
   });
 }
 
-void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m, const void* bias, FloatType dtype, void* y,
-            const Parallel& parallel) {
+void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m, const void* bias,
+            FloatType dtype, void* y, const Parallel& parallel) {
   const FloatRows bias_f(k, bias, dtype, bias ? 1 : 0, w.rows, run_serially);
   for (int64_t m0 = 0; m0 < m; m0 += kBatchRows) {
     const int64_t batch = std::min(kBatchRows, m - m0);
@@ -100,41 +108,49 @@ void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
         }
         for (int64_t col = 0; col < w.cols; col += tile.cols) {
           const int64_t n = std::min(tile.cols, w.cols - col);
-          for (int64_t r = 0; r < rows; ++r) k.decode(w, r0 + r, col, n, decoded.data() + r * tile.cols);
-          k.gemm_nt(x_f.data() + col, w.cols, decoded.data(), tile.cols, sums.data(), tile.rows, batch, rows, n);
+          for (int64_t r = 0; r < rows; ++r)
+            k.decode(w, r0 + r, col, n, decoded.data() + r * tile.cols);
+          k.gemm_nt(x_f.data() + col, w.cols, decoded.data(), tile.cols, sums.data(), tile.rows,
+                    batch, rows, n);
         }
         for (int64_t i = 0; i < batch; ++i) {
-          k.from_float(sums.data() + i * tile.rows, rows, dtype, advance(y, dtype, (m0 + i) * w.rows + r0));
+          k.from_float(sums.data() + i * tile.rows, rows, dtype,
+                       advance(y, dtype, (m0 + i) * w.rows + r0));
         }
       }
     });
   }
 }
 
-void linear_grad_input(const KernelTable& k, const PackedView& w, const void* g, int64_t m, FloatType dtype, void* gx,
-                       const Parallel& parallel) {
-  // Threads own column strips, so that no two of them add to the same gradient; narrow strips where the matrix is small.
+void linear_grad_input(const KernelTable& k, const PackedView& w, const void* g, int64_t m,
+                       FloatType dtype, void* gx, const Parallel& parallel) {
+  // Threads own column strips, so that no two of them add to the same gradient; narrow strips where
+  // the matrix is small.
   const int64_t strip = w.cols >= 4 * kWideTile.cols ? kWideTile.cols : 128;
   for (int64_t m0 = 0; m0 < m; m0 += kBatchRows) {
     const int64_t batch = std::min(kBatchRows, m - m0);
     const FloatRows g_f(k, advance(g, dtype, m0 * w.rows), dtype, batch, w.rows, parallel);
-    parallel((w.cols + strip - 1) / strip, grain_for(strip * w.rows), [&](int64_t begin, int64_t end) {
-      std::vector<float> decoded(static_cast<size_t>(kWideTile.rows * strip));
-      std::vector<float> sums(static_cast<size_t>(batch * strip));
-      for (int64_t s = begin; s < end; ++s) {
-        const int64_t col = s * strip;
-        const int64_t n = std::min(strip, w.cols - col);
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        for (int64_t r0 = 0; r0 < w.rows; r0 += kWideTile.rows) {
-          const int64_t rows = std::min(kWideTile.rows, w.rows - r0);
-          for (int64_t r = 0; r < rows; ++r) k.decode(w, r0 + r, col, n, decoded.data() + r * strip);
-          k.gemm_nn(g_f.data() + r0, w.rows, decoded.data(), strip, sums.data(), strip, batch, rows, n);
-        }
-        for (int64_t i = 0; i < batch; ++i) {
-          k.from_float(sums.data() + i * strip, n, dtype, advance(gx, dtype, (m0 + i) * w.cols + col));
-        }
-      }
-    });
+    parallel((w.cols + strip - 1) / strip, grain_for(strip * w.rows),
+             [&](int64_t begin, int64_t end) {
+               std::vector<float> decoded(static_cast<size_t>(kWideTile.rows * strip));
+               std::vector<float> sums(static_cast<size_t>(batch * strip));
+               for (int64_t s = begin; s < end; ++s) {
+                 const int64_t col = s * strip;
+                 const int64_t n = std::min(strip, w.cols - col);
+                 std::fill(sums.begin(), sums.end(), 0.0f);
+                 for (int64_t r0 = 0; r0 < w.rows; r0 += kWideTile.rows) {
+                   const int64_t rows = std::min(kWideTile.rows, w.rows - r0);
+                   for (int64_t r = 0; r < rows; ++r)
+                     k.decode(w, r0 + r, col, n, decoded.data() + r * strip);
+                   k.gemm_nn(g_f.data() + r0, w.rows, decoded.data(), strip, sums.data(), strip,
+                             batch, rows, n);
+                 }
+                 for (int64_t i = 0; i < batch; ++i) {
+                   k.from_float(sums.data() + i * strip, n, dtype,
+                                advance(gx, dtype, (m0 + i) * w.cols + col));
+                 }
+               }
+             });
   }
 }
 

@@ -29,8 +29,8 @@ using Shape = std::pair<int64_t, int64_t>;
 
 void check_shape(const Shape& shape) {
   if (shape.first < 1 || shape.second < 1) {
-    raise_format_error("shape must be (out, in) with both at least 1, got (" + std::to_string(shape.first) + ", " +
-                       std::to_string(shape.second) + ")");
+    raise_format_error("shape must be (out, in) with both at least 1, got (" +
+                       std::to_string(shape.first) + ", " + std::to_string(shape.second) + ")");
   }
 }
 
@@ -40,10 +40,14 @@ const char* grouping_name(const Format& f) {
 
 const char* zero_name(const Format& f) {
   switch (f.zero) {
-    case Zero::kNone: return "none";
-    case Zero::kInt: return "int";
-    case Zero::kFloat: return "float";
-    case Zero::kMidrise: return "midrise";
+    case Zero::kNone:
+      return "none";
+    case Zero::kInt:
+      return "int";
+    case Zero::kFloat:
+      return "float";
+    case Zero::kMidrise:
+      return "midrise";
   }
   return "";
 }
@@ -57,7 +61,8 @@ py::object levels_of(const Format& f) {
 py::list list_of(const std::vector<BufferSpec>& buffers) {
   py::list result;
   for (const BufferSpec& spec : buffers) {
-    result.append(py::make_tuple(spec.suffix, name_of(spec.dtype), py::tuple(py::cast(spec.shape))));
+    result.append(
+        py::make_tuple(spec.suffix, name_of(spec.dtype), py::tuple(py::cast(spec.shape))));
   }
   return result;
 }
@@ -77,7 +82,8 @@ py::list buffers_of_spec(const std::vector<int64_t>& spec) {
 
 py::list codes() {
   py::list result;
-  for (const ElementCode& e : element_codes()) result.append(py::make_tuple(e.name, e.bits, e.remark));
+  for (const ElementCode& e : element_codes())
+    result.append(py::make_tuple(e.name, e.bits, e.remark));
   return result;
 }
 
@@ -91,10 +97,13 @@ py::list instruction_set_list() {
 
 py::bytes pack_bits(const py::bytes& codes, int64_t cols, int bits) {
   const std::string_view source = codes;
-  if (cols < 1 || source.size() % static_cast<size_t>(cols) != 0 || packed_row_bytes(1, bits) == 0) {
-    throw py::value_error("pack_bits(): codes must be whole rows of cols >= 1 bytes, and bits 2, 3, 4 or 8");
+  if (cols < 1 || source.size() % static_cast<size_t>(cols) != 0 ||
+      packed_row_bytes(1, bits) == 0) {
+    throw py::value_error(
+        "pack_bits(): codes must be whole rows of cols >= 1 bytes, and bits 2, 3, 4 or 8");
   }
-  const int64_t rows = static_cast<int64_t>(source.size()) / cols, row_bytes = packed_row_bytes(cols, bits);
+  const int64_t rows = static_cast<int64_t>(source.size()) / cols,
+                row_bytes = packed_row_bytes(cols, bits);
   std::string out(static_cast<size_t>(rows * row_bytes), '\0');
   for (int64_t r = 0; r < rows; ++r) {
     pack_row(reinterpret_cast<const uint8_t*>(source.data()) + r * cols, cols, bits,
@@ -107,7 +116,8 @@ py::bytes unpack_bits(const py::bytes& packed, int64_t cols, int bits) {
   const std::string_view source = packed;
   const int64_t row_bytes = cols >= 1 ? packed_row_bytes(cols, bits) : 0;
   if (row_bytes == 0 || source.size() % static_cast<size_t>(row_bytes) != 0) {
-    throw py::value_error("unpack_bits(): packed must be whole rows for cols >= 1 and bits 2, 3, 4 or 8");
+    throw py::value_error(
+        "unpack_bits(): packed must be whole rows for cols >= 1 and bits 2, 3, 4 or 8");
   }
   const int64_t rows = static_cast<int64_t>(source.size()) / row_bytes;
   std::string out(static_cast<size_t>(rows * cols), '\0');
@@ -149,16 +159,21 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Format>(m, "Format", kFormatDoc)
       .def(py::init(&parse_or_raise), py::arg("text"))
       .def(py::init([](const Format& other) { return other; }), py::arg("format"))
-      .def_static("parse", &parse_or_raise, py::arg("text"), "The format that `text` names; same as Format(text).")
+      .def_static("parse", &parse_or_raise, py::arg("text"),
+                  "The format that `text` names; same as Format(text).")
       .def("__str__", &Format::to_string)
       .def("__repr__", [](const Format& f) { return "Format('" + f.to_string() + "')"; })
-      .def("__eq__", [](const Format& a, const Format& b) { return a == b; }, py::is_operator())
+      .def(
+          "__eq__", [](const Format& a, const Format& b) { return a == b; }, py::is_operator())
       .def("__hash__", [](const Format& f) { return py::hash(py::str(f.to_string())); })
-      .def(py::pickle([](const Format& f) { return py::make_tuple(f.to_string()); },
-                      [](const py::tuple& state) { return parse_or_raise(state[0].cast<std::string>()); }))
-      .def_property_readonly("code", [](const Format& f) { return f.element().name; }, "Element code, such as 'nf4'.")
+      .def(py::pickle(
+          [](const Format& f) { return py::make_tuple(f.to_string()); },
+          [](const py::tuple& state) { return parse_or_raise(state[0].cast<std::string>()); }))
+      .def_property_readonly(
+          "code", [](const Format& f) { return f.element().name; }, "Element code, such as 'nf4'.")
       .def_property_readonly("bits", &Format::bits, "Bits of one code: 2, 3, 4 or 8.")
-      .def_property_readonly("grouping", &grouping_name, "What shares a scale: 'group', 'row' or 'tensor'.")
+      .def_property_readonly("grouping", &grouping_name,
+                             "What shares a scale: 'group', 'row' or 'tensor'.")
       .def_property_readonly(
           "group_size",
           [](const Format& f) -> std::optional<int64_t> {
@@ -166,13 +181,16 @@ PYBIND11_MODULE(_C, m) {
           },
           "Weights per group along a row, or None.")
       .def_property_readonly("zero", &zero_name, "Zero point: 'none', 'int', 'float' or 'midrise'.")
-      .def_readonly("double_quant", &Format::double_quant, "Whether scales are stored as 8-bit codes.")
+      .def_readonly("double_quant", &Format::double_quant,
+                    "Whether scales are stored as 8-bit codes.")
       .def_property_readonly(
-          "default_method", [](const Format& f) { return f.element().method == Method::kRound ? "round" : "search"; },
+          "default_method",
+          [](const Format& f) { return f.element().method == Method::kRound ? "round" : "search"; },
           "How scales are chosen unless asked otherwise.")
       .def_property_readonly("levels", &levels_of, "The fixed levels by code, or None.")
       .def("buffers", &buffers_of, py::arg("shape"),
-           "[(suffix, dtype name, shape), …] of the stored tensors for a weight (out, in), in the order ops take them.")
+           "[(suffix, dtype name, shape), …] of the stored tensors for a weight (out, in), in the "
+           "order ops take them.")
       .def(
           "nbytes",
           [](const Format& f, const Shape& shape) {
@@ -184,7 +202,8 @@ PYBIND11_MODULE(_C, m) {
           "bits_per_weight",
           [](const Format& f, const Shape& shape) {
             check_shape(shape);
-            const double weights = static_cast<double>(shape.first) * static_cast<double>(shape.second);
+            const double weights =
+                static_cast<double>(shape.first) * static_cast<double>(shape.second);
             return 8.0 * static_cast<double>(f.nbytes(shape.first, shape.second)) / weights;
           },
           py::arg("shape"), "8 x nbytes / (out x in).")
@@ -196,15 +215,18 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("shape"), "The ints that torch.ops.bitfold.* take for a weight (out, in).");
 
-  m.def("buffers_of_spec", &buffers_of_spec, py::arg("spec"), "Format.buffers for the ints of Format.spec.");
+  m.def("buffers_of_spec", &buffers_of_spec, py::arg("spec"),
+        "Format.buffers for the ints of Format.spec.");
   m.def("codes", &codes, "[(name, bits, remark), …] of all element codes.");
-  m.def("instruction_sets", &instruction_set_list, "[(name, description, supported here), …], best first.");
+  m.def("instruction_sets", &instruction_set_list,
+        "[(name, description, supported here), …], best first.");
   m.def("pack_bits", &pack_bits, py::arg("codes"), py::arg("cols"), py::arg("bits"),
         "Rows of codes (one per byte) to packed rows; for tools without torch.");
   m.def("unpack_bits", &unpack_bits, py::arg("packed"), py::arg("cols"), py::arg("bits"),
         "Packed rows to one code per byte.");
-  m.def("set_format_error", [](py::object error) { g_format_error = std::move(error); }, py::arg("error"),
-        "Names the exception class that a bad format string raises.");
+  m.def(
+      "set_format_error", [](py::object error) { g_format_error = std::move(error); },
+      py::arg("error"), "Names the exception class that a bad format string raises.");
   m.def(
       "build_info",
       [] {

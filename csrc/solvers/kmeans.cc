@@ -33,9 +33,10 @@ double lloyd(const WeightedPoints& points, const Prefix& prefix, std::vector<dou
       size_t end = points.value.size();
       if (j + 1 < levels->size()) {
         const double middle = (level + (*levels)[j + 1]) / 2;
-        end = static_cast<size_t>(std::upper_bound(points.value.begin() + static_cast<int64_t>(begin),
-                                                   points.value.end(), middle) -
-                                  points.value.begin());
+        end =
+            static_cast<size_t>(std::upper_bound(points.value.begin() + static_cast<int64_t>(begin),
+                                                 points.value.end(), middle) -
+                                points.value.begin());
       }
       const double w = prefix.w[end] - prefix.w[begin];
       const double wx = prefix.wx[end] - prefix.wx[begin];
@@ -93,15 +94,17 @@ WeightedPoints PointHistogram::points() const {
 
 std::vector<float> kmeans(const WeightedPoints& points, int k) {
   const size_t count = points.value.size();
-  std::vector<float> result(static_cast<size_t>(k), count ? static_cast<float>(points.value.back()) : 0.0f);
+  std::vector<float> result(static_cast<size_t>(k),
+                            count ? static_cast<float>(points.value.back()) : 0.0f);
   if (count <= result.size()) {
     std::transform(points.value.begin(), points.value.end(), result.begin(),
                    [](double v) { return static_cast<float>(v); });
     return result;
   }
   const Prefix prefix(points);
-  // Two starts, the better end wins. Optimal levels of a density p lie as p^(1/3) (Panter and Dite 1951), which for a normal
-  // density is again normal, 3 times the variance: close to the optimum for bell shapes. Equal width suits flat ones and outliers.
+  // Two starts, the better end wins. Optimal levels of a density p lie as p^(1/3) (Panter and Dite
+  // 1951), which for a normal density is again normal, 3 times the variance: close to the optimum
+  // for bell shapes. Equal width suits flat ones and outliers.
   const double total = prefix.w.back();
   const double mean = prefix.wx.back() / total;
   const double spread = std::sqrt(std::max(0.0, prefix.wxx.back() / total - mean * mean));
@@ -109,14 +112,17 @@ std::vector<float> kmeans(const WeightedPoints& points, int k) {
   std::vector<double> bell(static_cast<size_t>(k)), flat(bell.size());
   for (size_t j = 0; j < bell.size(); ++j) {
     const double share = (static_cast<double>(j) + 0.5) / k;
-    // The logistic quantile, scaled to the same variance, stands in for the normal one: this is only a start.
+    // The logistic quantile, scaled to the same variance, stands in for the normal one: this is
+    // only a start.
     const double quantile = std::log(share / (1.0 - share)) * std::sqrt(3.0) / M_PI;
     bell[j] = std::clamp(mean + std::sqrt(3.0) * spread * quantile, low, high);
     flat[j] = low + share * (high - low);
   }
-  std::vector<double>& best = lloyd(points, prefix, &bell) <= lloyd(points, prefix, &flat) ? bell : flat;
+  std::vector<double>& best =
+      lloyd(points, prefix, &bell) <= lloyd(points, prefix, &flat) ? bell : flat;
   std::sort(best.begin(), best.end());
-  std::transform(best.begin(), best.end(), result.begin(), [](double v) { return static_cast<float>(v); });
+  std::transform(best.begin(), best.end(), result.begin(),
+                 [](double v) { return static_cast<float>(v); });
   return result;
 }
 

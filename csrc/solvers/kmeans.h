@@ -14,8 +14,8 @@ struct WeightedPoints {  // ascending values
 // The distinct values of w[n], ascending, with their multiplicity.
 WeightedPoints points_of(const float* w, int64_t n);
 
-// Collects a stream of weights of any length in 65536 bins by the leading 16 bits of each float (relative width 2^-7), each
-// represented by the mean of what fell in it.
+// Collects a stream of weights of any length in 65536 bins by the leading 16 bits of each float
+// (relative width 2^-7), each represented by the mean of what fell in it.
 class PointHistogram {
  public:
   PointHistogram();
@@ -26,7 +26,8 @@ class PointHistogram {
   std::vector<double> count_, sum_;
 };
 
-// k ascending levels that (locally) minimize the weighted squared distance; exact where there are at most k distinct values.
+// k ascending levels that (locally) minimize the weighted squared distance; exact where there are
+// at most k distinct values.
 std::vector<float> kmeans(const WeightedPoints& points, int k);
 
 }  // namespace bitfold

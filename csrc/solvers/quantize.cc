@@ -16,13 +16,16 @@ namespace {
 
 constexpr int64_t kGrainWeights = 1 << 15;
 
-int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, kGrainWeights / std::max<int64_t>(1, cols)); }
+int64_t row_grain(int64_t cols) {
+  return std::max<int64_t>(1, kGrainWeights / std::max<int64_t>(1, cols));
+}
 
 // Rows of the source as float32; contiguous float32 rows are read in place.
 class RowReader {
  public:
   RowReader(const KernelTable& k, const MatrixView& w) : k_(k), w_(w) {
-    if (w.dtype != FloatType::kFloat32 || w.col_stride != 1) row_.resize(static_cast<size_t>(w.cols));
+    if (w.dtype != FloatType::kFloat32 || w.col_stride != 1)
+      row_.resize(static_cast<size_t>(w.cols));
     if (w.col_stride != 1 && w.dtype != FloatType::kFloat32) gathered_.resize(row_.size());
   }
 
@@ -30,12 +33,14 @@ class RowReader {
     if (w_.dtype == FloatType::kFloat32) {
       const float* source = static_cast<const float*>(w_.data) + r * w_.row_stride;
       if (w_.col_stride == 1) return source;
-      for (int64_t c = 0; c < w_.cols; ++c) row_[static_cast<size_t>(c)] = source[c * w_.col_stride];
+      for (int64_t c = 0; c < w_.cols; ++c)
+        row_[static_cast<size_t>(c)] = source[c * w_.col_stride];
       return row_.data();
     }
     const uint16_t* source = static_cast<const uint16_t*>(w_.data) + r * w_.row_stride;
     if (w_.col_stride != 1) {
-      for (int64_t c = 0; c < w_.cols; ++c) gathered_[static_cast<size_t>(c)] = source[c * w_.col_stride];
+      for (int64_t c = 0; c < w_.cols; ++c)
+        gathered_[static_cast<size_t>(c)] = source[c * w_.col_stride];
       source = gathered_.data();
     }
     k_.to_float(source, w_.dtype, w_.cols, row_.data());
@@ -51,8 +56,8 @@ class RowReader {
 
 class Quantizer {
  public:
-  Quantizer(const KernelTable& k, const Format& format, Method method, const MatrixView& w, void* const* buffers,
-            const Parallel& parallel)
+  Quantizer(const KernelTable& k, const Format& format, Method method, const MatrixView& w,
+            void* const* buffers, const Parallel& parallel)
       : k_(k),
         format_(format),
         method_(method),
@@ -121,10 +126,12 @@ class Quantizer {
   Status describe_bad_row() const {
     RowReader reader(k_, w_);
     const float* row = reader(bad_row_);
-    const int64_t col = std::find_if(row, row + w_.cols, [](float v) { return !std::isfinite(v); }) - row;
-    return Status::error(StatusCode::kNonFinite,
-                         "weight[" + std::to_string(bad_row_) + ", " + std::to_string(col) + "] is " +
-                             (std::isnan(row[col]) ? "NaN" : "infinite") + "; every weight must be finite");
+    const int64_t col =
+        std::find_if(row, row + w_.cols, [](float v) { return !std::isfinite(v); }) - row;
+    return Status::error(StatusCode::kNonFinite, "weight[" + std::to_string(bad_row_) + ", " +
+                                                     std::to_string(col) + "] is " +
+                                                     (std::isnan(row[col]) ? "NaN" : "infinite") +
+                                                     "; every weight must be finite");
   }
 
   void choose_for_groups() {
@@ -134,8 +141,9 @@ class Quantizer {
         const int64_t n = std::min(group_size_, w_.cols - g * group_size_);
         const SpanStats stats = k_.stats(w, n);
         if (!stats.finite) return note_bad_row(r);
-        set(r * groups_ + g, choose(stats, n, {[&](const ScaleChoice& c) { return error(w, n, c); },
-                                               [&](const ScaleChoice& c) { return fit(w, n, c); }}));
+        set(r * groups_ + g, choose(stats, n,
+                                    {[&](const ScaleChoice& c) { return error(w, n, c); },
+                                     [&](const ScaleChoice& c) { return fit(w, n, c); }}));
       }
     });
   }
@@ -168,7 +176,9 @@ class Quantizer {
     };
     std::vector<SpanFit> row_fits(row_stats.size());
     probe.fit = [&](const ScaleChoice& c) {
-      parallel_rows([&](int64_t r, const float* row, uint8_t*) { row_fits[static_cast<size_t>(r)] = fit(row, w_.cols, c); });
+      parallel_rows([&](int64_t r, const float* row, uint8_t*) {
+        row_fits[static_cast<size_t>(r)] = fit(row, w_.cols, c);
+      });
       double wd = 0.0, dd = 0.0, d = 0.0;
       for (const SpanFit& one : row_fits) {
         wd += one.wd;
@@ -181,7 +191,8 @@ class Quantizer {
   }
 
   ScaleChoice choose(const SpanStats& stats, int64_t n, const GroupProbe& probe) const {
-    return method_ == Method::kRound ? round_scale(format_, stats) : search_scale(format_, stats, n, probe);
+    return method_ == Method::kRound ? round_scale(format_, stats)
+                                     : search_scale(format_, stats, n, probe);
   }
 
   void set(int64_t at, const ScaleChoice& choice) {
@@ -189,8 +200,9 @@ class Quantizer {
     zeros_[static_cast<size_t>(at)] = choice.zero;
   }
 
-  // Writes scales and zero points, and replaces those in memory by what a reader will decode, so that codes are chosen against
-  // the stored values. The exception: a codebook with absmax scales keeps the exact absmax, as bitsandbytes does.
+  // Writes scales and zero points, and replaces those in memory by what a reader will decode, so
+  // that codes are chosen against the stored values. The exception: a codebook with absmax scales
+  // keeps the exact absmax, as bitsandbytes does.
   void store_scales() {
     const auto n = static_cast<int64_t>(scales_.size());
     const bool exact = format_.family() == Family::kFixedCodebook && method_ == Method::kRound;
@@ -217,9 +229,11 @@ class Quantizer {
       std::vector<uint8_t> codes(static_cast<size_t>(groups_));
       for (int64_t r = 0; r < scale_rows_; ++r) {
         for (int64_t g = 0; g < groups_; ++g) {
-          codes[static_cast<size_t>(g)] = static_cast<uint8_t>(zeros_[static_cast<size_t>(r * groups_ + g)]);
+          codes[static_cast<size_t>(g)] =
+              static_cast<uint8_t>(zeros_[static_cast<size_t>(r * groups_ + g)]);
         }
-        pack_row(codes.data(), groups_, format_.bits(), buffer<uint8_t>(BufferRole::kZero) + r * bytes);
+        pack_row(codes.data(), groups_, format_.bits(),
+                 buffer<uint8_t>(BufferRole::kZero) + r * bytes);
       }
     }
   }
@@ -275,7 +289,8 @@ class Quantizer {
         }
       }
     }
-    pack_row(codes, w_.cols, bits, buffer<uint8_t>(BufferRole::kCodes) + r * packed_row_bytes(w_.cols, bits));
+    pack_row(codes, w_.cols, bits,
+             buffer<uint8_t>(BufferRole::kCodes) + r * packed_row_bytes(w_.cols, bits));
   }
 
   const KernelTable& k_;
@@ -291,11 +306,12 @@ class Quantizer {
 
 }  // namespace
 
-Status quantize(const KernelTable& k, const Format& format, Method method, const MatrixView& w, void* const* buffers,
-                const Parallel& parallel) {
+Status quantize(const KernelTable& k, const Format& format, Method method, const MatrixView& w,
+                void* const* buffers, const Parallel& parallel) {
   if (w.rows <= 0 || w.cols <= 0) {
-    return Status::error(StatusCode::kInvalidArgument, "weight must have at least one row and one column, got [" +
-                                                           std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
+    return Status::error(StatusCode::kInvalidArgument,
+                         "weight must have at least one row and one column, got [" +
+                             std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
   }
   return Quantizer(k, format, method, w, buffers, parallel).run();
 }

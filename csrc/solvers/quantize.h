@@ -7,9 +7,10 @@
 
 namespace bitfold {
 
-// Fills `buffers` (allocated, in the order and sizes of Format::buffers(w.rows, w.cols)). Same bits on every instruction set and
-// for every number of threads. Fails on NaN and infinity, naming the place; the buffers are then unspecified.
-Status quantize(const KernelTable& k, const Format& format, Method method, const MatrixView& w, void* const* buffers,
-                const Parallel& parallel);
+// Fills `buffers` (allocated, in the order and sizes of Format::buffers(w.rows, w.cols)). Same bits
+// on every instruction set and for every number of threads. Fails on NaN and infinity, naming the
+// place; the buffers are then unspecified.
+Status quantize(const KernelTable& k, const Format& format, Method method, const MatrixView& w,
+                void* const* buffers, const Parallel& parallel);
 
 }  // namespace bitfold

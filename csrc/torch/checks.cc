@@ -16,23 +16,35 @@ void check(const Status& status, const char* op) {
 
 std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  for (int64_t i = 0; i < tensor.dim(); ++i)
+    text += (i ? ", " : "") + std::to_string(tensor.size(i));
   return text + "]";
 }
 
 const char* name_of(ScalarType dtype) {
   switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Char: return "int8";
-    case ScalarType::Short: return "int16";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Bool: return "bool";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Bool:
+      return "bool";
+    default:
+      return "another dtype";
   }
 }
 
@@ -54,11 +66,15 @@ const Parallel& torch_parallel() {
 
 FloatType float_type(ScalarType dtype, const char* op, const char* argument) {
   switch (dtype) {
-    case ScalarType::Float: return FloatType::kFloat32;
-    case ScalarType::Half: return FloatType::kFloat16;
-    case ScalarType::BFloat16: return FloatType::kBFloat16;
+    case ScalarType::Float:
+      return FloatType::kFloat32;
+    case ScalarType::Half:
+      return FloatType::kFloat16;
+    case ScalarType::BFloat16:
+      return FloatType::kBFloat16;
     default:
-      fail(op, std::string(argument) + " must be float32, float16 or bfloat16, got " + name_of(dtype));
+      fail(op,
+           std::string(argument) + " must be float32, float16 or bfloat16, got " + name_of(dtype));
   }
 }
 
@@ -69,7 +85,9 @@ ScalarType scalar_type(FloatType dtype) {
 }
 
 ScalarType scalar_type(DType dtype) {
-  return dtype == DType::kInt8 ? ScalarType::Char : dtype == DType::kInt16 ? ScalarType::Short : ScalarType::Int;
+  return dtype == DType::kInt8    ? ScalarType::Char
+         : dtype == DType::kInt16 ? ScalarType::Short
+                                  : ScalarType::Int;
 }
 
 Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op) {
@@ -88,12 +106,14 @@ Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spe
     int64_t numel = 1;
     for (int64_t extent : want.shape) numel *= extent;
     const ScalarType dtype = scalar_type(want.dtype);
-    if (got.scalar_type() != dtype || got.numel() != numel || !got.is_cpu() || !got.is_contiguous()) {
-      fail(op, "weight" + std::string(want.suffix) + where + " must be a contiguous " + name_of(dtype) +
-                   " CPU tensor of " + std::to_string(numel) + " elements for [out, in] = [" +
-                   std::to_string(result.rows) + ", " + std::to_string(result.cols) + "], got " +
-                   (got.is_contiguous() ? "" : "non-contiguous ") + name_of(got.scalar_type()) + " " + shape_of(got) +
-                   (got.is_cpu() ? "" : " on another device"));
+    if (got.scalar_type() != dtype || got.numel() != numel || !got.is_cpu() ||
+        !got.is_contiguous()) {
+      fail(op, "weight" + std::string(want.suffix) + where + " must be a contiguous " +
+                   name_of(dtype) + " CPU tensor of " + std::to_string(numel) +
+                   " elements for [out, in] = [" + std::to_string(result.rows) + ", " +
+                   std::to_string(result.cols) + "], got " +
+                   (got.is_contiguous() ? "" : "non-contiguous ") + name_of(got.scalar_type()) +
+                   " " + shape_of(got) + (got.is_cpu() ? "" : " on another device"));
     }
     data[i] = got.const_data_ptr();
   }

@@ -1,4 +1,5 @@
-// From tensors to views, with the argument checks that word the messages. The only folder that sees torch; no arithmetic here.
+// From tensors to views, with the argument checks that word the messages. The only folder that sees
+// torch; no arithmetic here.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -21,7 +22,8 @@ namespace bitfold::binding {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Raises RuntimeError("bitfold::<op>: <message>"). A plain throw: STD_TORCH_CHECK would put file and line before the sentence.
+// Raises RuntimeError("bitfold::<op>: <message>"). A plain throw: STD_TORCH_CHECK would put file
+// and line before the sentence.
 [[noreturn]] void fail(const char* op, const std::string& message);
 void check(const Status& status, const char* op);
 

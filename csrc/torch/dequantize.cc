@@ -15,7 +15,8 @@ Tensor dequantize(std::vector<Tensor> packed, std::vector<int64_t> spec, ScalarT
   return out;
 }
 
-Tensor embedding(Tensor indices, std::vector<Tensor> packed, std::vector<int64_t> spec, ScalarType dtype) {
+Tensor embedding(Tensor indices, std::vector<Tensor> packed, std::vector<int64_t> spec,
+                 ScalarType dtype) {
   constexpr const char* kOp = "embedding";
   const Packed w = unpack(packed, spec, kOp);
   const FloatType type = float_type(dtype, kOp, "dtype");
@@ -23,18 +24,22 @@ Tensor embedding(Tensor indices, std::vector<Tensor> packed, std::vector<int64_t
     fail(kOp, std::string("indices must be int64 or int32, got ") + name_of(indices.scalar_type()));
   }
   if (!indices.is_cpu()) fail(kOp, "indices must be on the same device as the packed weight (CPU)");
-  const Tensor wide = torch::stable::contiguous(
-      indices.scalar_type() == ScalarType::Long ? indices : torch::stable::to(indices, ScalarType::Long));
+  const Tensor wide = torch::stable::contiguous(indices.scalar_type() == ScalarType::Long
+                                                    ? indices
+                                                    : torch::stable::to(indices, ScalarType::Long));
   const auto* index = static_cast<const int64_t*>(wide.const_data_ptr());
   const int64_t count = wide.numel();
-  const auto* bad = std::find_if(index, index + count, [&](int64_t i) { return i < 0 || i >= w.rows; });
+  const auto* bad =
+      std::find_if(index, index + count, [&](int64_t i) { return i < 0 || i >= w.rows; });
   if (bad != index + count) {
-    fail(kOp, "index " + std::to_string(*bad) + " is out of range; the table has " + std::to_string(w.rows) + " rows");
+    fail(kOp, "index " + std::to_string(*bad) + " is out of range; the table has " +
+                  std::to_string(w.rows) + " rows");
   }
   std::vector<int64_t> sizes(wide.sizes().begin(), wide.sizes().end());
   sizes.push_back(w.cols);
   Tensor out = torch::stable::new_empty(packed[0], sizes, dtype);
-  bitfold::embedding(kernels(kOp), w.view, index, count, type, out.mutable_data_ptr(), torch_parallel());
+  bitfold::embedding(kernels(kOp), w.view, index, count, type, out.mutable_data_ptr(),
+                     torch_parallel());
   return out;
 }
 

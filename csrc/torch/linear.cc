@@ -13,15 +13,18 @@ std::vector<int64_t> sizes_with_last(const Tensor& like, int64_t last) {
   return sizes;
 }
 
-void check_last_dim(const Tensor& x, int64_t want, const char* op, const char* argument, const char* meaning) {
+void check_last_dim(const Tensor& x, int64_t want, const char* op, const char* argument,
+                    const char* meaning) {
   if (x.dim() < 1 || x.size(x.dim() - 1) != want) {
-    fail(op, std::string(argument) + " must be [..., " + std::to_string(want) + "] (" + meaning + "), got " + shape_of(x));
+    fail(op, std::string(argument) + " must be [..., " + std::to_string(want) + "] (" + meaning +
+                 "), got " + shape_of(x));
   }
-  if (!x.is_cpu()) fail(op, std::string(argument) + " must be on the same device as the packed weight (CPU)");
+  if (!x.is_cpu())
+    fail(op, std::string(argument) + " must be on the same device as the packed weight (CPU)");
 }
 
-Tensor linear(Tensor x, std::vector<Tensor> packed, std::vector<int64_t> spec, std::optional<Tensor> bias,
-              int64_t accuracy) {
+Tensor linear(Tensor x, std::vector<Tensor> packed, std::vector<int64_t> spec,
+              std::optional<Tensor> bias, int64_t accuracy) {
   constexpr const char* kOp = "linear";
   const Packed w = unpack(packed, spec, kOp);
   const FloatType dtype = float_type(x.scalar_type(), kOp, "x");
@@ -30,17 +33,20 @@ Tensor linear(Tensor x, std::vector<Tensor> packed, std::vector<int64_t> spec, s
   std::optional<Tensor> bias_row;
   if (bias.has_value()) {
     if (bias->dim() != 1 || bias->numel() != w.rows || !bias->is_cpu()) {
-      fail(kOp, "bias must be a CPU tensor [" + std::to_string(w.rows) + "] (out_features), got " + shape_of(*bias));
+      fail(kOp, "bias must be a CPU tensor [" + std::to_string(w.rows) + "] (out_features), got " +
+                    shape_of(*bias));
     }
     float_type(bias->scalar_type(), kOp, "bias");
-    bias_row = bias->scalar_type() == x.scalar_type() ? *bias : torch::stable::to(*bias, x.scalar_type());
+    bias_row =
+        bias->scalar_type() == x.scalar_type() ? *bias : torch::stable::to(*bias, x.scalar_type());
     bias_row = torch::stable::contiguous(*bias_row);
   }
   const Tensor rows = torch::stable::contiguous(x);
   Tensor y = torch::stable::new_empty(x, sizes_with_last(x, w.rows));
   const int64_t m = y.numel() / std::max<int64_t>(1, w.rows);
-  bitfold::linear(kernels(kOp), w.view, rows.const_data_ptr(), m, bias_row ? bias_row->const_data_ptr() : nullptr, dtype,
-                  y.mutable_data_ptr(), torch_parallel());
+  bitfold::linear(kernels(kOp), w.view, rows.const_data_ptr(), m,
+                  bias_row ? bias_row->const_data_ptr() : nullptr, dtype, y.mutable_data_ptr(),
+                  torch_parallel());
   return y;
 }
 
@@ -52,8 +58,8 @@ Tensor linear_grad_input(Tensor grad, std::vector<Tensor> packed, std::vector<in
   const Tensor rows = torch::stable::contiguous(grad);
   Tensor gx = torch::stable::new_empty(grad, sizes_with_last(grad, w.cols));
   const int64_t m = gx.numel() / std::max<int64_t>(1, w.cols);
-  bitfold::linear_grad_input(kernels(kOp), w.view, rows.const_data_ptr(), m, dtype, gx.mutable_data_ptr(),
-                             torch_parallel());
+  bitfold::linear_grad_input(kernels(kOp), w.view, rows.const_data_ptr(), m, dtype,
+                             gx.mutable_data_ptr(), torch_parallel());
   return gx;
 }
 

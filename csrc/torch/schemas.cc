@@ -1,17 +1,21 @@
 // Every op, one after the other: the table of contents of the native side.
 //
 // packed   the buffers of one weight in the order of Format::buffers
-// spec     Format and logical shape as ints: code, grouping, group size, zero, double quantization, out, in
-// method   0 round (absmax or min-max scale), 1 search (scale by squared error)
-// accuracy 0 auto; other levels are reserved
+// spec     Format and logical shape as ints: code, grouping, group size, zero, double quantization,
+// out, in method   0 round (absmax or min-max scale), 1 search (scale by squared error) accuracy 0
+// auto; other levels are reserved
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(bitfold, m) {
   m.def("quantize(Tensor weight, int[] spec, int method) -> Tensor[]");
   m.def("dequantize(Tensor[] packed, int[] spec, ScalarType dtype) -> Tensor");
-  // Two names for one product: the second carries no autograd formula, whose mere presence costs microseconds a call.
-  m.def("linear(Tensor x, Tensor[] packed, int[] spec, Tensor? bias=None, int accuracy=0) -> Tensor");
-  m.def("linear_nograd(Tensor x, Tensor[] packed, int[] spec, Tensor? bias=None, int accuracy=0) -> Tensor");
+  // Two names for one product: the second carries no autograd formula, whose mere presence costs
+  // microseconds a call.
+  m.def(
+      "linear(Tensor x, Tensor[] packed, int[] spec, Tensor? bias=None, int accuracy=0) -> Tensor");
+  m.def(
+      "linear_nograd(Tensor x, Tensor[] packed, int[] spec, Tensor? bias=None, int accuracy=0) -> "
+      "Tensor");
   m.def("linear_grad_input(Tensor grad, Tensor[] packed, int[] spec) -> Tensor");
   m.def("embedding(Tensor indices, Tensor[] packed, int[] spec, ScalarType dtype) -> Tensor");
   m.def("pack_bits(Tensor codes, int bits) -> Tensor");

@@ -7,7 +7,8 @@ float weight_at(const PackedView& view, int64_t row, int64_t col) {
   const unsigned code = extract_code(view.codes + row * view.row_bytes, view.cols, view.bits, col);
   const int64_t group = col / view.group_size;
   const float scale = scale_of(view, row, group);
-  if (view.family == Family::kInteger) return (static_cast<float>(code) - zero_of(view, row, group)) * scale;
+  if (view.family == Family::kInteger)
+    return (static_cast<float>(code) - zero_of(view, row, group)) * scale;
   return level_of(view, row, code) * scale;
 }
 

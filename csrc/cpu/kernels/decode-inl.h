@@ -6,7 +6,8 @@ static inline I codes_at(const uint8_t* row, int64_t plane_bytes, int64_t col) {
   if constexpr (Bits == 8) return unpack8(row + col);
   if constexpr (Bits == 4) return unpack4(row + col / 2);
   if constexpr (Bits == 2) return unpack2(row + col / 4);
-  if constexpr (Bits == 3) return shift_or(unpack1(row + plane_bytes + col / 8), 2, unpack2(row + col / 4));
+  if constexpr (Bits == 3)
+    return shift_or(unpack1(row + plane_bytes + col / 8), 2, unpack2(row + col / 4));
 }
 
 // unpack4 may leave bits above a code: a table look-up ignores them, arithmetic must not see them.
@@ -16,7 +17,8 @@ static inline I keep_code(I code) {
   return code;
 }
 
-// The last vector of a row would read past its bytes (and the buffer): it goes through a zeroed copy.
+// The last vector of a row would read past its bytes (and the buffer): it goes through a zeroed
+// copy.
 template <int Bits>
 static inline I codes_at_tail(const uint8_t* row, int64_t plane_bytes, int64_t col, int n) {
   uint8_t copy[32] = {};
@@ -33,12 +35,16 @@ static inline I codes_at_tail(const uint8_t* row, int64_t plane_bytes, int64_t c
 static inline float group_scale(const PackedView& view, int64_t row, int64_t group) {
   const int64_t at = row * view.scale_row_stride + group;
   switch (view.scale_kind) {
-    case ScaleKind::kFp32: return static_cast<const float*>(view.scale)[at];
-    case ScaleKind::kFp16: return half_scalar(static_cast<const uint16_t*>(view.scale)[at]) * view.factor;
+    case ScaleKind::kFp32:
+      return static_cast<const float*>(view.scale)[at];
+    case ScaleKind::kFp16:
+      return half_scalar(static_cast<const uint16_t*>(view.scale)[at]) * view.factor;
     case ScaleKind::kDoubleQuant:
-      return kDynamicMap[static_cast<const uint8_t*>(view.scale)[at]] * view.scale_absmax[at / kDoubleQuantBlock] +
+      return kDynamicMap[static_cast<const uint8_t*>(view.scale)[at]] *
+                 view.scale_absmax[at / kDoubleQuantBlock] +
              view.scale_offset;
-    case ScaleKind::kNone: return 1.0f;
+    case ScaleKind::kNone:
+      return 1.0f;
   }
   return 0.0f;
 }
@@ -47,20 +53,26 @@ template <int Bits>
 static inline float group_zero(const PackedView& view, int64_t row, int64_t group) {
   constexpr float kMiddle = static_cast<float>(1 << (Bits - 1));
   switch (view.zero_kind) {
-    case Zero::kNone: return kMiddle;
-    case Zero::kMidrise: return kMiddle - 0.5f;
-    case Zero::kInt: return zero_of(view, row, group);
-    case Zero::kFloat: return half_scalar(static_cast<const uint16_t*>(view.zero)[row * view.scale_row_stride + group]);
+    case Zero::kNone:
+      return kMiddle;
+    case Zero::kMidrise:
+      return kMiddle - 0.5f;
+    case Zero::kInt:
+      return zero_of(view, row, group);
+    case Zero::kFloat:
+      return half_scalar(
+          static_cast<const uint16_t*>(view.zero)[row * view.scale_row_stride + group]);
   }
   return 0.0f;
 }
 
 // Writes out[0, n) = value(codes) for the columns [col, col + n) of one group.
 template <int Bits, class Value>
-static inline void decode_group(const PackedView& view, const uint8_t* row, int64_t col, int64_t n, float* out,
-                                const Value& value) {
+static inline void decode_group(const PackedView& view, const uint8_t* row, int64_t col, int64_t n,
+                                float* out, const Value& value) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store(out + i, value(codes_at<Bits>(row, view.plane_bytes, col + i)));
+  for (; i + 16 <= n; i += 16)
+    store(out + i, value(codes_at<Bits>(row, view.plane_bytes, col + i)));
   if (i < n) {
     const int rest = static_cast<int>(n - i);
     store_part(out + i, value(codes_at_tail<Bits>(row, view.plane_bytes, col + i, rest)), rest);
@@ -79,7 +91,8 @@ static void decode_bits(const PackedView& view, int64_t row, int64_t col, int64_
       for (int i = 0; i < 1 << Bits; ++i) levels[i] = half_scalar(stored[i]) * view.factor;
     }
   }
-  int64_t group = col / view.group_size;  // the only division: it costs as much as decoding a vector
+  int64_t group =
+      col / view.group_size;  // the only division: it costs as much as decoding a vector
   for (int64_t at = col; at < col + n; ++group) {
     int64_t end = (group + 1) * view.group_size;
     end = end < col + n ? end : col + n;
@@ -87,10 +100,12 @@ static void decode_bits(const PackedView& view, int64_t row, int64_t col, int64_
     float* to = out + (at - col);
     if (view.family == Family::kInteger) {
       const F zero_point = set1(group_zero<Bits>(view, row, group));
-      decode_group<Bits>(view, codes, at, end - at, to,
-                         [&](I code) { return mul(sub(to_float(keep_code<Bits>(code)), zero_point), scale); });
+      decode_group<Bits>(view, codes, at, end - at, to, [&](I code) {
+        return mul(sub(to_float(keep_code<Bits>(code)), zero_point), scale);
+      });
     } else {
-      decode_group<Bits>(view, codes, at, end - at, to, [&](I code) { return mul(lookup(levels, code), scale); });
+      decode_group<Bits>(view, codes, at, end - at, to,
+                         [&](I code) { return mul(lookup(levels, code), scale); });
     }
     at = end;
   }
@@ -98,11 +113,16 @@ static void decode_bits(const PackedView& view, int64_t row, int64_t col, int64_
 
 static void decode(const PackedView& view, int64_t row, int64_t col, int64_t n, float* out) {
   switch (view.bits) {
-    case 8: return decode_bits<8>(view, row, col, n, out);
-    case 4: return decode_bits<4>(view, row, col, n, out);
-    case 3: return decode_bits<3>(view, row, col, n, out);
-    case 2: return decode_bits<2>(view, row, col, n, out);
-    default: return;
+    case 8:
+      return decode_bits<8>(view, row, col, n, out);
+    case 4:
+      return decode_bits<4>(view, row, col, n, out);
+    case 3:
+      return decode_bits<3>(view, row, col, n, out);
+    case 2:
+      return decode_bits<2>(view, row, col, n, out);
+    default:
+      return;
   }
 }
 
@@ -114,7 +134,8 @@ static void span_to_float(const void* source, FloatType dtype, int64_t n, float*
   const uint16_t* from = static_cast<const uint16_t*>(source);
   const bool is_half = dtype == FloatType::kFloat16;
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store(out + i, is_half ? load_half(from + i) : load_bfloat16(from + i));
+  for (; i + 16 <= n; i += 16)
+    store(out + i, is_half ? load_half(from + i) : load_bfloat16(from + i));
   if (i < n) {
     uint16_t tail[16] = {};
     memcpy(tail, from + i, sizeof(uint16_t) * static_cast<size_t>(n - i));

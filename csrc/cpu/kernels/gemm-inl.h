@@ -1,9 +1,11 @@
-// Products of float activations with a decoded tile of weights that sits in cache. Included by each target.
+// Products of float activations with a decoded tile of weights that sits in cache. Included by each
+// target.
 
-// y[i, j] += dot(x[i], w[j]) for i < M, j < N. Both operands lie along k, so nothing needs packing; M * N accumulators hide the
-// latency of the multiply-adds.
+// y[i, j] += dot(x[i], w[j]) for i < M, j < N. Both operands lie along k, so nothing needs packing;
+// M * N accumulators hide the latency of the multiply-adds.
 template <int M, int N>
-static inline void dot_block(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y, int64_t ldy, int64_t k) {
+static inline void dot_block(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y,
+                             int64_t ldy, int64_t k) {
   F sum[M][N];
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j) sum[i][j] = zero();
@@ -29,15 +31,15 @@ static inline void dot_block(const float* x, int64_t ldx, const float* w, int64_
 }
 
 template <int M>
-static inline void dot_rows(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y, int64_t ldy, int64_t n,
-                            int64_t k) {
+static inline void dot_rows(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y,
+                            int64_t ldy, int64_t n, int64_t k) {
   int64_t j = 0;
   for (; j + 4 <= n; j += 4) dot_block<M, 4>(x, ldx, w + j * ldw, ldw, y + j, ldy, k);
   for (; j < n; ++j) dot_block<M, 1>(x, ldx, w + j * ldw, ldw, y + j, ldy, k);
 }
 
-static void gemm_nt(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y, int64_t ldy, int64_t m, int64_t n,
-                    int64_t k) {
+static void gemm_nt(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y, int64_t ldy,
+                    int64_t m, int64_t n, int64_t k) {
   int64_t i = 0;
   for (; i + 4 <= m; i += 4) dot_rows<4>(x + i * ldx, ldx, w, ldw, y + i * ldy, ldy, n, k);
   for (; i < m; ++i) dot_rows<1>(x + i * ldx, ldx, w, ldw, y + i * ldy, ldy, n, k);
@@ -45,7 +47,8 @@ static void gemm_nt(const float* x, int64_t ldx, const float* w, int64_t ldw, fl
 
 // y[i, 0..16 * V) += sum_j g[i, j] * w[j, 0..16 * V)
 template <int M, int V>
-static inline void outer_block(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y, int64_t ldy, int64_t n) {
+static inline void outer_block(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y,
+                               int64_t ldy, int64_t n) {
   F sum[M][V];
   for (int i = 0; i < M; ++i)
     for (int v = 0; v < V; ++v) sum[i][v] = load(y + i * ldy + 16 * v);
@@ -62,8 +65,8 @@ static inline void outer_block(const float* g, int64_t ldg, const float* w, int6
 }
 
 template <int M>
-static inline void outer_rows(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y, int64_t ldy, int64_t n,
-                              int64_t k) {
+static inline void outer_rows(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y,
+                              int64_t ldy, int64_t n, int64_t k) {
   int64_t p = 0;
   for (; p + 32 <= k; p += 32) outer_block<M, 2>(g, ldg, w + p, ldw, y + p, ldy, n);
   for (; p + 16 <= k; p += 16) outer_block<M, 1>(g, ldg, w + p, ldw, y + p, ldy, n);
@@ -71,13 +74,14 @@ static inline void outer_rows(const float* g, int64_t ldg, const float* w, int64
   const int rest = static_cast<int>(k - p);
   for (int i = 0; i < M; ++i) {
     F sum = load_part(y + i * ldy + p, rest);
-    for (int64_t j = 0; j < n; ++j) sum = fma(set1(g[i * ldg + j]), load_part(w + j * ldw + p, rest), sum);
+    for (int64_t j = 0; j < n; ++j)
+      sum = fma(set1(g[i * ldg + j]), load_part(w + j * ldw + p, rest), sum);
     store_part(y + i * ldy + p, sum, rest);
   }
 }
 
-static void gemm_nn(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y, int64_t ldy, int64_t m, int64_t n,
-                    int64_t k) {
+static void gemm_nn(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y, int64_t ldy,
+                    int64_t m, int64_t n, int64_t k) {
   int64_t i = 0;
   for (; i + 4 <= m; i += 4) outer_rows<4>(g + i * ldg, ldg, w, ldw, y + i * ldy, ldy, n, k);
   for (; i < m; ++i) outer_rows<1>(g + i * ldg, ldg, w, ldw, y + i * ldy, ldy, n, k);

@@ -1,4 +1,5 @@
-// Choosing codes: statistics of a span, the error of a scale on it, and the codes for a scale. Included by each target.
+// Choosing codes: statistics of a span, the error of a scale on it, and the codes for a scale.
+// Included by each target.
 
 static SpanStats stats(const float* w, int64_t n) {
   F low = set1(w[0]), high = low, sum = zero(), poison = zero();
@@ -49,7 +50,8 @@ struct CodebookEncoder {
   int pivot_count;
   float level_of_rank[kMaxLevels];
   float code_of_rank[kMaxLevels];
-  CodebookEncoder(float scale, const Codebook& book) : inverse(set1(inverse_of(scale))), pivot_count(book.pivot_count) {
+  CodebookEncoder(float scale, const Codebook& book)
+      : inverse(set1(inverse_of(scale))), pivot_count(book.pivot_count) {
     for (int i = 0; i < kMaxLevels; ++i) {
       const bool used = i <= book.pivot_count;
       pivots[i] = set1(i < book.pivot_count ? book.pivots[i] : 0.0f);
@@ -67,10 +69,11 @@ struct CodebookEncoder {
   F unit(F w) const { return lookup(level_of_rank, rank(w)); }
 };
 
-// take(values, unit decode) for each vector of the span; absent lanes of the last one are zero in both, so that they do not count
-// (a mid-rise grid has no zero of its own).
+// take(values, unit decode) for each vector of the span; absent lanes of the last one are zero in
+// both, so that they do not count (a mid-rise grid has no zero of its own).
 template <class Encoder, class Take>
-static inline void for_each_vector(const float* w, int64_t n, const Encoder& encoder, const Take& take) {
+static inline void for_each_vector(const float* w, int64_t n, const Encoder& encoder,
+                                   const Take& take) {
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const F v = load(w + i);
@@ -118,17 +121,22 @@ static inline void encode(const float* w, int64_t n, const Encoder& encoder, uin
   }
 }
 
-static float error_grid(const float* w, int64_t n, const Grid& grid) { return error(w, n, grid.scale, GridEncoder(grid)); }
+static float error_grid(const float* w, int64_t n, const Grid& grid) {
+  return error(w, n, grid.scale, GridEncoder(grid));
+}
 static float error_codebook(const float* w, int64_t n, float scale, const Codebook& book) {
   return error(w, n, scale, CodebookEncoder(scale, book));
 }
-static SpanFit fit_grid(const float* w, int64_t n, const Grid& grid) { return fit(w, n, GridEncoder(grid)); }
+static SpanFit fit_grid(const float* w, int64_t n, const Grid& grid) {
+  return fit(w, n, GridEncoder(grid));
+}
 static SpanFit fit_codebook(const float* w, int64_t n, float scale, const Codebook& book) {
   return fit(w, n, CodebookEncoder(scale, book));
 }
 static void encode_grid(const float* w, int64_t n, const Grid& grid, uint8_t* codes) {
   encode(w, n, GridEncoder(grid), codes);
 }
-static void encode_codebook(const float* w, int64_t n, float scale, const Codebook& book, uint8_t* codes) {
+static void encode_codebook(const float* w, int64_t n, float scale, const Codebook& book,
+                            uint8_t* codes) {
   encode(w, n, CodebookEncoder(scale, book), codes);
 }

@@ -1,5 +1,6 @@
-// The kernels compiled for one instruction set: nothing of the standard library's templates may be instantiated here, and every
-// function stays in this namespace, or the linker might hand a wide copy to an older CPU.
+// The kernels compiled for one instruction set: nothing of the standard library's templates may be
+// instantiated here, and every function stays in this namespace, or the linker might hand a wide
+// copy to an older CPU.
 #include "cpu/kernel_table.h"
 
 #include <immintrin.h>
@@ -8,10 +9,13 @@
 
 namespace bitfold::avx2 {
 
+// Order matters: names first, bodies in terms of them, then the table of the bodies.
 #include "cpu/vec/avx2.h"
-#include "cpu/kernels/quantize-inl.h"
+
 #include "cpu/kernels/decode-inl.h"
 #include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/quantize-inl.h"
+
 #include "cpu/kernels/table-inl.h"
 
 }  // namespace bitfold::avx2

@@ -6,10 +6,13 @@
 
 namespace bitfold::portable {
 
+// Order matters: names first, bodies in terms of them, then the table of the bodies.
 #include "cpu/vec/portable.h"
-#include "cpu/kernels/quantize-inl.h"
+
 #include "cpu/kernels/decode-inl.h"
 #include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/quantize-inl.h"
+
 #include "cpu/kernels/table-inl.h"
 
 }  // namespace bitfold::portable

@@ -1,13 +1,23 @@
 // Sixteen float lanes as two AVX2 registers; see portable.h for what each name means.
 // Included inside the target's namespace.
 
-struct F { __m256 a, b; };
-struct I { __m256i a, b; };
+struct F {
+  __m256 a, b;
+};
+struct I {
+  __m256i a, b;
+};
 
-static inline F set1(float v) { const __m256 x = _mm256_set1_ps(v); return {x, x}; }
+static inline F set1(float v) {
+  const __m256 x = _mm256_set1_ps(v);
+  return {x, x};
+}
 static inline F zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 static inline F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-static inline void store(float* p, F v) { _mm256_storeu_ps(p, v.a); _mm256_storeu_ps(p + 8, v.b); }
+static inline void store(float* p, F v) {
+  _mm256_storeu_ps(p, v.a);
+  _mm256_storeu_ps(p + 8, v.b);
+}
 static inline F load_part(const float* p, int n) {
   alignas(32) float t[16] = {};
   memcpy(t, p, sizeof(float) * n);
@@ -21,7 +31,9 @@ static inline void store_part(float* p, F v, int n) {
 static inline F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 static inline F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 static inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
-static inline F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+static inline F fma(F x, F y, F z) {
+  return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
+}
 static inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 static inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
 static inline F round_even(F x) {
@@ -44,7 +56,8 @@ static inline I count_above(I n, F x, F pivot) {
 static inline I to_int(F x) { return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)}; }
 static inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 static inline __m256 lookup_half(__m256 low, __m256 high, __m256i at) {
-  // vpermps reads three index bits; bit 3, moved to the sign, chooses between the two halves of the table.
+  // vpermps reads three index bits; bit 3, moved to the sign, chooses between the two halves of the
+  // table.
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at),
                           _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
 }
@@ -54,7 +67,8 @@ static inline F lookup(const float* table16, I at) {
 }
 static inline void store_bytes(uint8_t* p, I x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
-  const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  const __m128i bytes =
+      _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
 }
 
@@ -100,7 +114,8 @@ static inline F load_half(const uint16_t* p) {
 }
 static inline void store_half(uint16_t* p, F x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8),
+                   _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
 }
 static inline float half_scalar(uint16_t h) { return _cvtsh_ss(h); }
 
@@ -108,7 +123,9 @@ static inline __m256 widen_bfloat16(const uint16_t* p) {
   const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
-static inline F load_bfloat16(const uint16_t* p) { return {widen_bfloat16(p), widen_bfloat16(p + 8)}; }
+static inline F load_bfloat16(const uint16_t* p) {
+  return {widen_bfloat16(p), widen_bfloat16(p + 8)};
+}
 static inline __m256i narrow_bfloat16(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

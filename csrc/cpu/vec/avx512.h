@@ -29,16 +29,20 @@ static inline float reduce_add(F x) {
 }
 static inline I zero_i() { return _mm512_setzero_si512(); }
 static inline I count_above(I n, F x, F pivot) {
-  return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(x, pivot, _CMP_GT_OQ), n, _mm512_set1_epi32(1));
+  return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(x, pivot, _CMP_GT_OQ), n,
+                               _mm512_set1_epi32(1));
 }
 static inline I to_int(F x) { return _mm512_cvttps_epi32(x); }
 static inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
-static inline F lookup(const float* table16, I at) { return _mm512_permutexvar_ps(at, _mm512_loadu_ps(table16)); }
+static inline F lookup(const float* table16, I at) {
+  return _mm512_permutexvar_ps(at, _mm512_loadu_ps(table16));
+}
 static inline void store_bytes(uint8_t* p, I x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
 
-// Every 32-bit lane gets the byte that holds its code (broadcast, then a byte shuffle that zeroes the rest), shifted to the end.
+// Every 32-bit lane gets the byte that holds its code (broadcast, then a byte shuffle that zeroes
+// the rest), shifted to the end.
 static inline I unpack8(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
@@ -62,7 +66,8 @@ static inline I unpack2(const uint8_t* p) {
 }
 static inline I unpack1(const uint8_t* p) {
   const I shift = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(p[0] << 8 | p[1]), shift), _mm512_set1_epi32(1));
+  return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(p[0] << 8 | p[1]), shift),
+                          _mm512_set1_epi32(1));
 }
 static inline I shift_or(I high, int shift, I low) {
   return _mm512_or_si512(_mm512_slli_epi32(high, static_cast<unsigned>(shift)), low);
@@ -77,7 +82,8 @@ static inline void store_half(uint16_t* p, F x) {
 static inline float half_scalar(uint16_t h) { return _cvtsh_ss(h); }
 
 static inline F load_bfloat16(const uint16_t* p) {
-  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i bits =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 static inline void store_bfloat16(uint16_t* p, F x) {
@@ -86,5 +92,6 @@ static inline void store_bfloat16(uint16_t* p, F x) {
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   const __m512i quiet = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16)));
 }

@@ -1,29 +1,65 @@
-// Sixteen float lanes in plain C++; the compiler may use whatever vectors the baseline CPU has. The same names exist in avx2.h
-// and avx512.h, and each lane computes the same bits there.
-// Included inside the target's namespace.
+// Sixteen float lanes in plain C++; the compiler may use whatever vectors the baseline CPU has. The
+// same names exist in avx2.h and avx512.h, and each lane computes the same bits there. Included
+// inside the target's namespace.
 
-struct F { float lane[16]; };
-struct I { int32_t lane[16]; };
+struct F {
+  float lane[16];
+};
+struct I {
+  int32_t lane[16];
+};
 
 #define BITFOLD_LANES for (int i = 0; i < 16; ++i)
 
-static inline F set1(float a) { F r; BITFOLD_LANES r.lane[i] = a; return r; }
+static inline F set1(float a) {
+  F r;
+  BITFOLD_LANES r.lane[i] = a;
+  return r;
+}
 static inline F zero() { return set1(0.0f); }
-static inline F load(const float* p) { F r; memcpy(r.lane, p, sizeof r.lane); return r; }
+static inline F load(const float* p) {
+  F r;
+  memcpy(r.lane, p, sizeof r.lane);
+  return r;
+}
 static inline void store(float* p, F a) { memcpy(p, a.lane, sizeof a.lane); }
-static inline F load_part(const float* p, int n) { F r = zero(); memcpy(r.lane, p, sizeof(float) * n); return r; }
+static inline F load_part(const float* p, int n) {
+  F r = zero();
+  memcpy(r.lane, p, sizeof(float) * n);
+  return r;
+}
 static inline void store_part(float* p, F a, int n) { memcpy(p, a.lane, sizeof(float) * n); }
-static inline F add(F a, F b) { BITFOLD_LANES a.lane[i] += b.lane[i]; return a; }
-static inline F sub(F a, F b) { BITFOLD_LANES a.lane[i] -= b.lane[i]; return a; }
-static inline F mul(F a, F b) { BITFOLD_LANES a.lane[i] *= b.lane[i]; return a; }
-static inline F fma(F a, F b, F c) { BITFOLD_LANES c.lane[i] += a.lane[i] * b.lane[i]; return c; }
+static inline F add(F a, F b) {
+  BITFOLD_LANES a.lane[i] += b.lane[i];
+  return a;
+}
+static inline F sub(F a, F b) {
+  BITFOLD_LANES a.lane[i] -= b.lane[i];
+  return a;
+}
+static inline F mul(F a, F b) {
+  BITFOLD_LANES a.lane[i] *= b.lane[i];
+  return a;
+}
+static inline F fma(F a, F b, F c) {
+  BITFOLD_LANES c.lane[i] += a.lane[i] * b.lane[i];
+  return c;
+}
 // The second operand wins where one is NaN, as on x86.
-static inline F min(F a, F b) { BITFOLD_LANES a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
-static inline F max(F a, F b) { BITFOLD_LANES a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; return a; }
+static inline F min(F a, F b) {
+  BITFOLD_LANES a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+  return a;
+}
+static inline F max(F a, F b) {
+  BITFOLD_LANES a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+  return a;
+}
 static inline F round_even(F a) {
-  // Adding 1.5 * 2^23 leaves no fraction bits; larger magnitudes are clamped by the callers before they matter.
+  // Adding 1.5 * 2^23 leaves no fraction bits; larger magnitudes are clamped by the callers before
+  // they matter.
   BITFOLD_LANES {
-    const float limited = a.lane[i] < 4194304.0f ? (a.lane[i] > -4194304.0f ? a.lane[i] : -4194304.0f) : 4194304.0f;
+    const float limited =
+        a.lane[i] < 4194304.0f ? (a.lane[i] > -4194304.0f ? a.lane[i] : -4194304.0f) : 4194304.0f;
     a.lane[i] = (limited + 12582912.0f) - 12582912.0f;
   }
   return a;
@@ -35,30 +71,80 @@ static inline float reduce_add(F a) {
   }
   return a.lane[0];
 }
-static inline I zero_i() { I r; BITFOLD_LANES r.lane[i] = 0; return r; }
-static inline I count_above(I n, F a, F pivot) { BITFOLD_LANES n.lane[i] += a.lane[i] > pivot.lane[i]; return n; }
-static inline I to_int(F a) { I r; BITFOLD_LANES r.lane[i] = static_cast<int32_t>(a.lane[i]); return r; }
-static inline F to_float(I a) { F r; BITFOLD_LANES r.lane[i] = static_cast<float>(a.lane[i]); return r; }
-static inline F lookup(const float* table16, I at) { F r; BITFOLD_LANES r.lane[i] = table16[at.lane[i] & 15]; return r; }
-static inline void store_bytes(uint8_t* p, I a) { BITFOLD_LANES p[i] = static_cast<uint8_t>(a.lane[i]); }
+static inline I zero_i() {
+  I r;
+  BITFOLD_LANES r.lane[i] = 0;
+  return r;
+}
+static inline I count_above(I n, F a, F pivot) {
+  BITFOLD_LANES n.lane[i] += a.lane[i] > pivot.lane[i];
+  return n;
+}
+static inline I to_int(F a) {
+  I r;
+  BITFOLD_LANES r.lane[i] = static_cast<int32_t>(a.lane[i]);
+  return r;
+}
+static inline F to_float(I a) {
+  F r;
+  BITFOLD_LANES r.lane[i] = static_cast<float>(a.lane[i]);
+  return r;
+}
+static inline F lookup(const float* table16, I at) {
+  F r;
+  BITFOLD_LANES r.lane[i] = table16[at.lane[i] & 15];
+  return r;
+}
+static inline void store_bytes(uint8_t* p, I a) {
+  BITFOLD_LANES p[i] = static_cast<uint8_t>(a.lane[i]);
+}
 
-// Sixteen codes from 16, 8 and 4 bytes, and sixteen single bits from 2; first element in the high bits. unpack4 may leave
-// higher bits set, which lookup ignores and low_nibble clears.
-static inline I unpack8(const uint8_t* p) { I r; BITFOLD_LANES r.lane[i] = p[i]; return r; }
-static inline I unpack4(const uint8_t* p) { I r; BITFOLD_LANES r.lane[i] = p[i / 2] >> (i % 2 ? 0 : 4); return r; }
-static inline I low_nibble(I a) { BITFOLD_LANES a.lane[i] &= 15; return a; }
-static inline I unpack2(const uint8_t* p) { I r; BITFOLD_LANES r.lane[i] = (p[i / 4] >> (6 - 2 * (i % 4))) & 3; return r; }
-static inline I unpack1(const uint8_t* p) { I r; BITFOLD_LANES r.lane[i] = (p[i / 8] >> (7 - i % 8)) & 1; return r; }
+// Sixteen codes from 16, 8 and 4 bytes, and sixteen single bits from 2; first element in the high
+// bits. unpack4 may leave higher bits set, which lookup ignores and low_nibble clears.
+static inline I unpack8(const uint8_t* p) {
+  I r;
+  BITFOLD_LANES r.lane[i] = p[i];
+  return r;
+}
+static inline I unpack4(const uint8_t* p) {
+  I r;
+  BITFOLD_LANES r.lane[i] = p[i / 2] >> (i % 2 ? 0 : 4);
+  return r;
+}
+static inline I low_nibble(I a) {
+  BITFOLD_LANES a.lane[i] &= 15;
+  return a;
+}
+static inline I unpack2(const uint8_t* p) {
+  I r;
+  BITFOLD_LANES r.lane[i] = (p[i / 4] >> (6 - 2 * (i % 4))) & 3;
+  return r;
+}
+static inline I unpack1(const uint8_t* p) {
+  I r;
+  BITFOLD_LANES r.lane[i] = (p[i / 8] >> (7 - i % 8)) & 1;
+  return r;
+}
 static inline I shift_or(I high, int shift, I low) {
   BITFOLD_LANES low.lane[i] |= static_cast<int32_t>(static_cast<uint32_t>(high.lane[i]) << shift);
   return low;
 }
 
-static inline F load_half(const uint16_t* p) { F r; BITFOLD_LANES r.lane[i] = half_to_float(p[i]); return r; }
+static inline F load_half(const uint16_t* p) {
+  F r;
+  BITFOLD_LANES r.lane[i] = half_to_float(p[i]);
+  return r;
+}
 static inline void store_half(uint16_t* p, F a) { BITFOLD_LANES p[i] = float_to_half(a.lane[i]); }
 static inline float half_scalar(uint16_t h) { return half_to_float(h); }
 
-static inline F load_bfloat16(const uint16_t* p) { F r; BITFOLD_LANES r.lane[i] = bfloat16_to_float(p[i]); return r; }
-static inline void store_bfloat16(uint16_t* p, F a) { BITFOLD_LANES p[i] = float_to_bfloat16(a.lane[i]); }
+static inline F load_bfloat16(const uint16_t* p) {
+  F r;
+  BITFOLD_LANES r.lane[i] = bfloat16_to_float(p[i]);
+  return r;
+}
+static inline void store_bfloat16(uint16_t* p, F a) {
+  BITFOLD_LANES p[i] = float_to_bfloat16(a.lane[i]);
+}
 
 #undef BITFOLD_LANES
