@@ -221,6 +221,14 @@ int64_t Format::nbytes(int64_t rows, int64_t cols) const {
   return total;
 }
 
+Status check_shape(int64_t rows, int64_t cols) {
+  if (rows >= 1 && cols >= 1 && rows <= kMaxWeights / cols) return Status::success();
+  return Status::error(
+      StatusCode::kInvalidArgument,
+      "shape must be (out, in), both at least 1 and their product at most 2^48, got (" +
+          std::to_string(rows) + ", " + std::to_string(cols) + ")");
+}
+
 Spec make_spec(const Format& format, int64_t rows, int64_t cols) {
   return {format.code,
           static_cast<int64_t>(format.grouping),
@@ -254,11 +262,10 @@ Status parse_spec(const std::vector<int64_t>& spec, Format* format, int64_t* row
   *cols = spec[6];
   // The string grammar is the one place that knows what may be combined.
   Format same;
-  if (*rows < 0 || *cols < 0 || !Format::parse(format->to_string(), &same).ok() ||
-      !(same == *format)) {
-    return bad("describes an impossible format or a negative shape");
+  if (!Format::parse(format->to_string(), &same).ok() || !(same == *format)) {
+    return bad("describes an impossible format");
   }
-  return Status::success();
+  return check_shape(*rows, *cols);
 }
 
 }  // namespace bitfold

@@ -92,6 +92,10 @@ struct Format {
   int64_t nbytes(int64_t rows, int64_t cols) const;
 };
 
+// Rows and columns at least 1, and few enough weights that no byte count overflows.
+inline constexpr int64_t kMaxWeights = int64_t{1} << 48;
+Status check_shape(int64_t rows, int64_t cols);
+
 inline constexpr int64_t kMinGroupSize = 16;  // one vector of 16 weights never crosses a group
 inline constexpr int64_t kMaxGroupSize = 65536;
 inline constexpr int64_t kDoubleQuantBlock = 256;

@@ -28,10 +28,8 @@ Format parse_or_raise(const std::string& text) {
 using Shape = std::pair<int64_t, int64_t>;
 
 void check_shape(const Shape& shape) {
-  if (shape.first < 1 || shape.second < 1) {
-    raise_format_error("shape must be (out, in) with both at least 1, got (" +
-                       std::to_string(shape.first) + ", " + std::to_string(shape.second) + ")");
-  }
+  const Status status = bitfold::check_shape(shape.first, shape.second);
+  if (!status.ok()) raise_format_error(status.message);
 }
 
 const char* grouping_name(const Format& f) {
