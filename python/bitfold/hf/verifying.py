@@ -73,8 +73,12 @@ def verify(
         if path.is_file():
             return verify_file(path, checkpoint, description)
         result = Verification(path, summarize(checkpoint.tensors, description))
-        names = _check_against_class(result, checkpoint, description, trust_remote_code)
-        infos = {names.get(info.name, info.name): info for info in checkpoint}
+        names, unused = _check_against_class(result, checkpoint, description, trust_remote_code)
+        # What the model has no place for was nothing before; in the files it is waste, of the class of the
+        # module that it lies under if there is one.
+        folded = description["modules"]
+        waste = {name for name in unused if name.rpartition(".")[0] not in folded}
+        infos = {names.get(info.name, info.name): info for info in checkpoint if info.name not in waste}
         check_ratio(result, infos, description, weight_file_bytes(path))
         if against is not None and result.passed:
             _compare_weights(result, checkpoint, names, description, Path(against), trust_remote_code)
@@ -87,8 +91,12 @@ def verify(
 
 def _check_against_class(
     result: Verification, checkpoint: Checkpoint, description: dict[str, Any], trust_remote_code: bool
-) -> dict[str, str]:
-    """Check every tensor that the model's class expects; returns name in the file → name in the model."""
+) -> tuple[dict[str, str], list[str]]:
+    """Check every tensor that the model's class expects.
+
+    Returns:
+        Name in the file → name in the model; and names in the file for which the model has no place.
+    """
     model, dtype = meta_model.build(result.path, torch.float32, trust_remote_code)
     groups = meta_model.tied_groups(model)
     manifest.prepare(model, description)
@@ -119,7 +127,7 @@ def _check_against_class(
             f"{len(unused)} tensors for which the model has no place: {', '.join(unused[:5])}"
         )
     result.notes.append(f"class {type(model).__name__}, {str(dtype).removeprefix('torch.')}")
-    return names
+    return names, unused
 
 
 def _compare_weights(
