@@ -30,7 +30,7 @@ class Use:
     """One module that computes with a matrix."""
 
     name: str
-    module: nn.Module
+    module: Any  # Linear, Embedding, Conv1D or their packed twins
     kind: str  # "linear" | "conv1d" | "embedding"
 
 
@@ -110,9 +110,10 @@ def choose(
     for key, uses in users.items():
         decision = _decide(uses, patterns, linear_format, embedding_format)
         reason, soft = _why_not(uses, problems)
-        if decision.format is not None and (reason is None or (soft and decision.explicit)):
+        wanted = decision.format
+        if wanted is not None and (reason is None or (soft and decision.explicit)):
             settled.add(key)
-            choice.folds.append(_fold(uses, decision.format))
+            choice.folds.append(_fold(uses, wanted))
         elif isinstance(uses[0].module, PackedModule):
             module = uses[0].module
             msg = f"{uses[0].name}: folded in {module.format} already, cannot go back; load the float model"
@@ -167,10 +168,10 @@ def _matrix_shape(use: Use) -> tuple[int, int]:
     return (columns, rows) if use.kind == "conv1d" else (rows, columns)
 
 
-def _nbytes(module: nn.Module) -> int:
+def _nbytes(module: Any) -> int:
     if isinstance(module, PackedModule):
         return module.original_nbytes()
-    return module.weight.numel() * module.weight.itemsize
+    return int(module.weight.numel()) * int(module.weight.itemsize)
 
 
 def _users(model: nn.Module) -> tuple[dict[Any, list[Use]], dict[nn.Module, tuple[str, bool]]]:
@@ -262,11 +263,12 @@ def _direct_readers(model: nn.Module) -> dict[nn.Module, tuple[str, bool]]:
 
 
 def _why_not(uses: list[Use], problems: Mapping[nn.Module, tuple[str, bool]]) -> tuple[str | None, bool]:
-    for use in uses:
-        if use.module in problems:
-            reason, soft = problems[use.module]
-            return (reason if len(uses) == 1 else f"{use.name}: {reason}"), soft
-    return None, True
+    """The gravest reason against folding a matrix with these users, and whether a rule may insist."""
+    found = [(use.name, *problems[use.module]) for use in uses if use.module in problems]
+    if not found:
+        return None, True
+    name, reason, soft = min(found, key=lambda problem: problem[2])
+    return (reason if len(uses) == 1 else f"{name}: {reason}"), soft
 
 
 def _keep_the_rest(

@@ -217,7 +217,7 @@ def _is_packed_so(name: str, module: nn.Module, entry: Mapping[str, Any]) -> boo
     return True
 
 
-def _build(name: str, module: nn.Module, entry: Mapping[str, Any]) -> PackedModule:
+def _build(name: str, module: Any, entry: Mapping[str, Any]) -> PackedModule:
     kind = entry["kind"]
     fits = {
         "linear": isinstance(module, nn.Linear),
@@ -310,8 +310,9 @@ def forget_tied_keys(model: nn.Module) -> None:
             for name, owner in owners.items()
             if isinstance(owner, PackedModule | TiedHead | TiedEmbedding)
         }
-        module.all_tied_weights_keys = {
+        left = {
             target: source
             for target, source in tied.items()
             if target.rpartition(".")[0] not in packed and source.rpartition(".")[0] not in packed
         }
+        setattr(module, "all_tied_weights_keys", left)  # noqa: B010 (a plain attribute, no tensor or module)

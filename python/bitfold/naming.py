@@ -68,7 +68,7 @@ class Patterns:
             raise ValueError(msg)
 
 
-def as_patterns(model: nn.Module, skip: Iterable[str], rules: Mapping[str, Any]) -> Patterns:
+def as_patterns(model: nn.Module, skip: Any, rules: Any) -> Patterns:
     """Check the types of `skip` and `rules` and compile them."""
     if isinstance(skip, str):
         msg = f"skip must be a list of names, got the string {skip!r}; write skip=[{skip!r}]"

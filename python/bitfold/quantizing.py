@@ -60,7 +60,8 @@ def quantize(
         torch.Size([3, 8])
     """
     if not isinstance(model, nn.Module):
-        msg = f"quantize(): model must be a torch.nn.Module, got {type(model).__name__}"
+        found = type(model).__name__  # type: ignore[unreachable]
+        msg = f"quantize(): model must be a torch.nn.Module, got {found}"
         raise TypeError(msg)
     if method is not None:
         methods.get(method)

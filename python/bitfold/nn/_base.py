@@ -41,7 +41,7 @@ def as_format(fmt: Format | str) -> Format:
 
 def dtype_from_name(name: str, where: str) -> torch.dtype:
     """The torch dtype called `name` ("float32"); PackedDataError naming `where` if there is none."""
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
         msg = f"{where}: unknown dtype {name!r}; expected a torch dtype such as 'float32'"
         raise PackedDataError(msg)
@@ -102,6 +102,7 @@ class PackedModule(nn.Module):
     kind = ""
     _is_hf_initialized = True  # transformers must never draw random numbers into packed bytes
 
+    weight: Tensor  # a buffer: flat int8 codes
     format: Format
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -169,7 +170,7 @@ class PackedModule(nn.Module):
             return tensor.to(result.device)
 
         super()._apply(keep_integers, recurse)
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self._buffers["weight"].device))
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
         if probe.is_floating_point():
             self.dtype = probe.dtype
         return self

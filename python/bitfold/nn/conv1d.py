@@ -43,7 +43,7 @@ class QuantConv1D(QuantLinear):
 
     @staticmethod
     def _matrix(module: nn.Module) -> Tensor:
-        return module.weight.t()  # type: ignore[operator,union-attr]
+        return module.weight.t()  # type: ignore[operator]
 
 
 def is_conv1d(module: nn.Module) -> bool:

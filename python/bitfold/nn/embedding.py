@@ -161,11 +161,11 @@ def embedding_scale(module: nn.Module) -> tuple[float, bool] | None:
     """
     if not is_scaled_embedding(module):
         return 1.0, False
+    value: Any = module.embed_scale
     # Gemma's kind keeps the factor twice: a tensor (on meta while loading) and the Python number it came from
     scalar = getattr(module, "scalar_embed_scale", None)
     if scalar is not None:
         return float(scalar), True
-    value = module.embed_scale
     if isinstance(value, Tensor):
         return None if value.is_meta else (float(value), True)
     return (1.0 if value is None else float(value)), False

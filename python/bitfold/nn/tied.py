@@ -22,8 +22,9 @@ class _Tied(nn.Module):
 
     kind = ""
     _is_hf_initialized = True
+    _source: PackedModule
 
-    def _refer_to(self, source: PackedModule) -> None:
+    def _refer_to(self, source: nn.Module) -> None:
         if not isinstance(source, PackedModule):
             msg = f"{type(self).__name__}: expected a packed module, got {type(source).__name__}"
             raise PackedDataError(msg)
@@ -32,7 +33,7 @@ class _Tied(nn.Module):
     @property
     def source(self) -> PackedModule:
         """The packed module whose matrix this one uses."""
-        return self.__dict__["_source"]
+        return self._source
 
     @property
     def format(self) -> Any:
@@ -72,7 +73,7 @@ class _Tied(nn.Module):
         return self.source.dequantize(dtype)
 
 
-def _check_shape(module: nn.Module, source: PackedModule) -> None:
+def _check_shape(module: nn.Linear | nn.Embedding, source: PackedModule) -> None:
     if tuple(module.weight.shape) != source.shape:
         msg = (
             f"{type(module).__name__}: weight is {list(module.weight.shape)}, "
@@ -92,10 +93,12 @@ class TiedHead(_Tied):
     """
 
     kind = "tied_head"
+    bias: nn.Parameter | None
+    _bias_owner: tuple[nn.Module, str] | None
 
     def __init__(
         self,
-        source: PackedModule,
+        source: nn.Module,
         bias: nn.Parameter | None = None,
         bias_owner: tuple[nn.Module, str] | None = None,
     ) -> None:
@@ -103,7 +106,7 @@ class TiedHead(_Tied):
         self._refer_to(source)
         self.register_parameter("bias", bias if bias_owner is None else None)
         object.__setattr__(self, "_bias_owner", bias_owner)
-        self.out_features, self.in_features = source.shape
+        self.out_features, self.in_features = self.shape
 
     @classmethod
     def from_float(
@@ -117,7 +120,7 @@ class TiedHead(_Tied):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take x `[..., in]` in any float dtype -> `[..., out]` in the same dtype."""
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if bias is None and self._bias_owner is not None:
             owner, name = self._bias_owner
             bias = getattr(owner, name)
@@ -148,7 +151,7 @@ class TiedEmbedding(_Tied):
 
     def __init__(
         self,
-        source: PackedModule,
+        source: nn.Module,
         padding_idx: int | None = None,
         *,
         dtype: torch.dtype | None = None,
@@ -157,9 +160,9 @@ class TiedEmbedding(_Tied):
     ) -> None:
         super().__init__()
         self._refer_to(source)
-        self.num_embeddings, self.embedding_dim = source.shape
+        self.num_embeddings, self.embedding_dim = self.shape
         self.padding_idx = padding_idx
-        self.dtype = dtype or source.dtype
+        self.dtype = dtype or self._source.dtype
         self.scale = float(scale)
         self.round_scale = bool(round_scale)
 
