@@ -137,7 +137,7 @@ def main() -> int:
         "--cache", type=Path, default=CACHE, help="where torches are kept (default: %(default)s)"
     )
     parser.add_argument(
-        "--tests", nargs="*", default=["tests/python/test_ops.py"], help="test files to run under each"
+        "--tests", nargs="*", default=["tests/python/nn"], help="test files to run under each"
     )
     options = parser.parse_args()
     failed = []
