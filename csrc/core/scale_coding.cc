@@ -31,7 +31,8 @@ uint8_t nearest_code(float x) {
     return codes;
   }();
   const float at = (x + 1.0f) * 0.5f * (kPoints - 1) + 0.5f;
-  return table[static_cast<size_t>(std::clamp(at, 0.0f, static_cast<float>(kPoints - 1)))];
+  if (!(at > 0.0f)) return table[0];  // also NaN: scales so large that their difference overflowed
+  return table[static_cast<size_t>(std::min(at, static_cast<float>(kPoints - 1)))];
 }
 
 }  // namespace

@@ -27,7 +27,8 @@ float absmax_of(const SpanStats& stats) {
 // A range [low, high] as scale and zero point.
 ScaleChoice grid_of_range(const Format& format, float low, float high) {
   const float top = static_cast<float>((1 << format.bits()) - 1);
-  const float scale = (high - low) / top;
+  float scale = (high - low) / top;
+  if (std::isinf(scale)) scale = high / top - low / top;  // the range of ±3e38 is no float
   if (format.zero == Zero::kInt) {
     if (!(scale > 0.0f)) return {0.0f, 0.0f};
     return {scale, std::clamp(std::nearbyintf(-low / scale), 0.0f, top)};

@@ -32,38 +32,64 @@ static inline I codes_at_tail(const uint8_t* row, int64_t plane_bytes, int64_t c
   }
 }
 
-static inline float group_scale(const PackedView& view, int64_t row, int64_t group) {
-  const int64_t at = row * view.scale_row_stride + group;
-  switch (view.scale_kind) {
-    case ScaleKind::kFp32:
-      return static_cast<const float*>(view.scale)[at];
-    case ScaleKind::kFp16:
-      return half_scalar(static_cast<const uint16_t*>(view.scale)[at]) * view.factor;
-    case ScaleKind::kDoubleQuant:
-      return kDynamicMap[static_cast<const uint8_t*>(view.scale)[at]] *
-                 view.scale_absmax[at / kDoubleQuantBlock] +
-             view.scale_offset;
-    case ScaleKind::kNone:
-      return 1.0f;
-  }
-  return 0.0f;
+// Sixteen halves, the absent ones of a short end zero.
+static inline F halves_at(const uint16_t* p, int n) {
+  if (n >= 16) return load_half(p);
+  uint16_t copy[16] = {};
+  memcpy(copy, p, sizeof(uint16_t) * static_cast<size_t>(n));
+  return load_half(copy);
 }
 
+// Scales and zero points of up to kParameters groups of a row, expanded to floats ahead of the loop
+// over weights.
+constexpr int64_t kParameters = 64;
+
+struct Parameters {
+  float scale[kParameters], zero_point[kParameters];
+};
+
+// Fills [0, n) from the groups that start at `first`, a multiple of 16.
 template <int Bits>
-static inline float group_zero(const PackedView& view, int64_t row, int64_t group) {
+static inline void load_parameters(const PackedView& view, int64_t row, int64_t first, int64_t n,
+                                   Parameters* to) {
   constexpr float kMiddle = static_cast<float>(1 << (Bits - 1));
-  switch (view.zero_kind) {
-    case Zero::kNone:
-      return kMiddle;
-    case Zero::kMidrise:
-      return kMiddle - 0.5f;
-    case Zero::kInt:
-      return zero_of(view, row, group);
-    case Zero::kFloat:
-      return half_scalar(
-          static_cast<const uint16_t*>(view.zero)[row * view.scale_row_stride + group]);
+  const int64_t at = row * view.scale_row_stride + first;
+  for (int64_t i = 0; i < n; i += 16) {
+    const int count = static_cast<int>(n - i < 16 ? n - i : 16);
+    switch (view.scale_kind) {
+      case ScaleKind::kFp32:
+        memcpy(to->scale + i, static_cast<const float*>(view.scale) + at + i,
+               sizeof(float) * static_cast<size_t>(count));
+        break;
+      case ScaleKind::kFp16:
+        store(to->scale + i,
+              mul(halves_at(static_cast<const uint16_t*>(view.scale) + at + i, count),
+                  set1(view.factor)));
+        break;
+      case ScaleKind::kDoubleQuant: {
+        const uint8_t* codes = static_cast<const uint8_t*>(view.scale) + at + i;
+        for (int j = 0; j < count; ++j) {
+          const float absmax = view.scale_absmax[(at + i + j) / kDoubleQuantBlock];
+          to->scale[i + j] = kDynamicMap[codes[j]] * absmax + view.scale_offset;
+        }
+        break;
+      }
+      case ScaleKind::kNone:
+        store(to->scale + i, set1(1.0f));
+        break;
+    }
+    F zero_point = set1(view.zero_kind == Zero::kMidrise ? kMiddle - 0.5f : kMiddle);
+    if (view.zero_kind == Zero::kFloat) {
+      zero_point = halves_at(static_cast<const uint16_t*>(view.zero) + at + i, count);
+    } else if (view.zero_kind == Zero::kInt) {
+      const uint8_t* packed = static_cast<const uint8_t*>(view.zero) + row * view.zero_row_bytes;
+      const int64_t plane = Bits == 3 ? (view.groups + 3) / 4 : 0;
+      const I code = count == 16 ? codes_at<Bits>(packed, plane, first + i)
+                                 : codes_at_tail<Bits>(packed, plane, first + i, count);
+      zero_point = to_float(keep_code<Bits>(code));
+    }
+    store(to->zero_point + i, zero_point);
   }
-  return 0.0f;
 }
 
 // Writes out[0, n) = value(codes) for the columns [col, col + n) of one group.
@@ -91,15 +117,21 @@ static void decode_bits(const PackedView& view, int64_t row, int64_t col, int64_
       for (int i = 0; i < 1 << Bits; ++i) levels[i] = half_scalar(stored[i]) * view.factor;
     }
   }
-  int64_t group =
-      col / view.group_size;  // the only division: it costs as much as decoding a vector
+  Parameters parameters;
+  int64_t group = col / view.group_size;  // a division costs as much as decoding a vector
+  int64_t base = 0, loaded = 0;           // parameters hold the groups [base, loaded)
   for (int64_t at = col; at < col + n; ++group) {
+    if (group >= loaded) {
+      base = group & ~int64_t{15};
+      loaded = base + kParameters < view.groups ? base + kParameters : view.groups;
+      load_parameters<Bits>(view, row, base, loaded - base, &parameters);
+    }
     int64_t end = (group + 1) * view.group_size;
     end = end < col + n ? end : col + n;
-    const F scale = set1(group_scale(view, row, group));
+    const F scale = set1(parameters.scale[group - base]);
     float* to = out + (at - col);
     if (view.family == Family::kInteger) {
-      const F zero_point = set1(group_zero<Bits>(view, row, group));
+      const F zero_point = set1(parameters.zero_point[group - base]);
       decode_group<Bits>(view, codes, at, end - at, to, [&](I code) {
         return mul(sub(to_float(keep_code<Bits>(code)), zero_point), scale);
       });
