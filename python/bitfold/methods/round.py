@@ -15,3 +15,6 @@ from bitfold.methods.base import register
 def round(weight: Tensor, fmt: Format, statistics: Any = None) -> list[Tensor]:  # noqa: ARG001
     """Take absmax (symmetric) or min-max (asymmetric) scales; `statistics` is not used."""
     return ops.quantize(weight, fmt, method="round")
+
+
+register("minmax")(round)  # the name under which papers compare against it
