@@ -16,7 +16,7 @@ from bitfold.errors import PackedDataError
 from bitfold.io.safetensors_file import SafetensorsFile
 from bitfold.nn import PackedModule
 
-__all__ = ["check_files", "check_loaded", "check_missing", "folded_modules"]
+__all__ = ["check_files", "check_loaded", "check_missing", "float_shapes", "folded_modules"]
 
 
 def folded_modules(model: nn.Module) -> Iterator[tuple[str, PackedModule]]:
@@ -69,8 +69,18 @@ def check_missing(model: nn.Module, missing: Iterable[str], complete: bool) -> N
         complete: whether the checkpoint was saved from this very class, so that nothing may be missing;
             otherwise a new head (drawn at random, with a warning by transformers) is what the user asked for.
     """
-    folded = {name for name, _ in folded_modules(model)}
-    lost = sorted(name for name in missing if complete or name.rpartition(".")[0] in folded)
+    missing = set(missing)
+    aliases: dict[int, list[str]] = {}  # a module that hangs in several places is stored under one name
+    for name, module in model.named_modules(remove_duplicate=False):
+        aliases.setdefault(id(module), []).append(f"{name}." if name else "")
+    lost = []
+    for name, module in model.named_modules():
+        names = aliases[id(module)]
+        for tensor in (*module._parameters, *module._buffers):
+            if all(alias + tensor in missing for alias in names) and (
+                complete or isinstance(module, PackedModule)
+            ):
+                lost.append(names[0] + tensor)
     if lost:
         more = f" and {len(lost) - 5} more" if len(lost) > 5 else ""
         msg = (
@@ -80,8 +90,23 @@ def check_missing(model: nn.Module, missing: Iterable[str], complete: bool) -> N
         raise PackedDataError(msg)
 
 
-def check_loaded(model: nn.Module) -> None:
-    """Raise PackedDataError unless every packed buffer holds data of the dtype and shape of its format."""
+def float_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of the parameters that a checkpoint is about to fill, for `check_loaded`."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def check_loaded(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
+    """Raise PackedDataError unless every packed buffer holds data of the dtype and shape of its format.
+
+    Parameters must have kept the shapes that they had before the load, and be floats: with any quantizer at
+    work, transformers before 5.23 puts what the file holds in their place, be it the packed bytes of a module
+    that config.json does not name.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.shape != shapes.get(name, parameter.shape) or not parameter.is_floating_point():
+            found = f"{_spelled(parameter.dtype)} {list(parameter.shape)}"
+            msg = f"{name}: found {found}, expected a float tensor {list(shapes[name])}; {_REMEDY}"
+            raise PackedDataError(msg)
     offloaded = "disk" in {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     for name, module in folded_modules(model):
         for suffix, dtype, shape in module.format.buffers(module.shape):

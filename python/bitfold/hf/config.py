@@ -92,6 +92,10 @@ class BitfoldConfig(QuantizationConfigMixin):
             "method": self.method,
         }
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The same as `to_dict`; transformers 4 calls it without having it."""
+        return self.to_dict()
+
     def __iter__(self) -> Any:
         """Pairs of `to_dict`, so that `dict(config)` works."""
         yield from self.to_dict().items()

@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from bitfold.hf.checks import check_files, check_loaded, check_missing
+from bitfold.hf.checks import check_files, check_loaded, check_missing, float_shapes, folded_modules
 from bitfold.hf.config import BitfoldConfig
 from bitfold.hf.conversions import without_folded
 from bitfold.hf.registration import resume
@@ -35,6 +36,7 @@ class BitfoldQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BitfoldConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._loading: nn.Module | None = None  # the model between the two hooks
+        self._shapes: dict[str, Any] = {}
         if self.pre_quantized and quantization_config.is_recipe:
             msg = (
                 "config.json says quant_method 'bitfold' but has no 'modules' in quantization_config: the "
@@ -53,7 +55,7 @@ class BitfoldQuantizer(HfQuantizer):
         from bitfold import manifest
 
         stored = self.quantization_config.to_dict()
-        check_files(checkpoint_files or (), manifest.tensors(stored))
+        check_files(checkpoint_files or _local_files(model), manifest.tensors(stored))
         # Another class than the saved one (AutoModel on a causal LM, say) may lack some of the modules.
         complete = self._is_complete(model)
         absent = manifest.prepare(model, stored, missing="raise" if complete else "ignore")
@@ -62,6 +64,7 @@ class BitfoldQuantizer(HfQuantizer):
         release_ties(model)
         self._watch_missing(model)
         self._loading = model
+        self._shapes = float_shapes(model)
         return model
 
     def _watch_missing(self, model: nn.Module) -> None:
@@ -89,6 +92,12 @@ class BitfoldQuantizer(HfQuantizer):
             ignored = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
             missing = [key for key in missing_keys if not any(re.search(pattern, key) for pattern in ignored)]
             check_missing(model, missing, self._is_complete(model))
+            # What is left are second names of shared modules (T5): to be filled under the first one.
+            folded = {id(module) for _, module in folded_modules(model)}
+            names = {
+                name for name, module in model.named_modules(remove_duplicate=False) if id(module) in folded
+            }
+            missing_keys = [key for key in missing_keys if key.rpartition(".")[0] not in names]
         return missing_keys
 
     def _is_complete(self, model: Any) -> bool:
@@ -106,7 +115,7 @@ class BitfoldQuantizer(HfQuantizer):
         model.__dict__.pop("_adjust_missing_and_unexpected_keys", None)
         if not self.pre_quantized:
             self._fold(model)
-        check_loaded(model)
+        check_loaded(model, self._shapes)
         self.quantization_config = BitfoldConfig(**manifest.describe(model))
         model.config.quantization_config = self.quantization_config
         return model
@@ -148,6 +157,16 @@ class BitfoldQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Each folded layer is one custom op with a fake kernel."""
         return True
+
+
+def _local_files(model: Any) -> list[Path]:
+    """The shards of a local directory, for transformers 4, which does not tell; none where unsure."""
+    name = getattr(model.config, "name_or_path", None)
+    directory = Path(name) if name else None
+    if directory is None or not directory.is_dir():
+        return []
+    single = directory / "model.safetensors"
+    return [single] if single.is_file() else sorted(directory.glob("model-*-of-*.safetensors"))
 
 
 def check_shapes(mismatched: Iterable[tuple[str, Any, Any]]) -> None:

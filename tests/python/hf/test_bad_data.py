@@ -1,4 +1,4 @@
-"""Damaged and lying checkpoints: a named error on every version of transformers, never leftovers of memory."""
+"""Damaged and lying checkpoints: a named error on every version, never a model of leftovers."""
 
 from __future__ import annotations
 
@@ -101,9 +101,7 @@ def test_missing_packed_tensor_when_loaded_into_the_base_class(damaged):
 def test_wrong_shape(change, suffix, damaged, load):
     key = f"{LAYER}.weight{suffix}"
     damaged.tensors[key] = change(damaged.tensors[key]).contiguous()
-    if damaged.tensors[key].shape == load_file(damaged.write() / "model.safetensors")[key].shape == ():
-        pytest.skip("no other shape")
-    with pytest.raises(RuntimeError, match=r"up_proj|size mismatch for weight"):
+    with pytest.raises(PackedDataError, match="up_proj"):
         load(damaged.write())
 
 
@@ -111,7 +109,7 @@ def test_wrong_shape(change, suffix, damaged, load):
 def test_wrong_dtype(dtype, damaged, load):
     key = f"{LAYER}.weight"
     damaged.tensors[key] = damaged.tensors[key].to(dtype)
-    with pytest.raises((PackedDataError, RuntimeError), match=r"up_proj|weight: found"):
+    with pytest.raises(PackedDataError, match="up_proj"):
         load(damaged.write())
 
 
