@@ -11,10 +11,9 @@ STABLE_TORCH_LIBRARY(bitfold, m) {
   m.def("dequantize(Tensor[] packed, int[] spec, ScalarType dtype) -> Tensor");
   // Two names for one product: the second carries no autograd formula, whose mere presence costs
   // microseconds a call.
+  m.def("linear(Tensor x, Tensor[] packed, int[] spec, Tensor? bias, int accuracy) -> Tensor");
   m.def(
-      "linear(Tensor x, Tensor[] packed, int[] spec, Tensor? bias=None, int accuracy=0) -> Tensor");
-  m.def(
-      "linear_nograd(Tensor x, Tensor[] packed, int[] spec, Tensor? bias=None, int accuracy=0) -> "
+      "linear_nograd(Tensor x, Tensor[] packed, int[] spec, Tensor? bias, int accuracy) -> "
       "Tensor");
   m.def("linear_grad_input(Tensor grad, Tensor[] packed, int[] spec) -> Tensor");
   m.def("embedding(Tensor indices, Tensor[] packed, int[] spec, ScalarType dtype) -> Tensor");

@@ -77,7 +77,8 @@ def __getattr__(name: str) -> Any:
             from bitfold import _C
 
             return _C.build_info()["version"]
-    raise AttributeError(f"module 'bitfold' has no attribute {name!r}")
+    msg = f"module 'bitfold' has no attribute {name!r}"
+    raise AttributeError(msg)
 
 
 def __dir__() -> list[str]:

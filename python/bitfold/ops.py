@@ -1,13 +1,15 @@
 """One wrapper per native op, with its fake kernel and autograd formula beside it.
 
-The ops live in ``torch.ops.bitfold`` (``csrc/torch/schemas.cc``); these wrappers take a `Format` instead of bare ints and
-raise the exceptions of `bitfold.errors`. `packed` is always the list of stored tensors in the order of `Format.buffers`.
+The ops live in ``torch.ops.bitfold`` (``csrc/torch/schemas.cc``); these wrappers take a `Format` instead of
+bare ints and raise the exceptions of `bitfold.errors`. `packed` is always the list of stored tensors in the
+order of `Format.buffers`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,11 +32,12 @@ def quantize(weight: Tensor, fmt: Format | str, method: str | None = None) -> li
     Args:
         weight: ``[out, in]``, float32, float16 or bfloat16, any strides; read twice.
         fmt: how to store it.
-        method: ``"round"`` (scale from absmax or min-max), ``"search"`` (scale by squared error), or None for the
-            format's default.
+        method: ``"round"`` (scale from absmax or min-max), ``"search"`` (scale by squared error), or None
+            for the format's default.
 
     Returns:
-        The tensors of ``fmt.buffers((out, in))``, freshly allocated; the same bits on every CPU and thread count.
+        The tensors of ``fmt.buffers((out, in))``, freshly allocated; the same bits on every CPU and thread
+            count.
 
     Raises:
         WeightError: not a float matrix, no elements, or a NaN or infinity (its place is named).
@@ -47,17 +50,22 @@ def quantize(weight: Tensor, fmt: Format | str, method: str | None = None) -> li
     fmt = Format(fmt)
     method = fmt.default_method if method is None else method
     if method not in METHODS:
-        raise ValueError(f"quantize(): method must be one of {', '.join(METHODS)}, got {method!r}")
+        msg = f"quantize(): method must be one of {', '.join(METHODS)}, got {method!r}"
+        raise ValueError(msg)
     if weight.dtype not in _FLOATS:
-        raise WeightError(f"quantize(): weight must be float32, float16 or bfloat16, got {weight.dtype}")
+        msg = f"quantize(): weight must be float32, float16 or bfloat16, got {weight.dtype}"
+        raise WeightError(msg)
     if weight.dim() != 2:
-        raise WeightError(
-            f"quantize(): weight must be 2-D [out, in], got {weight.dim()}-D {tuple(weight.shape)}; flatten the leading dimensions first"
+        msg = (
+            f"quantize(): weight must be 2-D [out, in], got {weight.dim()}-D {tuple(weight.shape)}; "
+            "flatten the leading dimensions first"
         )
+        raise WeightError(msg)
     if weight.numel() == 0:
-        raise WeightError(f"quantize(): weight must have at least one element, got {tuple(weight.shape)}")
+        msg = f"quantize(): weight must have at least one element, got {tuple(weight.shape)}"
+        raise WeightError(msg)
     try:
-        return _ops.quantize(weight.detach(), fmt.spec(tuple(weight.shape)), METHODS[method])
+        return _ops.quantize(weight.detach(), fmt.spec((weight.shape[0], weight.shape[1])), METHODS[method])
     except RuntimeError as error:
         if "every weight must be finite" in str(error):
             raise WeightError(str(error).splitlines()[0]) from None
@@ -83,7 +91,7 @@ def dequantize(
         >>> dequantize(quantize(w, "int8-row"), "int8-row", (4, 64)).shape
         torch.Size([4, 64])
     """
-    return _ops.dequantize(list(packed), Format(fmt).spec(tuple(shape)), dtype)
+    return _ops.dequantize(list(packed), Format(fmt).spec(shape), dtype)
 
 
 def linear(
@@ -106,7 +114,8 @@ def linear(
         >>> linear(torch.randn(3, 64), quantize(w, fmt), fmt.spec((8, 64))).shape
         torch.Size([3, 8])
     """
-    # An op with an autograd formula costs microseconds more per call, so it is taken only where a gradient is wanted.
+    # An op with an autograd formula costs microseconds more per call, so it is taken only where a gradient
+    # is wanted.
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     op = _ops.linear if needs_grad else _ops.linear_nograd
     return op(x, packed, spec, bias, accuracy)
@@ -163,13 +172,15 @@ def unpack_bits(packed: Tensor, bits: int, rows: int, cols: int) -> Tensor:
 
 
 def double_quantize(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales as 8-bit codes of the dynamic map, blocks of 256, minus their mean (QLoRA, 2305.14314, section 3).
+    """Scales as 8-bit codes of the dynamic map, blocks of 256, minus their mean (QLoRA, 2305.14314, section
+    3).
 
     Args:
         scales: float32, any shape.
 
     Returns:
-        codes (int8, same shape), absmax (int32 bits of float32, one per 256 scales), offset (int32 bits of float32, ``[1]``).
+        codes (int8, same shape), absmax (int32 bits of float32, one per 256 scales), offset (int32 bits of
+            float32, ``[1]``).
 
     Example:
         >>> s = torch.rand(4, 8)
@@ -185,21 +196,18 @@ def double_dequantize(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
 
 
 def instruction_set() -> str:
-    """The name of the instruction set whose kernels run (forced with the environment variable ``BITFOLD_ISA``)."""
+    """The name of the instruction set whose kernels run (forced with the environment variable
+    ``BITFOLD_ISA``).
+    """
     return _C.instruction_sets()[_ops.instruction_set()][0]
 
 
 # ---- fake kernels: shapes and dtypes, for torch.compile, torch.export and the meta device ----
 
 
-def _format_of(spec: Sequence[int]) -> tuple[list[tuple[str, str, tuple[int, ...]]], tuple[int, int]]:
-    shape = (int(spec[_ROWS]), int(spec[_COLS]))
-    return _C.buffers_of_spec(list(spec)), shape
-
-
 @torch.library.register_fake("bitfold::quantize")
 def _(weight: Tensor, spec: Sequence[int], method: int) -> list[Tensor]:
-    buffers, _ = _format_of(spec)
+    buffers = _C.buffers_of_spec(list(spec))
     return [weight.new_empty(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in buffers]
 
 
@@ -211,10 +219,12 @@ def _(packed: Sequence[Tensor], spec: Sequence[int], dtype: torch.dtype) -> Tens
 @torch.library.register_fake("bitfold::linear")
 @torch.library.register_fake("bitfold::linear_nograd")
 def _fake_linear(
-    x: Tensor, packed: Sequence[Tensor], spec: Sequence[int], bias: Tensor | None = None, accuracy: int = 0
+    x: Tensor, packed: Sequence[Tensor], spec: Sequence[int], bias: Tensor | None, accuracy: int
 ) -> Tensor:
     if x.shape[-1] != spec[_COLS]:
-        raise RuntimeError(f"bitfold::linear: x must be [..., {spec[_COLS]}] (in_features), got {list(x.shape)}")
+        expected = f"[..., {spec[_COLS]}] (in_features)"
+        msg = f"bitfold::linear: x must be {expected}, got {list(x.shape)}"
+        raise RuntimeError(msg)
     return x.new_empty((*x.shape[:-1], spec[_ROWS]))
 
 
@@ -258,22 +268,20 @@ def _(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
 # ---- autograd: the gradient of the product in x and bias; codes are integers and have none ----
 
 
-def _setup_linear(ctx, inputs, output) -> None:
-    x, packed, spec, bias, accuracy = inputs
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, packed, spec, bias, _ = inputs
     ctx.save_for_backward(*packed)
-    # The dispatcher drops trailing arguments that equal their default, and autograd wants one gradient for each
-    # argument that is left.
-    ctx.arguments = 5 if accuracy != 0 else 4 if bias is not None else 3
     ctx.spec = spec
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward_linear(ctx, grad: Tensor):
-    grad_x = _ops.linear_grad_input(grad, list(ctx.saved_tensors), ctx.spec) if ctx.needs_input_grad[0] else None
+def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    packed = list(ctx.saved_tensors)
+    grad_x = _ops.linear_grad_input(grad, packed, ctx.spec) if ctx.needs_input_grad[0] else None
     grad_bias = None
     if ctx.bias_dtype is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return (grad_x, [None] * len(ctx.saved_tensors), None, grad_bias, None)[: ctx.arguments]
+    return grad_x, [None] * len(packed), None, grad_bias, None
 
 
 torch.library.register_autograd("bitfold::linear", _backward_linear, setup_context=_setup_linear)
