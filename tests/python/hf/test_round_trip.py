@@ -55,7 +55,7 @@ LOAD = """
             torch.save(tiny_models.logits(model, name), out / "logits.pt")
             found[str(len(found))] = {
                 "class": type(model).__name__,
-                "buffers": {key: str(value.dtype) for key, value in model.named_buffers() if ".weight" in key},
+                "buffers": {k: str(v.dtype) for k, v in model.named_buffers() if ".weight" in k},
                 "dtype": str(model.dtype),
                 "devices": sorted({str(tensor.device) for tensor in model.state_dict().values()}),
                 "training": model.training,
