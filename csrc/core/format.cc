@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <iterator>
 
 #include "core/bitpack.h"
 
@@ -46,12 +47,10 @@ bool parse_group_size(std::string_view token, int64_t* size) {
 
 }  // namespace
 
-const std::vector<ElementCode>& element_codes() {
-  static const std::vector<ElementCode> table = {
+const ElementCode kElementCodes[] = {
 #include "core/format_table.inc"
-  };
-  return table;
-}
+};
+const size_t kElementCodeCount = std::size(kElementCodes);
 
 int64_t size_of(DType dtype) {
   switch (dtype) {
@@ -88,7 +87,7 @@ Status Format::parse(std::string_view text, Format* out) {
   const std::string_view head = text.substr(0, head_end);
   Format format;
   format.code = -1;
-  const auto& table = element_codes();
+  const auto table = element_codes();
   for (size_t i = 0; i < table.size(); ++i) {
     if (head == table[i].name) format.code = static_cast<int>(i);
   }

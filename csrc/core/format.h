@@ -4,7 +4,9 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -47,7 +49,9 @@ struct ElementCode {
 
 // Ordered; the index is what `spec` carries between Python and C++. It is never stored: files hold
 // the string.
-const std::vector<ElementCode>& element_codes();
+extern const ElementCode kElementCodes[];
+extern const size_t kElementCodeCount;
+inline std::span<const ElementCode> element_codes() { return {kElementCodes, kElementCodeCount}; }
 
 enum class DType : uint8_t { kInt8, kInt16, kInt32 };
 int64_t size_of(DType dtype);
@@ -82,7 +86,7 @@ struct Format {
   std::string to_string() const;
   bool operator==(const Format&) const = default;
 
-  const ElementCode& element() const { return element_codes()[static_cast<size_t>(code)]; }
+  const ElementCode& element() const { return kElementCodes[code]; }
   int bits() const { return element().bits; }
   Family family() const { return element().family; }
 
