@@ -44,8 +44,22 @@ set(BITFOLD_PYTHON_SOURCES
 # C++ tests mirror csrc/: core/format -> tests/cpp/core/format_test.cc. Those in PER_ISA_TESTS run once per
 # instruction set that the machine has (BITFOLD_ISA).
 set(BITFOLD_CPP_TESTS
+  core/bitpack
+  core/codebook
+  core/float16
+  core/format
+  core/scale_coding
+  core/view
+  cpu/instruction_sets
+  cpu/isa
+  solvers/kmeans
+  solvers/quantize
 )
 set(BITFOLD_CPP_PER_ISA_TESTS
+  cpu/decode
+  cpu/gemm
+  cpu/linear
+  cpu/quantize_kernels
 )
 
 foreach(list CORE CPU SOLVER OPS PYTHON)
