@@ -94,9 +94,10 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes, uint8 [rows, cols], to flat bytes (uint8)."""
     if bits == 3:
         planes = [pack(codes & 3, 2), pack(codes >> 2, 1)]
-        return np.concatenate([p.reshape(len(codes), -1) for p in planes], axis=1).reshape(-1)
+        rows = len(codes)
+        return np.concatenate([p.reshape(rows, p.size // max(rows, 1)) for p in planes], axis=1).reshape(-1)
     single = codes[:, :, None] >> np.arange(bits - 1, -1, -1, dtype=np.uint8) & 1
-    return np.packbits(single.reshape(len(codes), -1), axis=1).reshape(-1)
+    return np.packbits(single.reshape(len(codes), codes.shape[1] * bits), axis=1).reshape(-1)
 
 
 def dynamic_map() -> np.ndarray:
