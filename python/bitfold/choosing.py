@@ -247,7 +247,7 @@ def _direct_readers(model: nn.Module) -> dict[nn.Module, tuple[str, bool]]:
     modules = dict(model.named_modules(remove_duplicate=False))
     loose: dict[str, str] = {}
     for parent_name, parent in modules.items():
-        reads = weights_read_by(type(parent))
+        reads = weights_read_by(type(parent))  # type: ignore[arg-type]
         reason = f"{type(parent).__name__} reads its weight without calling it (a rule can insist)"
         loose |= dict.fromkeys(reads.loose, reason)
         for path in reads.own:

@@ -54,6 +54,7 @@ def quantize(
         ValueError: unknown method, or a pattern that matches nothing.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
         >>> model = quantize(model, "nf4", skip=["2"], progress=False)
         >>> model(torch.randn(3, 128)).shape

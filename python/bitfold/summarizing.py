@@ -164,6 +164,7 @@ def summary(model: nn.Module) -> Summary:
     are shared count once.
 
     Example:
+        >>> import bitfold, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(256, 64))
         >>> print(summary(bitfold.quantize(model, "int8-row", progress=False)).total.weights)
         16448

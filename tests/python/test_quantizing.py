@@ -65,11 +65,6 @@ def assert_unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def test_defaults():
     model = Toy().eval()
     expected = model(INDICES)

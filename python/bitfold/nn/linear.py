@@ -26,6 +26,7 @@ class QuantLinear(PackedModule, nn.Linear):
         original_dtype: float type the weight had before folding, for reports; default `dtype`.
 
     Example:
+        >>> import torch
         >>> layer = QuantLinear.from_float(torch.nn.Linear(128, 64), "int8-row")
         >>> layer(torch.randn(3, 128)).shape
         torch.Size([3, 64])

@@ -39,11 +39,6 @@ class Toy(nn.Module):
 INDICES = torch.arange(6)
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def saved(path: Path, fmt: str = "nf4") -> Toy:
     model = bitfold.quantize(Toy(), fmt, progress=False).eval()
     bitfold.save(model, path)
