@@ -61,12 +61,3 @@ set(BITFOLD_CPP_PER_ISA_TESTS
   cpu/linear
   cpu/quantize_kernels
 )
-
-foreach(list CORE CPU SOLVER OPS PYTHON)
-  foreach(file IN LISTS BITFOLD_${list}_SOURCES)
-    if(NOT EXISTS ${CMAKE_CURRENT_SOURCE_DIR}/${file})
-      message(WARNING "cmake/sources.cmake names ${file}, which does not exist: left out")
-      list(REMOVE_ITEM BITFOLD_${list}_SOURCES ${file})
-    endif()
-  endforeach()
-endforeach()
