@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from bitfold.errors import PackedDataError
 
@@ -64,7 +65,7 @@ def build(
         dtype = getattr(config, "dtype", None) or fallback_dtype
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         cls = _model_class(raw, config, directory, trust_remote_code)
-        with torch.device("meta"):
+        with torch.device("meta"), _RealScalars():
             model = cls._from_config(config, dtype=dtype)
         _apply_dtypes(model, dtype)
     except (
@@ -74,6 +75,19 @@ def build(
         message = f"{directory / 'config.json'}: no model can be built from it. {reason}"
         raise PackedDataError(message) from error
     return model.eval(), dtype
+
+
+class _RealScalars(TorchFunctionMode):
+    """Makes `torch.tensor(3.5)` a real tensor inside `torch.device("meta")`.
+
+    Some modules keep a factor only there (Gemma's scaled embedding under transformers 4), and it is needed.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and args and isinstance(args[0], int | float):
+            kwargs.setdefault("device", "cpu")
+        return func(*args, **kwargs)
 
 
 def model_class(directory: Path, trust_remote_code: bool = False) -> Any:
@@ -125,8 +139,14 @@ def _apply_dtypes(model: Any, dtype: torch.dtype) -> None:
 
 
 def tied_groups(model: nn.Module) -> list[set[str]]:
-    """Sets of two or more parameter names that are one and the same parameter."""
+    """Sets of two or more names that are one and the same parameter or buffer, or those of one shared
+    module.
+    """
     names: dict[int, set[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), set()).add(name)
+    for tensors in (
+        model.named_parameters(remove_duplicate=False),
+        model.named_buffers(remove_duplicate=False),
+    ):
+        for name, tensor in tensors:
+            names.setdefault(id(tensor), set()).add(name)
     return [group for group in names.values() if len(group) > 1]

@@ -100,6 +100,7 @@ def _check_against_class(
     model, dtype = meta_model.build(result.path, torch.float32, trust_remote_code)
     groups = meta_model.tied_groups(model)
     manifest.prepare(model, description)
+    groups += meta_model.tied_groups(model)
     expected = {name: TensorSpec.of(tensor) for name, tensor in model.state_dict().items()}
     units, unused = checkpoint_keys.plan_units(model, checkpoint.tensors)
     names: dict[str, str] = {}
