@@ -140,6 +140,7 @@ def measure(fmt: str, embeddings: str | None, directory: Path, rounds: int) -> d
         "seconds": (reopened["seconds"]["fp32"], reopened["seconds"]["folded"]),
         "cosine_mean": cosines.mean().item(),
         "cosine_min": cosines.min().item(),
+        "least_alike": SENTENCES[int(cosines.argmin())],
         "threads": torch.get_num_threads(),
     }
 
@@ -159,14 +160,18 @@ def show(result: dict[str, Any]) -> None:
     rows.append(["cosine to fp32, mean", "1", f"{result['cosine_mean']:.4f}", ""])
     rows.append(["cosine to fp32, least", "1", f"{result['cosine_min']:.4f}", ""])
     head = ["", "fp32", result["format"], "ratio"]
+    remark = f"least alike: “{result['least_alike']}”"
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
         for row in [head, *rows]:
             print(f"{row[0]:24}{row[1]:>14}{row[2]:>14}{row[3]:>10}")
+        print(remark)
     else:
-        table = Table(title="all-MiniLM-L6-v2, reopened in a fresh process", title_justify="left")
+        table = Table(
+            title="all-MiniLM-L6-v2, reopened in a fresh process", title_justify="left", caption=remark
+        )
         for i, name in enumerate(head):
             table.add_column(name, justify="right" if i else "left")
         for row in rows:
