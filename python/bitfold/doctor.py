@@ -200,13 +200,14 @@ def _self_test() -> Check:
     import torch
 
     from bitfold import ops
+    from bitfold.formats import Format
 
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(24, 96, generator=generator)
     x = torch.randn(3, 96, generator=generator)
     worst = 0.0
     for name in ("nf4", "int8-row", "int4-g64", "int2-g64"):
-        fmt = ops.Format(name)
+        fmt = Format(name)
         packed = ops.quantize(weight, fmt)
         y = ops.linear(x, packed, list(fmt.spec((24, 96))))
         expected = x @ ops.dequantize(packed, fmt, (24, 96)).t()

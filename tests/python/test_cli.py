@@ -352,3 +352,27 @@ def test_help_needs_neither_transformers_nor_rich() -> None:
         "print(sorted({'transformers', 'rich', 'safetensors'} & set(sys.modules)))"
     )
     assert fresh(code).stdout.splitlines()[-1] == "[]"
+
+
+def test_ctrl_c(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import bitfold.hf.streaming
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bitfold.hf.streaming, "_stream", interrupt)
+    status, _, err = run(capsys, "quantize", source, tmp_path / "out")
+    assert status == 130
+    assert "interrupted" in err
+    assert names(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("bar", ["_rich_bar", "_tqdm_bar"])
+def test_progress_bars_take_what_they_are_told(bar: str) -> None:
+    from bitfold.cli import output
+
+    with getattr(output, bar)("folding", 100) as advance:
+        for done in (10, 50, 100):
+            advance("some.weight", done, 100)

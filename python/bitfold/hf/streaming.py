@@ -248,7 +248,7 @@ def _is_parameter(plan: StreamPlan, name: str) -> bool:
 def _first_of_group(home: str, name: str, tensor: torch.Tensor, digests: dict[str, str]) -> bool:
     """Of several stored copies of a tied weight the first is taken, and the others must equal it."""
     raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-    digest = hashlib.blake2b(memoryview(raw)).hexdigest()
+    digest = hashlib.blake2b(raw.data).hexdigest()
     if home not in digests:
         digests[home] = digest
         return True
@@ -290,7 +290,7 @@ def _specs(
     state = model.state_dict()
     specs: dict[str, TensorSpec] = {}
     for tensors in realized:
-        outputs = {}
+        outputs: dict[str, torch.Tensor] = {}
         for name in tensors:
             home = homes[name]
             module = home.removesuffix("weight")

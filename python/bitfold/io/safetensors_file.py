@@ -127,7 +127,7 @@ class SafetensorsFile:
             raise PackedDataError(message)
         tensor = torch.empty(info.shape, dtype=info.torch_dtype)
         if info.nbytes:
-            view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            view = tensor.reshape(-1).view(torch.uint8).numpy().data
             done = 0
             while done < info.nbytes:
                 # Reads are cut into pieces because one call moves at most 2 GiB.

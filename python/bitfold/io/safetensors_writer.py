@@ -119,7 +119,7 @@ class SafetensorsWriter:
             raise PackedDataError(message)
         if spec.nbytes:
             raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            self._put(memoryview(raw), self._starts[name])
+            self._put(raw.data, self._starts[name])
         self.missing.discard(name)
 
     def _put(self, data: memoryview, position: int) -> None:

@@ -368,3 +368,56 @@ def test_disk_space_is_checked_first(tmp_path: Path, source: Path, monkeypatch: 
     with pytest.raises(OSError, match="10 bytes free"):
         fold_directory(plan_directory(source, "nf4"), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+
+CODE = """
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+class TowerConfig(PretrainedConfig):
+    model_type = "tower"
+    def __init__(self, width=64, **kwargs):
+        self.width = width
+        super().__init__(**kwargs)
+
+class TowerModel(PreTrainedModel):
+    config_class = TowerConfig
+    main_input_name = "pixel_values"
+    def __init__(self, config):
+        super().__init__(config)
+        self.first = torch.nn.Linear(config.width, config.width)
+        self.second = torch.nn.Linear(config.width, 8)
+        self.post_init()
+    def _init_weights(self, module):
+        pass
+    def forward(self, pixel_values):
+        return self.second(self.first(pixel_values))
+"""
+
+
+def test_code_that_comes_with_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tower.py").write_text(CODE)
+    config = {
+        "model_type": "tower",
+        "architectures": ["TowerModel"],
+        "width": 64,
+        "dtype": "float32",
+        "auto_map": {"AutoConfig": "tower.TowerConfig", "AutoModel": "tower.TowerModel"},
+    }
+    (source / "config.json").write_text(json.dumps(config))
+    tensors = {"first.weight": torch.randn(64, 64), "first.bias": torch.zeros(64)}
+    tensors |= {"second.weight": torch.randn(8, 64), "second.bias": torch.zeros(8)}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(PackedDataError, match="trust_remote_code"):
+        plan_directory(source, "nf4")
+    out = stream(source, tmp_path / "out", "int8-row", trust_remote_code=True)
+    assert (out / "tower.py").read_text() == CODE
+    assert json.loads((out / "config.json").read_text())["auto_map"] == config["auto_map"]
+    model = transformers.AutoModel.from_pretrained(out, trust_remote_code=True)
+    x = torch.randn(3, 64)
+    expected = torch.nn.functional.linear(x, tensors["first.weight"]) @ tensors["second.weight"].t()
+    assert torch.nn.functional.cosine_similarity(model(x), expected, dim=-1).min() > 0.999
