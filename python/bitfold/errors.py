@@ -1,4 +1,4 @@
-"""Every exception of bitfold: children of `BitfoldError` and of the built-in class that callers would catch anyway."""
+"""Every exception of bitfold: children of `BitfoldError` and of the built-in class that callers catch anyway."""
 
 from __future__ import annotations
 

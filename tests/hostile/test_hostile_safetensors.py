@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from bitfold.errors import PackedDataError
 
+from bitfold.errors import PackedDataError
 from bitfold.io.safetensors_file import SafetensorsFile
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from bitfold.formats import Format
 from torch import Tensor
+
+from bitfold.formats import Format
 
 
 class Method(Protocol):

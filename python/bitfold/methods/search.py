@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from bitfold.formats import Format
 from torch import Tensor
 
 from bitfold import ops
+from bitfold.formats import Format
 from bitfold.methods.base import register
 
 

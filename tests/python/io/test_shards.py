@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitfold.errors import PackedDataError
 
+from bitfold.errors import PackedDataError
 from bitfold.io.safetensors_file import DTYPES, SafetensorsFile
 from bitfold.io.safetensors_writer import SafetensorsWriter, TensorSpec, file_nbytes
 from bitfold.io.shards import Checkpoint, ShardedWriter, parse_size, plan_shards
