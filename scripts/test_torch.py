@@ -2,8 +2,8 @@
 
 Each torch is unpacked without its requirements into a cache outside the repository and put in front of the
 interpreter's own, so the binaries under test are the very same files. torch from the index is a CUDA build
-that wants a dozen NVIDIA libraries at import, GPU or not; they are fetched one by one as the loader names them,
-into one folder that all torches share.
+that wants a dozen NVIDIA libraries at import, GPU or not; they are fetched one by one as the loader names
+them, into one folder that all torches share.
 
 The interpreter that runs this must have bitfold and pytest (bitfold installed, or PYTHONPATH=python after
 `make dev`).

@@ -1,4 +1,4 @@
-"""Every exception of bitfold: children of `BitfoldError` and of the built-in class that callers catch anyway."""
+"""Every exception of bitfold: children of `BitfoldError` and of a built-in class that callers catch."""
 
 from __future__ import annotations
 
