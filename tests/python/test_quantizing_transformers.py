@@ -11,7 +11,7 @@ from torch import nn
 
 import bitfold
 from bitfold.errors import CoverageError
-from bitfold.nn import PackedModule, QuantConv1D, TiedEmbedding, TiedHead
+from bitfold.nn import PackedModule, QuantConv1D, QuantEmbedding, TiedEmbedding, TiedHead
 
 transformers = pytest.importorskip("transformers")
 
@@ -138,7 +138,8 @@ def test_the_swap_computes_what_the_dequantized_model_computes(name):
     reference = copy.deepcopy(model)
     before = output(model, inputs)
     skipped = fold(model)
-    assert (skipped == []) == (name in ALL_COVERED), skipped
+    fused = any(parameter.ndim == 3 for parameter in reference.parameters())  # not in transformers 4
+    assert (skipped == []) == (name in ALL_COVERED or (name == "mixtral" and not fused)), skipped
     folded = output(model, inputs)
     assert not torch.equal(folded, before)
     expected = output(with_dequantized_weights(reference, model), inputs)
@@ -156,9 +157,11 @@ def test_tied_weights_stay_one_matrix(name):
     assert len(heads) == 1
     assert heads[0].source in list(model.modules())
     assert not any("lm_head.weight" in key or "decoder.weight" in key for key in model.state_dict())
-    matrices = [tensor.data_ptr() for key, tensor in model.state_dict().items() if key.endswith(".weight")]
-    assert len(matrices) == len(set(matrices))
-    if name in ("t5", "bart"):
+    # transformers 4 hangs one embedding in several places, 5 ties several: either way there is one table
+    tables = {id(module) for module in model.modules() if isinstance(module, QuantEmbedding)}
+    others = {"bert-mlm": 2, "gpt2": 1, "t5": 2}.get(name, 0)  # positions, token types, relative biases
+    assert len(tables) == 1 + others
+    if name in ("t5", "bart") and transformers.__version__ >= "5":
         assert sum(isinstance(module, TiedEmbedding) for module in model.modules()) == 2
     twin = copy.deepcopy(model)
     assert torch.equal(output(twin, inputs), output(model, inputs))
@@ -209,6 +212,8 @@ def test_the_config_says_how_the_model_is_folded():
 
 def test_fused_experts_are_named():
     model, _ = build("mixtral")
+    if not any(parameter.ndim == 3 for parameter in model.parameters()):
+        pytest.skip("this transformers has one Linear per expert")
     with pytest.raises(CoverageError, match="fused experts") as error:
         bitfold.quantize(model, "nf4", progress=False)
     assert r'r"model\.layers\.\d+\.mlp\.experts\.gate_up_proj"' in str(error.value)
