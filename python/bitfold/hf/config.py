@@ -67,7 +67,7 @@ class BitfoldConfig(QuantizationConfigMixin):
         if isinstance(skip, str):
             msg = f"BitfoldConfig: skip must be a list of names, got the string {skip!r}; write [{skip!r}]"
             raise FormatError(msg)
-        self.format = _spelled(format)
+        self.format = str(_spelled(format))
         self.embeddings = _spelled(embeddings)
         self.skip = list(skip or [])
         self.rules = {pattern: _spelled(fmt) for pattern, fmt in (rules or {}).items()}

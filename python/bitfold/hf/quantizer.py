@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
@@ -22,6 +23,8 @@ from bitfold.hf.registration import resume
 from bitfold.hf.ties import release_ties
 
 __all__ = ["BitfoldQuantizer"]
+
+_OLD = int(transformers.__version__.partition(".")[0]) < 5
 
 
 class BitfoldQuantizer(HfQuantizer):
@@ -46,6 +49,15 @@ class BitfoldQuantizer(HfQuantizer):
             raise ValueError(msg)
 
     # Loading
+
+    def validate_environment(self, *_args: Any, device_map: Any = None, **_kwargs: Any) -> None:
+        """Refuse what would harm packed bytes: transformers 4 casts what it offloads to disk to floats."""
+        if _OLD and isinstance(device_map, Mapping) and "disk" in map(str, device_map.values()):
+            msg = (
+                f"transformers {transformers.__version__} cannot offload packed weights to disk (it casts "
+                "them to floats); give a device_map without 'disk', or use transformers 5"
+            )
+            raise ValueError(msg)
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_kwargs: Any

@@ -84,7 +84,7 @@ def test_dtype_at_load(dtype, float_directory):
 def test_a_dict_does_as_well_as_the_object(float_directory):
     directory = float_directory("llama")
     recipe = bitfold.BitfoldConfig("int8-row").to_dict()
-    model = load(directory, "llama", quantization_config=bitfold.BitfoldConfig.from_dict(recipe))
+    model = load(directory, "llama", quantization_config=recipe)
     assert isinstance(model.lm_head, QuantLinear)
 
 

@@ -29,7 +29,6 @@ ORDERS = {
     "bitfold first": "import bitfold; import transformers",
     "transformers first": "import transformers; import bitfold",
     "quantizers loaded first": "import transformers.quantizers.auto; import bitfold",
-    "modeling loaded first": "from transformers import LlamaForCausalLM; import bitfold",
     "from a model module": "import bitfold; from transformers import BertModel",
     "config first": "import bitfold; bitfold.BitfoldConfig",
     "quantizer module first": "import bitfold; from bitfold.hf import quantizer",

