@@ -307,3 +307,16 @@ def test_packed_tensors_that_do_not_fit_are_refused():
         check_packed(layer, layer.packed()[:1])
     with pytest.raises(PackedDataError, match="weight: found int8"):
         check_packed(layer, [layer.weight[:-1], *layer.packed()[1:]])
+
+
+def test_autocast_decides_the_dtype_as_for_a_float_layer():
+    layer = folded("nf4")
+    x = torch.randn(3, IN, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        compiled = torch.compile(layer, fullgraph=True)(x)
+    assert y.dtype == compiled.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
+    expected = nn.functional.linear(x.detach(), layer.dequantize(), layer.bias)
+    assert torch.allclose(y.float(), expected, atol=0.05, rtol=0.02)  # bfloat16 in and out
