@@ -211,8 +211,18 @@ class Quantizer {
       auto* codes = buffer<uint8_t>(BufferRole::kScale);
       auto* absmax = buffer<float>(BufferRole::kScaleAbsmax);
       auto* offset = buffer<float>(BufferRole::kScaleOffset);
+      const std::vector<float> wanted =
+          format_.zero == Zero::kFloat ? scales_ : std::vector<float>();
       double_quantize(scales_.data(), n, codes, absmax, offset);
       double_dequantize(codes, absmax, *offset, n, scales_.data());
+      // A real zero point may lie a thousand codes away (a group of equal weights), and would
+      // multiply what the scale lost: it moves so that the middle of the grid stays where it was.
+      const float middle = static_cast<float>((1 << format_.bits()) - 1) / 2;
+      for (size_t i = 0; i < wanted.size(); ++i) {
+        if (wanted[i] == 0.0f || scales_[i] == 0.0f) continue;  // all zeros: code 0 is zero
+        zeros_[i] = std::clamp(middle - (middle - zeros_[i]) * (wanted[i] / scales_[i]), -65504.0f,
+                               65504.0f);
+      }
     } else if (format_.family() == Family::kInteger) {
       store_halves(&scales_, buffer<uint16_t>(BufferRole::kScale));
     } else {
