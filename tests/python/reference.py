@@ -1,18 +1,19 @@
 """docs/format.md read by a second implementation: numpy alone, nothing of bitfold.
 
-`dequantize` computes in float32 one rounding per operation (then it must equal bitfold bit for bit) or in float64 (the oracle of
-error bounds).
+`dequantize` computes in float32 one rounding per operation (then it must equal bitfold bit for bit) or in
+float64 (the oracle of error bounds).
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 CODES = {  # code: (bits, family, grouping, zero, dq)
-    **{c: (4, "fixed", "g64", "", True) for c in ("nf4", "fp4", "log4")},
+    **dict.fromkeys(("nf4", "fp4", "log4"), (4, "fixed", "g64", "", True)),
     "nf3": (3, "fixed", "g64", "", True),
     "nf2": (2, "fixed", "g64", "", True),
     "int8": (8, "integer", "row", "sym", False),
@@ -108,9 +109,10 @@ def dynamic_map() -> np.ndarray:
         n = 2**e + 1
         step = f(f(1) - f(0.1)) / f(n - 1)
         points = [
-            f(float(f(0.1)) + float(step) * k) if k < n // 2 else f(1 - float(step) * (n - 1 - k)) for k in range(n)
+            f(float(f(0.1)) + float(step) * k) if k < n // 2 else f(1 - float(step) * (n - 1 - k))
+            for k in range(n)
         ]
-        for a, b in zip(points, points[1:], strict=False):
+        for a, b in pairwise(points):
             entry = f(10.0 ** (e - 6)) * (f(a + b) / f(2))
             entries += [entry, -entry]
     return np.sort(np.array(entries, dtype=f))

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from bitfold.errors import FormatError
-
 from bitfold import Format
+from bitfold.errors import FormatError
 
 
 def _every_format() -> list[str]:
-    codes = ("nf4", "nf3", "nf2", "fp4", "log4", "int8", "int4", "int3", "int2", "kmeans4", "kmeans3", "kmeans2")
+    codes = (
+        "nf4",
+        "nf3",
+        "nf2",
+        "fp4",
+        "log4",
+        "int8",
+        "int4",
+        "int3",
+        "int2",
+        "kmeans4",
+        "kmeans3",
+        "kmeans2",
+    )
     found: dict[str, None] = {}
     for code in codes:
         for grouping in ("", "-g16", "-g48", "-g64", "-g128", "-row", "-tensor"):
@@ -25,7 +37,28 @@ def _every_format() -> list[str]:
 EVERY_FORMAT = _every_format()
 
 # One of each family, zero point and scale encoding.
-SOME_FORMATS = (
-    "nf4 nf4-nodq nf3 nf2 fp4 log4 nf4-tensor int8-row int8-g64 int8-tensor-zp int4-g64 int4-g64-sym int4-g64-fz int4-g64-dq "
-    "int4-row int3-g64 int3-g16-sym int2-g64 int2-g64-zp int2-g64-fz-dq kmeans4-row kmeans3-tensor kmeans2-row"
-).split()
+SOME_FORMATS = [
+    "nf4",
+    "nf4-nodq",
+    "nf3",
+    "nf2",
+    "fp4",
+    "log4",
+    "nf4-tensor",
+    "int8-row",
+    "int8-g64",
+    "int8-tensor-zp",
+    "int4-g64",
+    "int4-g64-sym",
+    "int4-g64-fz",
+    "int4-g64-dq",
+    "int4-row",
+    "int3-g64",
+    "int3-g16-sym",
+    "int2-g64",
+    "int2-g64-zp",
+    "int2-g64-fz-dq",
+    "kmeans4-row",
+    "kmeans3-tensor",
+    "kmeans2-row",
+]

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from bitfold.formats import codes
 
 from bitfold import _C
+from bitfold.formats import codes
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cc", ".inc", ".cu", ".cuh"))
@@ -75,20 +75,34 @@ def test_wide_targets_define_no_symbol_outside_their_namespace(build: str) -> No
     for path in wide_objects():
         if path.relative_to(ROOT).parts[1] != build:
             continue
-        listed = subprocess.run(["nm", "-C", "--defined-only", "--extern-only", path], capture_output=True, text=True, check=True)
+        listed = subprocess.run(
+            ["nm", "-C", "--defined-only", "--extern-only", path], capture_output=True, text=True, check=True
+        )
         isa = path.name.split(".")[0]
         for line in listed.stdout.splitlines():
             assert f"bitfold::{isa}::" in line, f"{path}: {line}"
 
 
 def modules_after(statement: str) -> set[str]:
-    code = f"import sys, json\n{statement}\nprint(json.dumps(sorted({{n.split('.')[0] for n in sys.modules}})))"
+    code = (
+        f"import sys, json\n{statement}\nprint(json.dumps(sorted({{n.split('.')[0] for n in sys.modules}})))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_importing_bitfold_loads_torch_and_numpy_only() -> None:
-    optional = {"transformers", "accelerate", "safetensors", "tqdm", "rich", "peft", "bitsandbytes", "matplotlib", "IPython"}
+    optional = {
+        "transformers",
+        "accelerate",
+        "safetensors",
+        "tqdm",
+        "rich",
+        "peft",
+        "bitsandbytes",
+        "matplotlib",
+        "IPython",
+    }
     loaded = modules_after("import bitfold, bitfold.ops, bitfold.formats")
     by_torch = modules_after("import torch, numpy")
     assert not (loaded & optional) - by_torch

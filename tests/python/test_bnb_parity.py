@@ -1,7 +1,8 @@
-"""nf4 and fp4 against bitsandbytes: the package itself where it is installed, golden files of it everywhere."""
+"""nf4 and fp4 against bitsandbytes: the package where it is installed, golden files of it everywhere."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def bytes_of(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-# ---- golden files -------------------------------------------------------------------------------------------------------------
+# ---- golden files ----
 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES)
@@ -44,10 +45,14 @@ def test_golden_fp4(case: str) -> None:
 def test_golden_double_quantization() -> None:
     scales = torch.from_numpy(GOLDEN["nested.scales"])
     codes, absmax, offset = ops.double_quantize(scales)
-    assert np.abs(offset.view(torch.float32).numpy() - GOLDEN["nested.offset"]) <= 1e-6 * GOLDEN["nested.offset"]
+    assert (
+        np.abs(offset.view(torch.float32).numpy() - GOLDEN["nested.offset"]) <= 1e-6 * GOLDEN["nested.offset"]
+    )
     steps = codes.numpy().view(np.uint8).astype(int) - GOLDEN["nested.codes"].astype(int)
     assert np.abs(steps).max() <= 1
-    assert (steps != 0).mean() <= 0.005, "the two offsets differ in the last bits: at most a few scales fall on the other side"
+    assert (steps != 0).mean() <= 0.005, (
+        "the two offsets differ in the last bits: at most a few scales fall on the other side"
+    )
     assert np.allclose(absmax.view(torch.float32).numpy(), GOLDEN["nested.absmax"], rtol=1e-5)
     every = torch.arange(256).to(torch.uint8).view(torch.int8)
     one = torch.ones(1).view(torch.int32)
@@ -55,7 +60,7 @@ def test_golden_double_quantization() -> None:
     assert np.array_equal(levels.numpy(), GOLDEN["nested.map"])
 
 
-# ---- the package --------------------------------------------------------------------------------------------------------------
+# ---- the package ----
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +74,10 @@ def bnb() -> Any:
 def on_thresholds(kind: str) -> Tensor:
     """Weights that lie exactly on the boundaries between levels, and one float to either side."""
     levels = sorted(Format(kind).levels)
-    pivots = torch.tensor([(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)])
-    pivots = torch.cat([pivots, torch.nextafter(pivots, torch.tensor(9.0)), torch.nextafter(pivots, torch.tensor(-9.0))])
+    pivots = torch.tensor([(a + b) / 2 for a, b in pairwise(levels)])
+    pivots = torch.cat(
+        [pivots, torch.nextafter(pivots, torch.tensor(9.0)), torch.nextafter(pivots, torch.tensor(-9.0))]
+    )
     weight = torch.zeros(ROWS, COLS)
     for group in range(ROWS * COLS // 64):
         block = weight.view(-1)[group * 64 : group * 64 + 64]
@@ -127,15 +134,18 @@ def test_fp4_has_the_same_values(bnb: Any, case: str, dtype: torch.dtype) -> Non
     theirs = bnb.dequantize_4bit(codes, state)
     ours = ops.dequantize(ops.quantize(weight, "fp4-nodq"), "fp4-nodq", (ROWS, COLS))
     off = (ours - theirs).abs() > 1e-6 * theirs.abs()
-    assert not off.any(), f"{int(off.sum())} values differ, first {weight[off][0]}: {ours[off][0]} and {theirs[off][0]}"
+    assert not off.any(), (
+        f"{int(off.sum())} values differ, first {weight[off][0]}: {ours[off][0]} and {theirs[off][0]}"
+    )
 
 
 def test_nf4_scales_over_a_million_blocks(bnb: Any) -> None:
     """Dequantized absmax of 16 matrices: within 1e-6 relative, but for at most 0.01 % that are one level off.
 
-    bitsandbytes takes the offset from a float32 mean, which changes with its threads. Where a row is so much smaller than the rest
-    that level * absmax and the offset nearly cancel, that difference is more than 1e-6 of what is left; so the rows' spreads here
-    stay within a factor of six, and what holds always is that the difference is below 1e-6 of the offset.
+    bitsandbytes takes the offset from a float32 mean, which changes with its threads. Where a row is so much
+    smaller than the rest that level * absmax and the offset nearly cancel, that difference is more than 1e-6
+    of what is left; so the rows' spreads here stay within a factor of six. What holds always is that the
+    difference is below 1e-6 of the offset.
     """
     blocks = apart = levels_apart = 0
     for seed in range(16):

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import SOME_FORMATS
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bitfold import Format, ops
+from support import SOME_FORMATS
 
 OUT, IN = 9, 70
 SPEC_OF = {fmt: Format(fmt).spec((OUT, IN)) for fmt in SOME_FORMATS}
@@ -22,7 +22,7 @@ def packed_of(fmt: str) -> list[Tensor]:
 
 
 class Tiny(nn.Module):
-    """Look-up, product and decoding on the same packed matrix, its buffers registered like those of a layer."""
+    """Look-up, product and decoding on one packed matrix, its buffers registered like those of a layer."""
 
     def __init__(self, fmt: str) -> None:
         super().__init__()
@@ -88,7 +88,9 @@ def test_a_dynamic_batch_compiles_once() -> None:
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(lambda x: ops.linear(x, packed, spec), fullgraph=True, dynamic=True, backend=counting)
+    compiled = torch.compile(
+        lambda x: ops.linear(x, packed, spec), fullgraph=True, dynamic=True, backend=counting
+    )
     for rows in (4, 3, 17, 64):  # 2 would be taken for the number of groups
         x = torch.randn(rows, 5, IN)
         assert torch.equal(compiled(x), ops.linear(x, packed, spec))

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
 import torch
-from bitfold.errors import FormatError
 from hypothesis import given
 from hypothesis import strategies as st
 
 import bitfold
-from bitfold import Format, _C, ops
+import reference
+from bitfold import _C, Format, ops
+from bitfold.errors import FormatError
 from bitfold.formats import codes
 from support import EVERY_FORMAT
 
@@ -59,7 +59,8 @@ def test_properties_and_buffers_equal_the_second_implementation(text: str) -> No
 def test_bits_per_weight_counts_every_byte(text: str, rows: int, cols: int) -> None:
     fmt = Format(text)
     total = sum(
-        int(np.dtype(dtype).itemsize) * int(np.prod(size, dtype=object)) for _, dtype, size in fmt.buffers((rows, cols))
+        int(np.dtype(dtype).itemsize) * int(np.prod(size, dtype=object))
+        for _, dtype, size in fmt.buffers((rows, cols))
     )
     assert fmt.nbytes((rows, cols)) == total
     assert fmt.bits_per_weight((rows, cols)) == 8 * total / (rows * cols)
@@ -78,7 +79,10 @@ def test_bits_per_weight_of_real_buffers(text: str) -> None:
 
 
 def test_known_rates() -> None:
-    rate = {text: Format(text).bits_per_weight((4096, 4096)) for text in ("nf4", "nf4-nodq", "int4-g64-sym", "int2-g64")}
+    rate = {
+        text: Format(text).bits_per_weight((4096, 4096))
+        for text in ("nf4", "nf4-nodq", "int4-g64-sym", "int2-g64")
+    }
     assert rate["nf4"] == pytest.approx(4.127, abs=5e-4)
     assert rate["nf4-nodq"] == 4.5
     assert rate["int4-g64-sym"] == pytest.approx(4.25, abs=1e-6)
@@ -118,7 +122,12 @@ def test_random_text_is_parsed_or_refused(text: str) -> None:
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0), (-1, 3)])
 def test_empty_shapes_are_refused(shape: tuple[int, int]) -> None:
-    for method in (Format("nf4").buffers, Format("nf4").nbytes, Format("nf4").bits_per_weight, Format("nf4").spec):
+    for method in (
+        Format("nf4").buffers,
+        Format("nf4").nbytes,
+        Format("nf4").bits_per_weight,
+        Format("nf4").spec,
+    ):
         with pytest.raises(FormatError, match="both at least 1"):
             method(shape)
 
@@ -142,13 +151,15 @@ def test_packing_without_torch(bits: int) -> None:
         _C.pack_bits(b"1234", 2, 5)
 
 
-# ---- the document -------------------------------------------------------------------------------------------------------------
+# ---- the document ----
 
 
 def _examples() -> list[tuple[str, dict[str, str]]]:
     found = []
     for fmt, block in re.findall(r"^### 12\.\d+ `([^`]+)`\n.*?```\n(.*?)```", DOCUMENT, re.M | re.S):
-        found.append((fmt, dict(re.split(r"\s{2,}", line, maxsplit=1) for line in block.strip().splitlines())))
+        found.append(
+            (fmt, dict(re.split(r"\s{2,}", line, maxsplit=1) for line in block.strip().splitlines()))
+        )
     return found
 
 
@@ -220,11 +231,16 @@ def test_dynamic_map_of_the_document() -> None:
     exact = [0.0, 1.0]
     for e in range(7):
         points = np.linspace(0.1, 1, 2**e + 1)
-        exact += [*(10.0 ** (e - 6) * (points[1:] + points[:-1]) / 2), *(-(10.0 ** (e - 6)) * (points[1:] + points[:-1]) / 2)]
+        exact += [
+            *(10.0 ** (e - 6) * (points[1:] + points[:-1]) / 2),
+            *(-(10.0 ** (e - 6)) * (points[1:] + points[:-1]) / 2),
+        ]
     exact = np.sort(np.array(exact))
     off = np.abs(entries - exact) / np.maximum(np.abs(exact), 1e-30)
     assert off.max() <= 2e-7
-    assert (entries != exact.astype(np.float32)).sum() == int(re.search(r"last digit of (\d+) entries", DOCUMENT)[1])
+    assert (entries != exact.astype(np.float32)).sum() == int(
+        re.search(r"last digit of (\d+) entries", DOCUMENT)[1]
+    )
 
 
 def test_manifest_of_the_document() -> None:

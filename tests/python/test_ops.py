@@ -1,4 +1,4 @@
-"""Every op against the second reader of docs/format.md: values, shapes, dtypes, strides, gradients, errors, instruction sets."""
+"""Every op against the second reader of docs/format.md: values, dtypes, strides, gradients, errors."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import reference
 import torch
-from bitfold.errors import FormatError, WeightError
 from hypothesis import given
 from hypothesis import strategies as st
-from support import EVERY_FORMAT, SOME_FORMATS
 from torch import Tensor
 from torch.library import opcheck
 
-from bitfold import Format, _C, ops
+import reference
+from bitfold import _C, Format, ops
+from bitfold.errors import FormatError, WeightError
+from support import EVERY_FORMAT, SOME_FORMATS
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALF_ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -58,32 +58,60 @@ def assert_product(y: Tensor, x: Tensor, weight: np.ndarray, bias: Tensor | None
     expected = x64 @ weight.T + b64
     terms = np.abs(x64) @ np.abs(weight).T + np.abs(b64)
     # each weight carries up to three roundings of its own, a chain of K / 16 + 16 additions sums them
-    bound = (x.shape[-1] / 16 + 24) * 2.0**-24 * terms + HALF_ULP[y.dtype] * np.abs(expected) * 1.01 + 1e-7 * (y.dtype == torch.float16)
+    bound = (
+        (x.shape[-1] / 16 + 24) * 2.0**-24 * terms
+        + HALF_ULP[y.dtype] * np.abs(expected) * 1.01
+        + 1e-7 * (y.dtype == torch.float16)
+    )
     error = np.abs(y.double().numpy().reshape(expected.shape) - expected)
     worst = np.unravel_index(np.argmax(error - bound), error.shape) if error.size else None
-    assert error.size == 0 or error[worst] <= bound[worst], f"y{worst}: off by {error[worst]}, allowed {bound[worst]}"
+    assert error.size == 0 or error[worst] <= bound[worst], (
+        f"y{worst}: off by {error[worst]}, allowed {bound[worst]}"
+    )
 
 
-# ---- values -------------------------------------------------------------------------------------------------------------------
+# ---- values ----
 
 
-@given(formats, sizes, sizes, st.sampled_from(FLOATS), st.sampled_from(STRIDES), st.sampled_from(["round", "search", None]))
+@given(
+    formats,
+    sizes,
+    sizes,
+    st.sampled_from(FLOATS),
+    st.sampled_from(STRIDES),
+    st.sampled_from(["round", "search", None]),
+)
 def test_quantize_dequantize(
     fmt: str, rows: int, cols: int, dtype: torch.dtype, stride: str, method: str | None
 ) -> None:
-    weight = strided(torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows * 1000 + cols)).to(dtype), stride)
+    weight = strided(
+        torch.randn(rows, cols, generator=torch.Generator().manual_seed(rows * 1000 + cols)).to(dtype), stride
+    )
     packed = ops.quantize(weight, fmt, method)
     again = ops.quantize(weight.float().contiguous(), fmt, method)
-    assert all(torch.equal(a, b) for a, b in zip(packed, again, strict=True)), "dtype and strides must not matter"
+    assert all(torch.equal(a, b) for a, b in zip(packed, again, strict=True)), (
+        "dtype and strides must not matter"
+    )
     exact = reference.dequantize(packed, fmt, (rows, cols), np.float32)
     assert np.array_equal(ops.dequantize(packed, fmt, (rows, cols)).numpy(), exact)
     for narrow in (torch.float16, torch.bfloat16):
-        assert torch.equal(ops.dequantize(packed, fmt, (rows, cols), narrow), torch.from_numpy(exact).to(narrow))
+        assert torch.equal(
+            ops.dequantize(packed, fmt, (rows, cols), narrow), torch.from_numpy(exact).to(narrow)
+        )
     ideal = reference.dequantize(packed, fmt, (rows, cols))
-    assert np.allclose(exact, ideal, rtol=1e-6, atol=2e-6)
+    # a real zero point far off the codes multiplies the rounding of the scale
+    assert np.allclose(exact, ideal, rtol=1e-6, atol=2e-4 if Format(fmt).zero == "float" else 2e-6)
 
 
-@given(formats, sizes, sizes, st.sampled_from(FLOATS), st.sampled_from(STRIDES), st.lists(st.integers(0, 4), max_size=2), st.booleans())
+@given(
+    formats,
+    sizes,
+    sizes,
+    st.sampled_from(FLOATS),
+    st.sampled_from(STRIDES),
+    st.lists(st.integers(0, 4), max_size=2),
+    st.booleans(),
+)
 def test_linear(
     fmt: str, rows: int, cols: int, dtype: torch.dtype, stride: str, leading: list[int], with_bias: bool
 ) -> None:
@@ -123,8 +151,17 @@ def test_linear_takes_a_bias_of_another_dtype(x_dtype: torch.dtype, bias_dtype: 
     assert_product(y, x, weight, bias)
 
 
-@given(formats, st.integers(1, 30), sizes, st.sampled_from(FLOATS), st.lists(st.integers(0, 3), max_size=2), st.booleans())
-def test_embedding(fmt: str, rows: int, cols: int, dtype: torch.dtype, shape: list[int], narrow: bool) -> None:
+@given(
+    formats,
+    st.integers(1, 30),
+    sizes,
+    st.sampled_from(FLOATS),
+    st.lists(st.integers(0, 3), max_size=2),
+    st.booleans(),
+)
+def test_embedding(
+    fmt: str, rows: int, cols: int, dtype: torch.dtype, shape: list[int], narrow: bool
+) -> None:
     packed, spec, _ = folded((rows, cols), fmt)
     table = ops.dequantize(packed, fmt, (rows, cols), dtype)
     indices = torch.randint(0, rows, shape, dtype=torch.int32 if narrow else torch.int64)
@@ -168,7 +205,9 @@ def test_extreme_magnitudes_keep_their_relative_error() -> None:
     unit = torch.rand(4, 100) * 2 - 1
     for fmt in SOME_FORMATS:
         for method in ("round", "search"):
-            ideal = (reference.dequantize(ops.quantize(unit, fmt, method), fmt, (4, 100)) - unit.double().numpy()).std()
+            ideal = (
+                reference.dequantize(ops.quantize(unit, fmt, method), fmt, (4, 100)) - unit.double().numpy()
+            ).std()
             for scale in (1e-30, 1e-7, 1e7, 1e38, 2e38):
                 packed = ops.quantize(unit * scale, fmt, method)
                 off = reference.dequantize(packed, fmt, (4, 100)) / scale - unit.double().numpy()
@@ -197,7 +236,7 @@ def test_threads_do_not_change_a_bit() -> None:
         torch.set_num_threads(before)
 
 
-# ---- gradients ----------------------------------------------------------------------------------------------------------------
+# ---- gradients ----
 
 
 @pytest.mark.parametrize("fmt", SOME_FORMATS)
@@ -244,7 +283,7 @@ def test_linear_grad_input_of_an_empty_batch() -> None:
     assert x.grad.shape == (0, 16)
 
 
-# ---- opcheck ------------------------------------------------------------------------------------------------------------------
+# ---- opcheck ----
 
 
 def check(op: Any, *args: Any) -> None:
@@ -285,7 +324,7 @@ def test_opcheck_packing() -> None:
     check(raw.double_dequantize.default, *ops.double_quantize(scales))
 
 
-# ---- errors -------------------------------------------------------------------------------------------------------------------
+# ---- errors ----
 
 
 def fails(words: list[str], kind: type[Exception], call: Any, *args: Any) -> None:
@@ -296,7 +335,9 @@ def fails(words: list[str], kind: type[Exception], call: Any, *args: Any) -> Non
 
 
 @pytest.mark.parametrize("fmt", SOME_FORMATS)
-@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-float("inf"), "infinite")])
+@pytest.mark.parametrize(
+    ("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinite"), (-float("inf"), "infinite")]
+)
 def test_non_finite_weights_name_the_place(fmt: str, value: float, word: str) -> None:
     for dtype in FLOATS:
         weight = torch.randn(4, 70).to(dtype)
@@ -306,7 +347,9 @@ def test_non_finite_weights_name_the_place(fmt: str, value: float, word: str) ->
 
 def test_weights_that_cannot_be_folded() -> None:
     for dtype in (torch.int8, torch.int64, torch.bool, torch.complex64, torch.float64):
-        fails(["weight", "float32", str(dtype)], WeightError, ops.quantize, torch.ones(4, 16).to(dtype), "nf4")
+        fails(
+            ["weight", "float32", str(dtype)], WeightError, ops.quantize, torch.ones(4, 16).to(dtype), "nf4"
+        )
     fails(["weight", "2-D", "(16,)"], WeightError, ops.quantize, torch.ones(16), "nf4")
     fails(["weight", "2-D", "(2, 3, 16)"], WeightError, ops.quantize, torch.ones(2, 3, 16), "nf4")
     for shape in [(0, 16), (16, 0), (0, 0)]:
@@ -319,11 +362,18 @@ def test_packed_buffers_that_do_not_fit() -> None:
     packed, spec, _ = folded((5, 70), "int4-g64")
     x = torch.randn(2, 70)
     cut = [packed[0][:-1], *packed[1:]]
-    fails(["linear", "weight(int4-g64)", "int8", "175", "[5, 70]", "[174]"], RuntimeError, ops.linear, x, cut, spec)
+    fails(
+        ["linear", "weight(int4-g64)", "int8", "175", "[5, 70]", "[174]"],
+        RuntimeError,
+        ops.linear,
+        x,
+        cut,
+        spec,
+    )
     floats = [packed[0], packed[1].view(torch.float16), *packed[2:]]
     fails(["weight_scale(int4-g64)", "int16", "float16", "[5, 2]"], RuntimeError, ops.linear, x, floats, spec)
     fails(["must hold 4 tensors, got 3"], RuntimeError, ops.linear, x, packed[:3], spec)
-    fails(["must hold 4 tensors, got 0"], RuntimeError, raw.linear_nograd, x, [], spec)
+    fails(["must hold 4 tensors, got 0"], RuntimeError, raw.linear_nograd, x, [], spec, None, 0)
     strided_codes = [torch.zeros(350, dtype=torch.int8)[::2], *packed[1:]]
     fails(["weight(int4-g64)", "non-contiguous"], RuntimeError, ops.linear, x, strided_codes, spec)
     for call in (
@@ -342,15 +392,31 @@ def test_specs_that_make_no_sense() -> None:
     for broken in ([], spec[:-1], [*spec, 0], [99, *spec[1:]], [spec[0], spec[1], 65, *spec[3:]]):
         fails(["spec", "Format.spec"], RuntimeError, raw.dequantize, packed, broken, torch.float32)
     for shape in ([-5, 70], [0, 70], [2**62, 4], [2**31, 2**31]):
-        fails(["shape", f"({shape[0]}, {shape[1]})"], RuntimeError, raw.dequantize, packed, [*spec[:-2], *shape], torch.float32)
+        fails(
+            ["shape", f"({shape[0]}, {shape[1]})"],
+            RuntimeError,
+            raw.dequantize,
+            packed,
+            [*spec[:-2], *shape],
+            torch.float32,
+        )
     weight = torch.randn(5, 70)
-    fails(["weight", "[5, 71]", "[5, 70]"], RuntimeError, raw.quantize, weight, Format("nf4").spec((5, 71)), 0)
+    fails(
+        ["weight", "[5, 71]", "[5, 70]"], RuntimeError, raw.quantize, weight, Format("nf4").spec((5, 71)), 0
+    )
     fails(["method", "7"], RuntimeError, raw.quantize, weight, spec, 7)
 
 
 def test_activations_that_do_not_fit() -> None:
     packed, spec, _ = folded((5, 70), "nf4")
-    fails(["x", "[..., 70]", "in_features", "[2, 71]"], RuntimeError, ops.linear, torch.randn(2, 71), packed, spec)
+    fails(
+        ["x", "[..., 70]", "in_features", "[2, 71]"],
+        RuntimeError,
+        ops.linear,
+        torch.randn(2, 71),
+        packed,
+        spec,
+    )
     fails(["x", "[..., 70]"], RuntimeError, ops.linear, torch.tensor(1.0), packed, spec)
     for dtype in (torch.float64, torch.int64, torch.complex64):
         fails(["x must be float32"], RuntimeError, ops.linear, torch.ones(2, 70).to(dtype), packed, spec)
@@ -373,7 +439,15 @@ def test_indices_out_of_range(index: int) -> None:
 
 def test_indices_of_another_dtype() -> None:
     packed, spec, _ = folded((5, 70), "nf4")
-    fails(["indices", "int64", "float32"], RuntimeError, ops.embedding, torch.tensor([1.0]), packed, spec, torch.float32)
+    fails(
+        ["indices", "int64", "float32"],
+        RuntimeError,
+        ops.embedding,
+        torch.tensor([1.0]),
+        packed,
+        spec,
+        torch.float32,
+    )
 
 
 def test_packing_errors() -> None:
@@ -395,7 +469,7 @@ def test_packing_errors() -> None:
         fails(["double_dequantize"], RuntimeError, ops.double_dequantize, *broken)
 
 
-# ---- instruction sets ---------------------------------------------------------------------------------------------------------
+# ---- instruction sets ----
 
 FORCED = """
 import hashlib, sys, torch
@@ -405,7 +479,8 @@ weight, x = torch.randn(7, 197), torch.randn(3, 197)
 seen = hashlib.sha256()
 for fmt in sys.argv[1:]:
     packed = ops.quantize(weight, fmt)
-    for tensor in [*packed, ops.dequantize(packed, fmt, (7, 197)), ops.dequantize(packed, fmt, (7, 197), torch.float16)]:
+    decoded = [ops.dequantize(packed, fmt, (7, 197), dtype) for dtype in (torch.float32, torch.float16)]
+    for tensor in [*packed, *decoded]:
         seen.update(tensor.numpy().tobytes())
 print(ops.instruction_set(), seen.hexdigest())
 """
@@ -444,7 +519,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
     assert "BITFOLD_ISA=sse9: unknown instruction set; known: " in done.stderr
 
 
-# ---- size ---------------------------------------------------------------------------------------------------------------------
+# ---- size ----
 
 
 @pytest.mark.slow
@@ -466,5 +541,7 @@ def test_more_than_two_to_the_31_weights() -> None:
     y = ops.linear(x, packed, spec)
     expected = (x.double() @ pattern.double()) * scale.double()
     assert torch.allclose(y[0].double(), expected, rtol=1e-4, atol=1e-3 * scale.double().max().item())
-    back = torch.ops.bitfold.linear_grad_input(torch.nn.functional.one_hot(torch.tensor([rows - 1]), rows).float(), packed, spec)
+    back = torch.ops.bitfold.linear_grad_input(
+        torch.nn.functional.one_hot(torch.tensor([rows - 1]), rows).float(), packed, spec
+    )
     assert torch.equal(back[0], scale[-1].float() * pattern)
