@@ -64,6 +64,7 @@ class StreamPlan:
     unused: list[str]
     _floats: dict[str, TensorSpec] = field(repr=False)
     _homes: dict[str, str] = field(repr=False)
+    _dtypes: dict[str, torch.dtype] = field(repr=False)
 
     @property
     def ratio(self) -> float:
@@ -148,6 +149,7 @@ def plan_directory(
         unused=unused,
         _floats=expected,
         _homes=homes,
+        _dtypes=_dtypes(units, realized, expected),
     )
 
 
@@ -199,7 +201,7 @@ def _stream(
     done = 0
     for unit in sorted(plan.units, key=lambda unit: order[unit.sources[0]]):
         outputs: dict[str, torch.Tensor] = {}
-        tensors = unit.realize(checkpoint.read)
+        tensors = unit.realize(lambda key: checkpoint.read(key, plan._dtypes.get(key)))
         for name in list(tensors):
             tensor = tensors.pop(name).to(plan._floats[name].dtype)
             home = plan._homes[name]
@@ -298,6 +300,19 @@ def _specs(
         stored = checkpoint_keys.saved_as(model, outputs)
         specs |= {name: TensorSpec.of(tensor) for name, tensor in stored.items()}
     return dict(sorted(specs.items(), key=lambda item: _natural(item[0])))
+
+
+def _dtypes(
+    units: Sequence[checkpoint_keys.Unit],
+    realized: Sequence[Mapping[str, Any]],
+    expected: Mapping[str, TensorSpec],
+) -> dict[str, torch.dtype]:
+    """What to convert to while reading, by name in the source, for tensors that are only renamed."""
+    return {
+        unit.sources[0]: expected[next(iter(tensors))].dtype
+        for unit, tensors in zip(units, realized, strict=True)
+        if len(unit.sources) == len(tensors) == 1
+    }
 
 
 def _stored_names(home: str, module: str, state: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,8 @@ __all__ = ["DTYPES", "SafetensorsFile", "TensorInfo", "dtype_name"]
 
 # Same cap as the format's own reader; a header of 100 MB would describe about a million tensors.
 _MAX_HEADER_BYTES = 100_000_000
+# Elements converted at a time when a tensor is read into another dtype.
+_PIECE = 1 << 24
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -119,26 +121,42 @@ class SafetensorsFile:
         """Tensors in the order of their bytes."""
         return iter(self.tensors.values())
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, copied into memory of its own (no file mapping). Costs one pass over its bytes."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor, copied into memory of its own (no file mapping). Costs one pass over its bytes.
+
+        Args:
+            name: of the tensor.
+            dtype: what to convert to while reading, piece by piece, so that both dtypes are never whole in
+            memory;
+                None leaves the tensor as it is stored.
+        """
         info = self.tensors.get(name)
         if info is None:
             message = f"{self.path}: no tensor {name!r}; the file has {len(self.tensors)} others"
             raise PackedDataError(message)
-        tensor = torch.empty(info.shape, dtype=info.torch_dtype)
-        if info.nbytes:
-            view = tensor.reshape(-1).view(torch.uint8).numpy().data
-            done = 0
-            while done < info.nbytes:
-                # Reads are cut into pieces because one call moves at most 2 GiB.
-                count = os.preadv(self._file.fileno(), [view[done : done + (1 << 30)]], info.start + done)
-                if count == 0:
-                    message = (
-                        f"{self.path}: tensor {name!r}: the file ended after {done} of {info.nbytes} bytes"
-                    )
-                    raise PackedDataError(message)
-                done += count
+        tensor = torch.empty(info.shape, dtype=dtype or info.torch_dtype)
+        flat = tensor.reshape(-1)
+        if tensor.dtype == info.torch_dtype:
+            self._fill(info, flat, 0)
+            return tensor
+        for start in range(0, flat.numel(), _PIECE):
+            piece = torch.empty(min(_PIECE, flat.numel() - start), dtype=info.torch_dtype)
+            self._fill(info, piece, start * info.torch_dtype.itemsize)
+            flat[start : start + piece.numel()] = piece
         return tensor
+
+    def _fill(self, info: TensorInfo, target: torch.Tensor, offset: int) -> None:
+        """Read bytes of a tensor, from `offset` within it, into all of `target` (1-D, contiguous)."""
+        view = target.view(torch.uint8).numpy().data
+        done = 0
+        while done < len(view):
+            # Reads are cut into pieces because one call moves at most 2 GiB.
+            position = info.start + offset + done
+            count = os.preadv(self._file.fileno(), [view[done : done + (1 << 30)]], position)
+            if count == 0:
+                message = f"{self.path}: tensor {info.name!r}: the file ended after {offset + done} of {info.nbytes} bytes"
+                raise PackedDataError(message)
+            done += count
 
 
 def _read_header(path: Path, file: Any, size: int) -> tuple[dict[str, str], dict[str, TensorInfo]]:

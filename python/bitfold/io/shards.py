@@ -66,12 +66,12 @@ class Checkpoint:
         """Header metadata of the first file."""
         return self.files[0].metadata
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own."""
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor, in memory of its own, in `dtype` if given; see `SafetensorsFile.read`."""
         if name not in self._file_of:
             message = f"{self.path}: tensor {name!r} is in none of the {len(self.files)} weight files"
             raise PackedDataError(message)
-        return self._file_of[name].read(name)
+        return self._file_of[name].read(name, dtype)
 
     def __iter__(self) -> Iterator[TensorInfo]:
         """Tensors in the order in which their bytes lie, file after file."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bitfold.errors import PackedDataError
+from bitfold.io import safetensors_file
 from bitfold.io.safetensors_file import DTYPES, SafetensorsFile
 from bitfold.io.safetensors_writer import SafetensorsWriter, TensorSpec, file_nbytes
 from bitfold.io.shards import Checkpoint, ShardedWriter, parse_size, plan_shards
@@ -42,6 +43,15 @@ def test_reads_what_the_package_writes(tmp_path: Path, tensors: dict[str, torch.
         assert all(same(file.read(name), tensor) for name, tensor in tensors.items())
         with pytest.raises(PackedDataError, match="no tensor 'nope'"):
             file.read("nope")
+
+
+def test_conversion_while_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "_PIECE", 7)
+    tensor = torch.randn(5, 6)
+    safetensors_torch.save_file({"a": tensor}, tmp_path / "x.safetensors")
+    with SafetensorsFile(tmp_path / "x.safetensors") as file:
+        for dtype in (torch.bfloat16, torch.float64, torch.float32):
+            assert same(file.read("a", dtype), tensor.to(dtype))
 
 
 def test_package_reads_what_the_writer_writes(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
