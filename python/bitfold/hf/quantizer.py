@@ -145,6 +145,13 @@ class BitfoldQuantizer(HfQuantizer):
             method=recipe.method,
         )
 
+    def _dequantize(self, *_args: Any, **_kwargs: Any) -> Any:
+        msg = (
+            "a folded model is not turned back into floats in place; load the float checkpoint instead "
+            "(module.dequantize() gives one matrix as floats)"
+        )
+        raise NotImplementedError(msg)
+
     # Saving and what the model can do
 
     def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:

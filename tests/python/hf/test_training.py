@@ -112,3 +112,29 @@ from peft.tuners.lora import layer
 print(json.dumps(hasattr(layer.Linear.merge, "__bitfold_guard__")))
 """
     assert run_script(code) is True
+
+
+def test_dequantizing_the_whole_model_is_refused_with_a_way_out(loaded):
+    with pytest.raises(NotImplementedError, match=r"module\.dequantize"):
+        loaded().dequantize()
+
+
+@pytest.mark.slow
+def test_trainer_trains_adapters_only(loaded, tmp_path):
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    row = tiny_models.tokens()[0]
+    options = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "save_strategy": "no"}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"), use_cpu=True, disable_tqdm=True, **options
+    )
+    data = [{"input_ids": row, "labels": row}] * 4
+    with pytest.raises(ValueError, match="purely quantized"):
+        Trainer(model=loaded("llama-tied"), args=arguments, train_dataset=data)
+    model = adapted(loaded("llama-tied"), target_modules="all-linear")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    Trainer(model=model, args=arguments, train_dataset=data).train()
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed
+    assert all("lora_" in key for key in changed)
