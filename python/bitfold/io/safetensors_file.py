@@ -154,7 +154,8 @@ class SafetensorsFile:
             position = info.start + offset + done
             count = os.preadv(self._file.fileno(), [view[done : done + (1 << 30)]], position)
             if count == 0:
-                message = f"{self.path}: tensor {info.name!r}: the file ended after {offset + done} of {info.nbytes} bytes"
+                ended = f"the file ended after {offset + done} of {info.nbytes} bytes"
+                message = f"{self.path}: tensor {info.name!r}: {ended}"
                 raise PackedDataError(message)
             done += count
 
