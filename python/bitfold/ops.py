@@ -107,15 +107,16 @@ def linear(
         accuracy: 0, the default level. Others are reserved.
 
     Returns:
-        ``[..., out]`` in x's dtype, or in autocast's where that is on. Differentiable in x and bias; the packed
-            weight is frozen.
+        ``[..., out]`` in x's dtype, or in autocast's where that is on. Differentiable in x and bias; the
+            packed weight is frozen.
 
     Example:
         >>> fmt, w = Format("nf4"), torch.randn(8, 64)
         >>> linear(torch.randn(3, 64), quantize(w, fmt), fmt.spec((8, 64))).shape
         torch.Size([3, 8])
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    # (The meta device knows no autocast and raises when asked.)
+    if not x.is_meta and x.dtype in _FLOATS and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # what F.linear does there
     # An op with an autograd formula costs microseconds more per call, so it is taken only where a gradient
     # is wanted.

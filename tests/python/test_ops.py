@@ -236,6 +236,18 @@ def test_threads_do_not_change_a_bit() -> None:
         torch.set_num_threads(before)
 
 
+def test_linear_under_autocast() -> None:
+    packed, spec, weight = folded((5, 70), "nf4")
+    x, bias = torch.randn(3, 70), torch.randn(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ops.linear(x, packed, spec, bias)
+        for dtype in (torch.float64, torch.int64):
+            fails(["x must be float32"], RuntimeError, ops.linear, torch.ones(2, 70).to(dtype), packed, spec)
+        assert ops.linear(torch.empty(3, 70, device="meta"), [t.to("meta") for t in packed], spec).is_meta
+    assert y.dtype == torch.bfloat16
+    assert_product(y, x.bfloat16(), weight, bias)
+
+
 # ---- gradients ----
 
 
