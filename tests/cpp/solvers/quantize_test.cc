@@ -254,6 +254,26 @@ TEST(Quantize, FarZeroPointsSurviveDoubleQuantization) {
   }
 }
 
+// Scales of rows a thousand times smaller than the rest come back from 8 bits as little more than
+// zero, or less than zero: still a grid that fits those rows better than none.
+TEST(Quantize, SmallRowsBesideLargeOnesSurviveDoubleQuantization) {
+  std::vector<float> w = random_weights(256 * 64, 21);
+  for (size_t i = 0; i < w.size(); ++i) w[i] *= i / 64 % 7 == 0 ? 1e-3f : 0.2f + 0.004f * (i / 64);
+  for (const char* text : {"int8-g64-dq", "int4-g64-dq", "int4-g64-sym-dq", "int4-g64-fz-dq",
+                           "int3-g64-dq", "nf4", "nf3", "log4", "fp4"}) {
+    Owned packed(format_of(text), 256, 64);
+    ASSERT_TRUE(packed.quantize(best(), Method::kSearch, w).ok());
+    const std::vector<float> back = packed.decoded();
+    double error = 0.0, energy = 0.0;
+    for (size_t i = 0; i < w.size(); ++i) {
+      if (i / 64 % 7 != 0) continue;
+      error += std::pow(back[i] - w[i], 2);
+      energy += std::pow(w[i], 2);
+    }
+    EXPECT_LT(error, energy) << text << ": worse than zeros";
+  }
+}
+
 TEST(Quantize, FewDistinctWeightsAreExactWithLearnedLevels) {
   const float values[] = {-1.5f, -0.25f, 0.0f, 0.75f};
   std::vector<float> w;
