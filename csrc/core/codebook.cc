@@ -21,7 +21,8 @@ Codebook from_levels(const float* levels, int count) {
             [&](int a, int b) { return levels[a] < levels[b]; });
   book.pivot_count = ranks - 1;
   for (int i = 0; i + 1 < ranks; ++i) {
-    // Halved first, or the sum of learned levels beyond 1.7e38 would overflow; the same bits otherwise.
+    // Halved first, or the sum of learned levels beyond 1.7e38 would overflow; the same bits
+    // otherwise.
     book.pivots[i] = levels[book.code_of_rank[i]] / 2 + levels[book.code_of_rank[i + 1]] / 2;
   }
   return book;

@@ -74,7 +74,7 @@ def check_missing(model: nn.Module, missing: Iterable[str], complete: bool) -> N
     for name, module in model.named_modules(remove_duplicate=False):
         aliases.setdefault(id(module), []).append(f"{name}." if name else "")
     lost = []
-    for name, module in model.named_modules():
+    for _, module in model.named_modules():
         names = aliases[id(module)]
         for tensor in (*module._parameters, *module._buffers):
             if all(alias + tensor in missing for alias in names) and (
