@@ -6,21 +6,31 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # tiny_models, shared with the scripts run in fresh processes
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    # test_registration.py and test_checks.py import transformers nowhere, but mean nothing without it
+    # without transformers there is nothing here to test
     import importlib.util
 
     return True if importlib.util.find_spec("transformers") is None else None
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from threads, and lose seconds to their waiting where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +42,7 @@ def run_script() -> Callable[..., Any]:
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(HERE), *filter(None, sys.path)]),
             "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore",
         }
         done = subprocess.run(
