@@ -69,10 +69,27 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     with Checkpoint(path) as checkpoint:
         description = read_manifest(path, checkpoint.metadata)
         infos = dict(checkpoint.tensors)
+        if description is not None:
+            _check_headers(path, infos, description)
         files = {file.path.name: file.size for file in checkpoint.files}
     config = _config(path)
     names = config.get("architectures") or [None]
     return Inspection(path, description, summarize(infos, description), files, names[0])
+
+
+def _check_headers(path: Path, infos: Mapping[str, TensorInfo], description: Mapping[str, Any]) -> None:
+    """Refuse to count by a manifest that the headers contradict; absent names may be spelled otherwise."""
+    for name, (dtype, shape) in manifest.tensors(description).items():
+        info = infos.get(name)
+        if info is None:
+            continue
+        found = str(info.torch_dtype).removeprefix("torch.")
+        if (found, info.shape) != (dtype, shape):
+            message = (
+                f"{path}: tensor {name!r} is {found} {list(info.shape)}, "
+                f"expected {dtype} {list(shape)} from the manifest; one of the two was damaged or edited"
+            )
+            raise PackedDataError(message)
 
 
 def read_manifest(path: Path, metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -131,6 +132,25 @@ def test_wrong_options(
     assert words in err
     assert "Traceback" not in err
     assert names(tmp_path) == ["source"]
+
+
+def test_what_is_not_covered_is_listed_ready_to_paste(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=96,
+        image_size=32,
+        patch_size=8,
+    )
+    transformers.ViTModel(config).save_pretrained(tmp_path / "source")
+    status, _, err = run(capsys, "quantize", tmp_path / "source", tmp_path / "out")
+    assert status == 2
+    pasted = shlex.split(err.split("or here: ")[1])
+    assert "--skip" in pasted
+    assert run(capsys, "quantize", tmp_path / "source", tmp_path / "out", *pasted)[0] == 0
 
 
 def test_unknown_option_is_a_usage_error() -> None:
@@ -273,6 +293,18 @@ def test_inspect_a_plain_file(capsys: pytest.CaptureFixture[str], tmp_path: Path
     status, result = run_json(capsys, "inspect", tmp_path / "model.safetensors")
     assert status == 0
     assert result["classes"]["linear"]["weights"] == 128 * 64
+
+
+def test_inspect_finds_a_manifest_that_lies(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, source: Path
+) -> None:
+    run(capsys, "quantize", source, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    config["quantization_config"]["modules"]["pooler.dense"]["shape"] = [64, 65]
+    (tmp_path / "out/config.json").write_text(json.dumps(config))
+    status, _, err = run(capsys, "inspect", tmp_path / "out")
+    assert status == 3
+    assert "'pooler.dense.weight' is int8 [2048], expected int8 [2112]" in err
 
 
 @pytest.mark.parametrize("what", ["nothing", "text.txt"])

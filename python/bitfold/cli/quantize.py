@@ -8,7 +8,9 @@ the tokenizer, generation config and code of SRC.
 from __future__ import annotations
 
 import argparse
+import re
 import resource
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -59,20 +61,25 @@ def run(options: argparse.Namespace, output: Output) -> int:
     """Predict, print, fold."""
     rules = dict(_rule(text) for text in options.rule)
     import bitfold
+    from bitfold.errors import CoverageError
     from bitfold.hf.streaming import fold_directory, plan_directory
 
     quiet_transformers()
     start = time.perf_counter()
-    plan = plan_directory(
-        options.source,
-        options.format,
-        embeddings=_format(options.embeddings),
-        skip=options.skip,
-        rules=rules,
-        method=options.method,
-        max_shard_size=options.max_shard_size,
-        trust_remote_code=options.trust_remote_code,
-    )
+    try:
+        plan = plan_directory(
+            options.source,
+            options.format,
+            embeddings=_format(options.embeddings),
+            skip=options.skip,
+            rules=rules,
+            method=options.method,
+            max_shard_size=options.max_shard_size,
+            trust_remote_code=options.trust_remote_code,
+        )
+    except CoverageError as error:
+        message = f"{error}\n{_skip_options(str(error))}"
+        raise CoverageError(message) from None
     summary = bitfold.summary(plan.model)
     output.text(summary)
     output.text(
@@ -106,6 +113,12 @@ def run(options: argparse.Namespace, output: Output) -> int:
 
 def _format(text: str) -> str | None:
     return None if text.lower() == "none" else text
+
+
+def _skip_options(message: str) -> str:
+    """The names that a CoverageError lists for Python, ready to paste into a shell."""
+    names = re.findall(r'^ +r?"(.*)",$', message, flags=re.MULTILINE)
+    return "or here: " + " ".join(f"--skip {shlex.quote(name)}" for name in names)
 
 
 def _rule(text: str) -> tuple[str, str | None]:

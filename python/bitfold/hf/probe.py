@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["make_inputs", "outputs_of"]
+__all__ = ["NOT_RUN", "make_inputs", "outputs_of"]
+
+# Exit status for a model that was loaded, and raised when it was run.
+NOT_RUN = 3
 
 _SENTENCES = [
     "The harbour lay quiet under a thin blanket of morning fog, and the first boats were already out.",
@@ -45,14 +48,28 @@ def make_inputs(directory: Path, model: Any) -> dict[str, torch.Tensor]:
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids[:, : _LENGTH // 2]
+        vision = getattr(model.config, "vision_config", None)
+        if vision is not None and "logit_scale" in dict(
+            model.named_parameters()
+        ):  # a pair of towers, as CLIP
+            inputs["pixel_values"] = _pixels(vision, generator)
         return inputs
     if name == "pixel_values":
-        size = getattr(model.config, "image_size", 224)
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        channels = getattr(model.config, "num_channels", 3)
-        return {"pixel_values": torch.randn(2, channels, height, width, generator=generator)}
-    message = f"{type(model).__name__} takes {name}; inputs can be made for input_ids and pixel_values only"
+        return {"pixel_values": _pixels(model.config, generator)}
+    if name == "input_features" and hasattr(model.config, "max_source_positions"):  # Whisper: spectrograms
+        shape = (2, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        start = torch.full((2, 4), model.config.decoder_start_token_id)
+        return {"input_features": torch.randn(shape, generator=generator), "decoder_input_ids": start}
+    message = (
+        f"{type(model).__name__} takes {name}; inputs can be made for text, pictures and spectrograms only"
+    )
     raise ValueError(message)
+
+
+def _pixels(config: Any, generator: torch.Generator) -> torch.Tensor:
+    size = getattr(config, "image_size", 224)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return torch.randn(2, getattr(config, "num_channels", 3), height, width, generator=generator)
 
 
 def _tokenized(directory: Path) -> torch.Tensor | None:
@@ -77,9 +94,9 @@ def outputs_of(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[str, torch.
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
     result = model(**inputs)
-    logits = getattr(result, "logits", None)
-    if logits is not None:
-        return "logits", logits.float().contiguous()
+    for name in ("logits", "logits_per_text"):
+        if getattr(result, name, None) is not None:
+            return "logits", result[name].float().contiguous()
     hidden = result.last_hidden_state.float()
     return "embeddings", hidden.flatten(1, -2).mean(dim=1).contiguous()
 
@@ -108,7 +125,11 @@ def main() -> int:
     else:
         inputs = make_inputs(options.directory, model)
         save_file({name: x.contiguous() for name, x in inputs.items()}, options.inputs)
-    kind, outputs = outputs_of(model, inputs)
+    try:
+        kind, outputs = outputs_of(model, inputs)
+    except Exception as error:  # told apart from a failure to load
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return NOT_RUN
     facts = {
         "kind": kind,
         "load_seconds": loaded - start,

@@ -19,6 +19,7 @@ from bitfold import manifest, ops
 from bitfold.errors import PackedDataError
 from bitfold.formats import Format
 from bitfold.hf import checkpoint_keys, meta_model
+from bitfold.hf.probe import NOT_RUN
 from bitfold.inspecting import read_manifest, summarize
 from bitfold.io.safetensors_file import SafetensorsFile
 from bitfold.io.safetensors_writer import TensorSpec
@@ -229,16 +230,19 @@ def _probe(
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0 and "inputs can be made for" in done.stderr:
-        result.notes.append(f"loaded but not run: {done.stderr.strip().splitlines()[-1]}")
-        return None
     if done.returncode != 0:
         lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-        reason = lines[-1] if lines else "no message"
-        found = f"exit status {done.returncode}: {reason[:600]}"
-        result.problems.append(
-            Problem(f"{directory} in a fresh process", found, "a model that loads and runs")
-        )
+        reason = lines[-1][:600] if lines else "no message"
+        if "inputs can be made for" in reason:
+            result.notes.append(f"loaded but not run: {reason}")
+        else:
+            verb = (
+                "loaded, but failed to run"
+                if done.returncode == NOT_RUN
+                else f"exit status {done.returncode}"
+            )
+            where = f"{directory} in a fresh process"
+            result.problems.append(Problem(where, f"{verb}: {reason}", "a model that loads and runs"))
         return None
     with SafetensorsFile(outputs) as file:
         facts = json.loads(file.metadata["facts"])
