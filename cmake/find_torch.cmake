@@ -28,6 +28,8 @@ message(STATUS "torch ${BITFOLD_TORCH_VERSION} in ${BITFOLD_TORCH_DIR}")
 
 add_library(bitfold_torch INTERFACE)
 target_include_directories(bitfold_torch SYSTEM INTERFACE "${BITFOLD_TORCH_DIR}/include")
+# torch's headers put their own path into error messages.
+target_compile_options(bitfold_torch INTERFACE "-ffile-prefix-map=${BITFOLD_TORCH_DIR}/include/=")
 # The oldest torch whose stable ABI the binary may use: 2.11.
 target_compile_definitions(bitfold_torch INTERFACE TORCH_TARGET_VERSION=0x020B000000000000)
 # libtorch_cpu.so holds the whole stable ABI, in CUDA builds of torch as well.
