@@ -13,7 +13,7 @@ struct Tile {
   int64_t rows, cols;
 };
 constexpr Tile kWideTile = {64, 512};
-constexpr Tile kStreamTile = {4, 2048};
+constexpr Tile kStreamTile = {8, 4096};
 constexpr int64_t kFewActivations = 16;
 constexpr int64_t kPieceCols = 512;  // a row on its way to half or bfloat16
 
@@ -93,7 +93,8 @@ void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
   for (int64_t m0 = 0; m0 < m; m0 += kBatchRows) {
     const int64_t batch = std::min(kBatchRows, m - m0);
     const FloatRows x_f(k, advance(x, dtype, m0 * w.cols), dtype, batch, w.cols, parallel);
-    const Tile tile = batch < kFewActivations ? kStreamTile : kWideTile;
+    Tile tile = batch < kFewActivations ? kStreamTile : kWideTile;
+    tile.cols = std::min(tile.cols, w.cols);
     const int64_t tiles = (w.rows + tile.rows - 1) / tile.rows;
     parallel(tiles, grain_for(tile.rows * w.cols), [&](int64_t begin, int64_t end) {
       std::vector<float> decoded(static_cast<size_t>(tile.rows * tile.cols));
