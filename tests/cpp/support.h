@@ -192,9 +192,9 @@ inline const KernelTable& active_kernels() {
   return *isa->table;
 }
 
-// As many pieces as there are items up to 13, whatever the grain, each in a thread of its own.
+// As many pieces as there are items up to 5, whatever the grain, each in a thread of its own.
 inline void run_in_threads(int64_t n, int64_t /*grain*/, const RangeBody& body) {
-  const int64_t pieces = std::min<int64_t>(n, 13);
+  const int64_t pieces = std::min<int64_t>(n, 5);
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < pieces; ++i) {
     threads.emplace_back([&, i] { body(n * i / pieces, n * (i + 1) / pieces); });
