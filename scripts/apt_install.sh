@@ -19,9 +19,9 @@ if [ "$(id -u)" -eq 0 ]; then
 elif sudo -n true 2>/dev/null; then
   as_root=(sudo -n)
 else
-  as_root=(false)
+  as_root=(nobody)
 fi
-if command -v apt-get >/dev/null; then
+if [ "${as_root[*]}" != nobody ] && command -v apt-get >/dev/null; then
   echo "installing ${missing[*]}"
   # A fresh container has no package lists yet, so a first failure is answered by fetching them.
   install=(env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}")
