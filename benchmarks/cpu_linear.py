@@ -6,10 +6,13 @@ compared with float64 over the dequantized weight before the clock starts.
 
     python benchmarks/cpu_linear.py                   # 4096 x 4096, two threads
     python benchmarks/cpu_linear.py --formats nf4 --rows 1 --threads 8
+    python benchmarks/cpu_linear.py --threads 1 --cpu-time    # for a machine that is busy with other work
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,7 +58,9 @@ def check(x: torch.Tensor, packed: list[torch.Tensor], fmt: Format, shape: tuple
     return error
 
 
-def time_linear(n: int, k: int, formats: list[str], rows: list[int], seconds: float) -> list[dict[str, Any]]:
+def time_linear(
+    n: int, k: int, formats: list[str], rows: list[int], seconds: float, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     """One record per M and case."""
     weight = weight_of(n, k)
     packed = {name: copies_of(ops.quantize(weight, name)) for name in formats}
@@ -73,7 +78,7 @@ def time_linear(n: int, k: int, formats: list[str], rows: list[int], seconds: fl
         for name in formats:
             errors[name] = check(x[:16], packed[name][0], Format(name), (n, k))
             cases[name] = lambda i, x=x, c=packed[name], s=spec[name]: ops.linear(x, c[i % len(c)], s)
-        timings = interleaved(cases, seconds=seconds)
+        timings = interleaved(cases, seconds=seconds, clock=clock)
         for name, timing in timings.items():
             records.append(
                 {
@@ -94,7 +99,9 @@ def speeds(timing: Timing, fp32: Timing, flops: int) -> dict[str, float]:
     }
 
 
-def time_folding(n: int, k: int, formats: list[str], seconds: float) -> list[dict[str, Any]]:
+def time_folding(
+    n: int, k: int, formats: list[str], seconds: float, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     """GB/s of fp32 weight: `quantize` reads it, `dequantize` writes it."""
     weights = [w for (w,) in copies_of([weight_of(n, k)])]
     records = []
@@ -110,7 +117,7 @@ def time_folding(n: int, k: int, formats: list[str], seconds: float) -> list[dic
         }
         cases["dequantize"] = lambda i, f=fmt, c=packed: ops.dequantize(c[i % len(c)], f, (n, k))
         nbytes = n * k * 4
-        for case, timing in interleaved(cases, seconds=seconds, least=3).items():
+        for case, timing in interleaved(cases, seconds=seconds, least=3, clock=clock).items():
             speed = {"GB_per_s": nbytes / timing.median / 1e9, "GB_per_s_best": nbytes / timing.best / 1e9}
             default = case == f"quantize {fmt.default_method}"
             records.append({"format": name, "case": case, "default": default, **speed, **timing.to_dict()})
@@ -185,7 +192,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--shape", nargs=2, type=int, default=[4096, 4096], metavar=("OUT", "IN"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1.5, help="per case and M")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="time of the thread, not of the wall; needs --threads 1"
+    )
     args = parser.parse_args(argv)
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time counts one thread alone, give --threads 1")
+    clock = time.thread_time if args.cpu_time else time.perf_counter
     if args.smoke:
         args.formats, args.rows, args.shape, args.seconds = args.formats[:2], args.rows[:2], [96, 128], 0.02
     before = torch.get_num_threads()
@@ -193,17 +206,25 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     try:
         env = environment()
         with torch.inference_mode():
-            linear = time_linear(*args.shape, args.formats, args.rows, args.seconds)
-            folding = time_folding(*args.shape, args.formats, args.seconds)
+            linear = time_linear(*args.shape, args.formats, args.rows, args.seconds, clock)
+            folding = time_folding(*args.shape, args.formats, args.seconds, clock)
     finally:
         torch.set_num_threads(before)
+    print(f"times of {'the thread' if args.cpu_time else 'the wall'}")
     print_linear(linear, *args.shape)
     print_folding(folding, *args.shape)
     print(environment_line(env))
-    result = {"environment": env, "shape": args.shape, "linear": linear, "folding": folding}
+    result = {
+        "environment": env,
+        "cpu_time": args.cpu_time,
+        "shape": args.shape,
+        "linear": linear,
+        "folding": folding,
+    }
     write_json(args.out, "cpu_linear", result)
     if not args.no_picture:
-        title = f"{args.shape[0]} x {args.shape[1]}, {args.threads} threads, cold weights"
+        threads = "1 thread, its CPU time" if args.cpu_time else f"{args.threads} threads"
+        title = f"{args.shape[0]} x {args.shape[1]}, {threads}, cold weights"
         write_picture(args.out, "cpu_linear", lambda figure: draw(figure, linear, title), (10, 4.5))
     return result
 
