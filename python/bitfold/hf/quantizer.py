@@ -19,6 +19,7 @@ from transformers.quantizers.base import HfQuantizer
 from bitfold.hf.checks import check_files, check_loaded, check_missing, float_shapes, folded_modules
 from bitfold.hf.config import BitfoldConfig
 from bitfold.hf.conversions import without_folded
+from bitfold.hf.initializing import shield_folded, unshield
 from bitfold.hf.registration import resume
 from bitfold.hf.ties import release_ties
 
@@ -74,6 +75,7 @@ class BitfoldQuantizer(HfQuantizer):
         if absent and len(absent) == len(stored["modules"]):
             manifest.prepare(model, stored)  # none fits: raises, naming one
         release_ties(model)
+        shield_folded(model)
         self._watch_missing(model)
         self._loading = model
         self._shapes = float_shapes(model)
@@ -124,6 +126,7 @@ class BitfoldQuantizer(HfQuantizer):
         from bitfold import manifest
 
         self._loading = None
+        unshield(model)
         model.__dict__.pop("_adjust_missing_and_unexpected_keys", None)
         if not self.pre_quantized:
             self._fold(model)
