@@ -74,13 +74,15 @@ def save_pretrained(
 
     Args:
         model: a folded `PreTrainedModel`.
-        directory: created, or replaced as a whole: nothing of an older content remains in it.
+        directory: created, or replaced as a whole: nothing of an older content remains in it. One with
+            other things in it but no config.json is refused.
         tokenizer: tokenizer or processor (anything with `save_pretrained`) to save along.
         overwrite: False refuses a directory that has something in it.
         **options: passed to `model.save_pretrained`, such as `max_shard_size="2GB"`.
 
     Raises:
         BitfoldError: not a transformers model, one with nothing folded, or `push_to_hub` among the options.
+        FileExistsError: `directory` may not be replaced.
         OSError: writing failed; `directory` is then as it was.
 
     Example:
@@ -103,7 +105,7 @@ def save_pretrained(
     if options.pop("push_to_hub", False):
         msg = "save_pretrained: push_to_hub is not done from here; call model.push_to_hub(repo_id)"
         raise BitfoldError(msg)
-    with atomic_directory(directory, overwrite=overwrite) as temporary:
+    with atomic_directory(directory, overwrite, marker="config.json") as temporary:
         model.save_pretrained(temporary, **options)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)

@@ -181,7 +181,8 @@ def fold_directory(
     target = Path(out)
     _check_target(plan, target, overwrite)
     _check_space(plan, target)
-    with Checkpoint(plan.source) as checkpoint, atomic_directory(target, overwrite=overwrite) as directory:
+    replaced = atomic_directory(target, overwrite, marker="config.json")
+    with Checkpoint(plan.source) as checkpoint, replaced as directory:
         side_files.copy_side_files(plan.source, directory)
         total = plan.model.num_parameters() + _logical_parameters(plan.manifest)
         with ShardedWriter(directory, plan.specs, plan.max_shard_size, _METADATA, total) as writer:
@@ -368,13 +369,9 @@ def _check_target(plan: StreamPlan, target: Path, overwrite: bool) -> None:
     if real == source or real in source.parents:
         message = f"{target}: the source {plan.source} is in there; choose another directory"
         raise FileExistsError(errno.EEXIST, message)
-    if real.is_dir() and any(real.iterdir()):
-        if not overwrite:
-            message = f"{target}: exists and is not empty; choose another directory or pass --overwrite"
-            raise FileExistsError(errno.EEXIST, message)
-        if not (real / "config.json").is_file():
-            message = f"{target}: has no config.json, so it is no earlier export; it will not be overwritten"
-            raise FileExistsError(errno.EEXIST, message)
+    if not overwrite and real.is_dir() and any(real.iterdir()):
+        message = f"{target}: exists and is not empty; choose another directory or pass --overwrite"
+        raise FileExistsError(errno.EEXIST, message)
 
 
 def _check_space(plan: StreamPlan, target: Path) -> None:

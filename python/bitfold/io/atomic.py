@@ -57,10 +57,10 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     recover(target)
     temporary = _sibling(target, "new")
+    mode = _mode_of_new_file(temporary)
     try:
         yield temporary
-        if target.exists():
-            shutil.copymode(target, temporary)
+        temporary.chmod(stat.S_IMODE(target.stat().st_mode) if target.exists() else mode)
         _fsync(temporary)
         temporary.replace(target)
     except BaseException:
@@ -70,7 +70,9 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | os.PathLike[str], overwrite: bool = True) -> Iterator[Path]:
+def atomic_directory(
+    path: str | os.PathLike[str], overwrite: bool = True, marker: str | None = None
+) -> Iterator[Path]:
     """Give a temporary empty directory to fill, which becomes `path` when the block ends well.
 
     A directory that is already there is replaced as a whole (nothing of it is merged into the new one). Where
@@ -81,25 +83,27 @@ def atomic_directory(path: str | os.PathLike[str], overwrite: bool = True) -> It
     Args:
         path: the directory to create or replace; missing parents are created. A symbolic link is followed.
         overwrite: False refuses a directory that already has something in it.
+        marker: a file by which a directory is known as one that may be replaced; one that has other things in
+            it, but not this, is somebody's work and is refused. None replaces any.
 
     Yields:
         Path of the temporary directory.
 
     Raises:
-        FileExistsError: `overwrite` is False and `path` exists and is not empty.
+        FileExistsError: `path` exists and is not empty, and `overwrite` is False or `marker` is not in it.
         NotADirectoryError: `path` is a file.
         OSError: writing or renaming failed. `path` is then as it was.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     recover(target)
-    _check_replaceable(target, overwrite)
+    _check_replaceable(target, overwrite, marker)
     temporary = _sibling(target, "new")
     try:
         temporary.mkdir()
         yield temporary
         _fsync_tree(temporary)
-        _check_replaceable(target, overwrite)  # it may have appeared while the block ran
+        _check_replaceable(target, overwrite, marker)  # it may have appeared while the block ran
         _take_place(temporary, target)
     except BaseException:
         _remove(temporary)
@@ -130,19 +134,33 @@ def recover(path: str | os.PathLike[str]) -> bool:
     return restored
 
 
-def _check_replaceable(target: Path, overwrite: bool) -> None:
+def _mode_of_new_file(path: Path) -> int:
+    """The permissions that an ordinary new file gets here. Writers such as safetensors make private ones."""
+    path.touch(exist_ok=False)
+    try:
+        return stat.S_IMODE(path.stat().st_mode)
+    finally:
+        path.unlink()
+
+
+def _check_replaceable(target: Path, overwrite: bool, marker: str | None) -> None:
     if not target.exists():
         return
     if not target.is_dir():
         raise NotADirectoryError(
             errno.ENOTDIR, "a directory is to be written here, but this is a file", str(target)
         )
-    if not overwrite and any(target.iterdir()):
+    if not any(target.iterdir()):
+        return
+    if not overwrite:
         raise FileExistsError(
             errno.EEXIST,
             "directory exists and is not empty; choose another or ask for overwriting",
             str(target),
         )
+    if marker is not None and not (target / marker).exists():
+        reason = f"has no {marker}, so it is no earlier export; it will not be overwritten, choose another"
+        raise FileExistsError(errno.EEXIST, reason, str(target))
 
 
 def _take_place(temporary: Path, target: Path) -> None:

@@ -66,6 +66,9 @@ def test_saving_replaces_the_directory_as_a_whole(folded, tmp_path):
     target = tmp_path / "m"
     target.mkdir()
     (target / "stale.safetensors").write_text("old")
+    with pytest.raises(FileExistsError, match=r"no config\.json"):  # somebody's work, for all that is known
+        bitfold.save_pretrained(folded, target)
+    (target / "config.json").write_text("{}")
     bitfold.save_pretrained(folded, target)
     assert not (target / "stale.safetensors").exists()
     with pytest.raises(FileExistsError):

@@ -86,6 +86,26 @@ def test_failed_directory_leaves_the_old_one(tmp_path: Path, error: type[BaseExc
     assert names(tmp_path) == ["out"]
 
 
+def test_marker_tells_what_may_be_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "home"
+    target.mkdir()
+    (target / "photo").write_text("precious")
+    with pytest.raises(FileExistsError, match="no config"), atomic_directory(target, marker="config.json"):
+        pytest.fail("the block must not run")
+    assert names(target) == ["photo"]
+    (target / "config.json").write_text("{}")
+    with atomic_directory(target, marker="config.json") as temporary:
+        (temporary / "a").write_text("a")
+    assert names(target) == ["a"]
+
+
+def test_new_files_have_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    with atomic_file(tmp_path / "out") as temporary:
+        temporary.touch(mode=0o600)  # as safetensors does
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
 def test_overwrite_false_refuses_what_is_there_and_what_appears(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
