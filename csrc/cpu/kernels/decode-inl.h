@@ -6,15 +6,7 @@ static inline I codes_at(const uint8_t* row, int64_t plane_bytes, int64_t col) {
   if constexpr (Bits == 8) return unpack8(row + col);
   if constexpr (Bits == 4) return unpack4(row + col / 2);
   if constexpr (Bits == 2) return unpack2(row + col / 4);
-  if constexpr (Bits == 3)
-    return shift_or(unpack1(row + plane_bytes + col / 8), 2, unpack2(row + col / 4));
-}
-
-// unpack4 may leave bits above a code: a table look-up ignores them, arithmetic must not see them.
-template <int Bits>
-static inline I keep_code(I code) {
-  if constexpr (Bits == 4) return low_nibble(code);
-  return code;
+  if constexpr (Bits == 3) return add_bit2(unpack2(row + col / 4), row + plane_bytes + col / 8);
 }
 
 // The last vector of a row would read past its bytes (and the buffer): it goes through a zeroed
@@ -39,6 +31,10 @@ static inline F halves_at(const uint16_t* p, int n) {
   memcpy(copy, p, sizeof(uint16_t) * static_cast<size_t>(n));
   return load_half(copy);
 }
+
+// The values of the codes themselves, as a table: unpack4 may leave bits above a code, which a
+// look-up ignores and a conversion would not.
+constexpr float kCodes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // Scales and zero points of up to kParameters groups of a row, expanded to floats ahead of the loop
 // over weights.
@@ -86,7 +82,7 @@ static inline void load_parameters(const PackedView& view, int64_t row, int64_t 
       const int64_t plane = Bits == 3 ? (view.groups + 3) / 4 : 0;
       const I code = count == 16 ? codes_at<Bits>(packed, plane, first + i)
                                  : codes_at_tail<Bits>(packed, plane, first + i, count);
-      zero_point = to_float(keep_code<Bits>(code));
+      zero_point = Bits == 8 ? to_float(code) : lookup(load(kCodes), code);
     }
     store(to->zero_point + i, zero_point);
   }
@@ -105,18 +101,20 @@ static inline void decode_group(const PackedView& view, const uint8_t* row, int6
   }
 }
 
+// By code: the codebook of a row, or the codes of an integer grid.
+template <int Bits>
+static inline F levels_of_row(const PackedView& view, int64_t row) {
+  if constexpr (Bits == 8) return zero();  // too many for a table
+  if (view.family == Family::kInteger) return load(kCodes);
+  if (view.family == Family::kFixedCodebook) return load_part(view.levels, 1 << Bits);
+  const uint16_t* stored = view.codebook + ((row * view.scale_row_stride) << Bits);
+  return mul(halves_at(stored, 1 << Bits), set1(view.factor));
+}
+
 template <int Bits>
 static void decode_bits(const PackedView& view, int64_t row, int64_t col, int64_t n, float* out) {
   const uint8_t* codes = view.codes + row * view.row_bytes;
-  float levels[kMaxLevels] = {};
-  if constexpr (Bits <= 4) {
-    if (view.family == Family::kFixedCodebook) {
-      memcpy(levels, view.levels, sizeof(float) << Bits);
-    } else if (view.family == Family::kLearnedCodebook) {
-      const uint16_t* stored = view.codebook + ((row * view.scale_row_stride) << Bits);
-      for (int i = 0; i < 1 << Bits; ++i) levels[i] = half_scalar(stored[i]) * view.factor;
-    }
-  }
+  const F levels = levels_of_row<Bits>(view, row);
   Parameters parameters;
   int64_t group = col / view.group_size;  // a division costs as much as decoding a vector
   int64_t base = 0, loaded = 0;           // parameters hold the groups [base, loaded)
@@ -130,14 +128,17 @@ static void decode_bits(const PackedView& view, int64_t row, int64_t col, int64_
     end = end < col + n ? end : col + n;
     const F scale = set1(parameters.scale[group - base]);
     float* to = out + (at - col);
-    if (view.family == Family::kInteger) {
+    if constexpr (Bits == 8) {
       const F zero_point = set1(parameters.zero_point[group - base]);
-      decode_group<Bits>(view, codes, at, end - at, to, [&](I code) {
-        return mul(sub(to_float(keep_code<Bits>(code)), zero_point), scale);
-      });
+      decode_group<8>(view, codes, at, end - at, to,
+                      [&](I code) { return mul(sub(to_float(code), zero_point), scale); });
     } else {
+      // An integer grid of up to 16 levels is a codebook too, shifted by the group's zero point.
+      const F table = view.family == Family::kInteger
+                          ? sub(levels, set1(parameters.zero_point[group - base]))
+                          : levels;
       decode_group<Bits>(view, codes, at, end - at, to,
-                         [&](I code) { return mul(lookup(levels, code), scale); });
+                         [&](I code) { return mul(lookup(table, code), scale); });
     }
     at = end;
   }

@@ -65,8 +65,8 @@ struct CodebookEncoder {
     for (int p = 0; p < pivot_count; ++p) r = count_above(r, scaled, pivots[p]);
     return r;
   }
-  F code(F w) const { return lookup(code_of_rank, rank(w)); }
-  F unit(F w) const { return lookup(level_of_rank, rank(w)); }
+  F code(F w) const { return lookup(load(code_of_rank), rank(w)); }
+  F unit(F w) const { return lookup(load(level_of_rank), rank(w)); }
 };
 
 // take(values, unit decode) for each vector of the span; absent lanes of the last one are zero in

@@ -61,9 +61,8 @@ static inline __m256 lookup_half(__m256 low, __m256 high, __m256i at) {
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, at), _mm256_permutevar8x32_ps(high, at),
                           _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
 }
-static inline F lookup(const float* table16, I at) {
-  const __m256 low = _mm256_loadu_ps(table16), high = _mm256_loadu_ps(table16 + 8);
-  return {lookup_half(low, high, at.a), lookup_half(low, high, at.b)};
+static inline F lookup(F table, I at) {
+  return {lookup_half(table.a, table.b, at.a), lookup_half(table.a, table.b, at.b)};
 }
 static inline void store_bytes(uint8_t* p, I x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
@@ -90,22 +89,20 @@ static inline I mask_i(I x, int mask) {
   const __m256i m = _mm256_set1_epi32(mask);
   return {_mm256_and_si256(x.a, m), _mm256_and_si256(x.b, m)};
 }
-static inline I low_nibble(I x) { return mask_i(x, 15); }
 static inline I unpack2(const uint8_t* p) {
   const __m256i bits = _mm256_set1_epi32(static_cast<int>(big_endian32(p)));
   return mask_i({_mm256_srlv_epi32(bits, _mm256_setr_epi32(30, 28, 26, 24, 22, 20, 18, 16)),
                  _mm256_srlv_epi32(bits, _mm256_setr_epi32(14, 12, 10, 8, 6, 4, 2, 0))},
                 3);
 }
-static inline I unpack1(const uint8_t* p) {
-  const __m256i bits = _mm256_set1_epi32(p[0] << 8 | p[1]);
-  return mask_i({_mm256_srlv_epi32(bits, _mm256_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8)),
-                 _mm256_srlv_epi32(bits, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0))},
-                1);
+static inline __m256i bit2_where(__m256i words, __m256i bit) {
+  return _mm256_and_si256(_mm256_cmpeq_epi32(_mm256_and_si256(words, bit), bit),
+                          _mm256_set1_epi32(4));
 }
-static inline I shift_or(I high, int shift, I low) {
-  return {_mm256_or_si256(_mm256_slli_epi32(high.a, shift), low.a),
-          _mm256_or_si256(_mm256_slli_epi32(high.b, shift), low.b)};
+static inline I add_bit2(I code, const uint8_t* p) {
+  const __m256i bit = _mm256_setr_epi32(0x80, 0x40, 0x20, 0x10, 8, 4, 2, 1);
+  return {_mm256_or_si256(code.a, bit2_where(_mm256_set1_epi32(p[0]), bit)),
+          _mm256_or_si256(code.b, bit2_where(_mm256_set1_epi32(p[1]), bit))};
 }
 
 static inline F load_half(const uint16_t* p) {
@@ -117,7 +114,6 @@ static inline void store_half(uint16_t* p, F x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8),
                    _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
 }
-static inline float half_scalar(uint16_t h) { return _cvtsh_ss(h); }
 
 static inline __m256 widen_bfloat16(const uint16_t* p) {
   const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -34,9 +34,7 @@ static inline I count_above(I n, F x, F pivot) {
 }
 static inline I to_int(F x) { return _mm512_cvttps_epi32(x); }
 static inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
-static inline F lookup(const float* table16, I at) {
-  return _mm512_permutexvar_ps(at, _mm512_loadu_ps(table16));
-}
+static inline F lookup(F table, I at) { return _mm512_permutexvar_ps(at, table); }
 static inline void store_bytes(uint8_t* p, I x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
 }
@@ -54,7 +52,6 @@ static inline I unpack4(const uint8_t* p) {
   const I shift = _mm512_setr_epi32(4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0);
   return _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi64(bytes), pick), shift);
 }
-static inline I low_nibble(I x) { return _mm512_and_si512(x, _mm512_set1_epi32(15)); }
 static inline I unpack2(const uint8_t* p) {
   int32_t bytes;
   memcpy(&bytes, p, 4);
@@ -64,13 +61,14 @@ static inline I unpack2(const uint8_t* p) {
   const I shifted = _mm512_srlv_epi32(_mm512_shuffle_epi8(_mm512_set1_epi32(bytes), pick), shift);
   return _mm512_and_si512(shifted, _mm512_set1_epi32(3));
 }
-static inline I unpack1(const uint8_t* p) {
-  const I shift = _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return _mm512_and_si512(_mm512_srlv_epi32(_mm512_set1_epi32(p[0] << 8 | p[1]), shift),
-                          _mm512_set1_epi32(1));
-}
-static inline I shift_or(I high, int shift, I low) {
-  return _mm512_or_si512(_mm512_slli_epi32(high, static_cast<unsigned>(shift)), low);
+static inline I add_bit2(I code, const uint8_t* p) {
+  int16_t bytes;
+  memcpy(&bytes, p, 2);
+  // Lane i's bit inside the 16-bit word whose low byte comes first.
+  const I bit = _mm512_setr_epi32(0x80, 0x40, 0x20, 0x10, 8, 4, 2, 1, 0x8000, 0x4000, 0x2000,
+                                  0x1000, 0x800, 0x400, 0x200, 0x100);
+  const __mmask16 set = _mm512_test_epi32_mask(_mm512_set1_epi16(bytes), bit);
+  return _mm512_mask_or_epi32(code, set, code, _mm512_set1_epi32(4));
 }
 
 static inline F load_half(const uint16_t* p) {
@@ -79,7 +77,6 @@ static inline F load_half(const uint16_t* p) {
 static inline void store_half(uint16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 }
-static inline float half_scalar(uint16_t h) { return _cvtsh_ss(h); }
 
 static inline F load_bfloat16(const uint16_t* p) {
   const __m512i bits =

@@ -90,17 +90,17 @@ static inline F to_float(I a) {
   BITFOLD_LANES r.lane[i] = static_cast<float>(a.lane[i]);
   return r;
 }
-static inline F lookup(const float* table16, I at) {
+static inline F lookup(F table, I at) {
   F r;
-  BITFOLD_LANES r.lane[i] = table16[at.lane[i] & 15];
+  BITFOLD_LANES r.lane[i] = table.lane[at.lane[i] & 15];
   return r;
 }
 static inline void store_bytes(uint8_t* p, I a) {
   BITFOLD_LANES p[i] = static_cast<uint8_t>(a.lane[i]);
 }
 
-// Sixteen codes from 16, 8 and 4 bytes, and sixteen single bits from 2; first element in the high
-// bits. unpack4 may leave higher bits set, which lookup ignores and low_nibble clears.
+// Sixteen codes from 16, 8 and 4 bytes, first element in the high bits; add_bit2 adds 4 where one
+// of sixteen single bits is set. unpack4 may leave higher bits set, which lookup ignores.
 static inline I unpack8(const uint8_t* p) {
   I r;
   BITFOLD_LANES r.lane[i] = p[i];
@@ -111,23 +111,14 @@ static inline I unpack4(const uint8_t* p) {
   BITFOLD_LANES r.lane[i] = p[i / 2] >> (i % 2 ? 0 : 4);
   return r;
 }
-static inline I low_nibble(I a) {
-  BITFOLD_LANES a.lane[i] &= 15;
-  return a;
-}
 static inline I unpack2(const uint8_t* p) {
   I r;
   BITFOLD_LANES r.lane[i] = (p[i / 4] >> (6 - 2 * (i % 4))) & 3;
   return r;
 }
-static inline I unpack1(const uint8_t* p) {
-  I r;
-  BITFOLD_LANES r.lane[i] = (p[i / 8] >> (7 - i % 8)) & 1;
-  return r;
-}
-static inline I shift_or(I high, int shift, I low) {
-  BITFOLD_LANES low.lane[i] |= static_cast<int32_t>(static_cast<uint32_t>(high.lane[i]) << shift);
-  return low;
+static inline I add_bit2(I code, const uint8_t* p) {
+  BITFOLD_LANES code.lane[i] |= ((p[i / 8] >> (7 - i % 8)) & 1) << 2;
+  return code;
 }
 
 static inline F load_half(const uint16_t* p) {
@@ -136,7 +127,6 @@ static inline F load_half(const uint16_t* p) {
   return r;
 }
 static inline void store_half(uint16_t* p, F a) { BITFOLD_LANES p[i] = float_to_half(a.lane[i]); }
-static inline float half_scalar(uint16_t h) { return half_to_float(h); }
 
 static inline F load_bfloat16(const uint16_t* p) {
   F r;
