@@ -22,10 +22,10 @@ GTEST_SOURCE ?= $(wildcard /usr/src/googletest)
 PACKAGE_FILES := $(shell find csrc cmake build_backend python/bitfold -type f \
   -not -name '*.so' -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-cpp test-python setup dev lint format bench sanitize cross test-torch clean
+.PHONY: help demo test test-cpp test-python test-transformers setup dev lint format bench sanitize cross test-torch clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
 
 demo: $(VENV)/.demo  ## fold a real sentence encoder, save it, reload it, compare
 	$(VENV_PYTHON) examples/demo.py
@@ -67,6 +67,9 @@ cross:  ## the core compiled for aarch64, its tests run under qemu-user
 	  -DCMAKE_TOOLCHAIN_FILE=cmake/toolchains/aarch64-linux-gnu.cmake
 	cmake --build build/aarch64 -j $(JOBS)
 	cd build/aarch64 && ctest --output-on-failure -j $(JOBS)
+
+test-transformers:  ## tests/python/hf with transformers 4.57.6, 5.17.0 and 5.23.0
+	PYTHON=$(INTERPRETER) bash scripts/test_transformers.sh 4.57.6 5.17.0 5.23.0
 
 test-torch:  ## one built binary under several torches (downloads about 3 GB, kept in ~/.cache/bitfold)
 	$(INTERPRETER) scripts/test_torch.py $(TORCH_VERSIONS)
