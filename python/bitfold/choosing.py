@@ -14,10 +14,10 @@ from typing import Any
 from torch import nn
 
 from bitfold.errors import CoverageError, FormatError
-from bitfold.formats import Format
+from bitfold.formats import Format, as_format
 from bitfold.naming import Patterns, as_patterns, paste_ready
 from bitfold.nn import PackedModule, TiedEmbedding, TiedHead
-from bitfold.nn._base import as_format, check_float_weight, tensor_key
+from bitfold.nn._base import check_float_weight, tensor_key
 from bitfold.nn._readers import weights_read_by
 from bitfold.nn.conv1d import is_conv1d
 from bitfold.nn.embedding import is_scaled_embedding

@@ -9,7 +9,17 @@ _C.set_format_error(FormatError)
 
 Format = _C.Format
 
-__all__ = ["Format", "codes"]
+__all__ = ["Format", "as_format", "codes"]
+
+
+def as_format(fmt: Format | str) -> Format:
+    """`fmt` itself, or the Format that the string names (FormatError if it names none)."""
+    if isinstance(fmt, Format):
+        return fmt
+    if not isinstance(fmt, str):
+        msg = f"format must be a string such as 'nf4', or a bitfold.Format, got {fmt!r}"
+        raise FormatError(msg)
+    return Format(fmt)
 
 
 def codes() -> dict[str, str]:

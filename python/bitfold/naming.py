@@ -35,27 +35,34 @@ class Patterns:
             if value is None and any(_holds(pattern, regex, name) for name in self.names):
                 self._unused.discard((i, pattern))
 
-    def _first(self, names: Iterable[str]) -> tuple[bool, Any]:
+    def _holding(self, names: Iterable[str]) -> list[tuple[int, str, Any]]:
         names = list(names)
-        holding = [
+        return [
             (i, pattern, value)
             for i, (pattern, regex, value) in enumerate(self._rules)
             if any(_holds(pattern, regex, name) for name in names)
         ]
+
+    def format_of(self, module: nn.Module) -> tuple[bool, Any]:
+        """(whether a pattern holds for the module, the format that it asks for; None means float).
+
+        Ask of modules that can be folded only: their patterns count as used.
+        """
+        holding = self._holding(self._module_names[module])
         self._unused.difference_update((i, pattern) for i, pattern, _ in holding)
         return (True, holding[0][2]) if holding else (False, None)
 
-    def format_of(self, module: nn.Module) -> tuple[bool, Any]:
-        """(whether a pattern holds for the module, the format that it asks for; None means float)."""
-        return self._first(self._module_names[module])
-
     def keeps_float(self, module: nn.Module) -> bool:
         """Whether the module is named to stay float."""
-        return self.format_of(module) == (True, None)
+        return self._says_float(self._module_names[module])
 
     def keeps_float_name(self, name: str) -> bool:
         """Whether the parameter `name` is named to stay float."""
-        return self._first([name]) == (True, None)
+        return self._says_float([name])
+
+    def _says_float(self, names: Iterable[str]) -> bool:
+        holding = self._holding(names)
+        return bool(holding) and holding[0][2] is None
 
     def check_all_used(self) -> None:
         """ValueError naming the first pattern that holds for nothing."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitfold import _C
 from bitfold.errors import WeightError
-from bitfold.formats import Format
+from bitfold.formats import Format, as_format
 
 torch.ops.load_library(str(Path(__file__).with_name("_ops.so")))
 _ops = torch.ops.bitfold
@@ -47,7 +47,7 @@ def quantize(weight: Tensor, fmt: Format | str, method: str | None = None) -> li
         >>> [tuple(t.shape) for t in packed]
         [(256,), (8, 1), (1,), (8,)]
     """
-    fmt = Format(fmt)
+    fmt = as_format(fmt)
     method = fmt.default_method if method is None else method
     if method not in METHODS:
         msg = f"quantize(): method must be one of {', '.join(METHODS)}, got {method!r}"
@@ -91,7 +91,7 @@ def dequantize(
         >>> dequantize(quantize(w, "int8-row"), "int8-row", (4, 64)).shape
         torch.Size([4, 64])
     """
-    return _ops.dequantize(list(packed), Format(fmt).spec(shape), dtype)
+    return _ops.dequantize(list(packed), as_format(fmt).spec(shape), dtype)
 
 
 def linear(

@@ -140,6 +140,21 @@ def test_a_pattern_that_matches_nothing_is_named(arguments):
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("wrong", [None, 4, b"nf4"])
+def test_a_format_that_is_no_string_is_named(wrong):
+    with pytest.raises(FormatError, match="format must be a string such as 'nf4'"):
+        fold(Toy(), wrong)
+
+
+def test_a_float64_beyond_float32_is_found_before_anything_changes():
+    model = Toy().double()
+    with torch.no_grad():
+        model.head.weight[0, 0] = 1e300
+    with pytest.raises(WeightError, match=r"head\.weight: 1 of"):
+        fold(model)
+    assert set(kinds(model).values()) == {"float"}
+
+
 def test_wrong_argument_types_are_named():
     with pytest.raises(TypeError, match=r"write skip=\['head'\]"):
         fold(Toy(), skip="head")
@@ -439,6 +454,15 @@ def test_less_than_one_percent_may_stay_unnamed():
     model = nn.ModuleDict({"fc": nn.Linear(256, 256), "conv": nn.Conv1d(4, 4, 9)})
     fold(model)
     assert kinds(model) == {"fc": "nf4"}
+
+
+def test_a_format_for_what_cannot_be_folded_is_refused():
+    class Scaled(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"large": nn.Linear(640, 64), "small": Scaled(4, 4)})
+    with pytest.raises(ValueError, match="'small' matches no module that can be folded"):
+        fold(model, rules={"small": "int8"})
 
 
 def test_rules_that_say_none_count_as_naming():

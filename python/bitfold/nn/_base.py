@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitfold import ops
 from bitfold.errors import PackedDataError, WeightError
-from bitfold.formats import Format
+from bitfold.formats import Format, as_format
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -32,11 +32,6 @@ def embedding(indices: Tensor, packed: list[Tensor], spec: list[int], dtype: tor
     if dtype == torch.float64:
         return ops.embedding(indices, packed, spec, torch.float32).double()
     return ops.embedding(indices, packed, spec, dtype)
-
-
-def as_format(fmt: Format | str) -> Format:
-    """`fmt` itself, or the Format that the string names (FormatError if it names none)."""
-    return fmt if isinstance(fmt, Format) else Format(fmt)
 
 
 def dtype_from_name(name: str, where: str) -> torch.dtype:
@@ -82,8 +77,9 @@ def check_finite(weight: Tensor, name: str = "weight") -> None:
     if weight.is_meta:
         return
     low, high = torch.aminmax(weight.detach())  # NaN propagates, Inf is an extreme: both show up here
-    if not (math.isfinite(low.item()) and math.isfinite(high.item())):
-        bad = int((~torch.isfinite(weight.detach())).sum())
+    # As float32, which is what is folded: a float64 may be finite and still too large.
+    if not (math.isfinite(low.float().item()) and math.isfinite(high.float().item())):
+        bad = int((~torch.isfinite(weight.detach().float())).sum())
         msg = (
             f"{name}: {bad} of {weight.numel()} values are NaN or Inf, expected finite ones; "
             "mend the checkpoint, or leave this module in float with skip=[…]"
