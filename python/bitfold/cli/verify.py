@@ -2,7 +2,7 @@
 
 Every tensor must be there, of the right size, and finite; the bytes on disk by class must come to at least
 0.8 of the ratio that the formats promise; the model must load and run in a fresh process. With --against,
-weights and logits (embeddings for encoders) are compared with those of the source.
+weights and logits (embeddings for encoders) are compared with those of the source, which needs a directory.
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ def verify(
     Raises:
         PackedDataError: so damaged that it cannot be opened, or not folded at all.
         FileNotFoundError: nothing is there.
+        ValueError: a plain file cannot be compared with a source.
     """
     path = Path(path)
     with Checkpoint(path) as checkpoint:
@@ -72,6 +73,9 @@ def verify(
             )
             raise PackedDataError(message)
         if path.is_file():
+            if against is not None or min_cosine is not None:
+                message = f"{path}: a plain torch file has no model class to run, so it cannot be compared"
+                raise ValueError(message)
             return verify_file(path, checkpoint, description)
         result = Verification(path, summarize(checkpoint.tensors, description))
         names, unused = _check_against_class(result, checkpoint, description, trust_remote_code)

@@ -12,11 +12,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from bitfold import manifest as manifests
 from bitfold.errors import PackedDataError
+from bitfold.io.safetensors_file import DTYPES
 from bitfold.nn._base import dtype_name, tensor_key
 from bitfold.nn._places import Places
 
@@ -65,7 +65,8 @@ def load_into(model: nn.Module, file: str | PathLike[str]) -> nn.Module:
     """Fill a fresh float model of the saved architecture from a file of `bitfold.save`; returns it.
 
     The modules that the file has packed are replaced by packed ones. The model may be on meta, then the
-    loaded tensors become its own; else they are copied to the devices of the model, floats into its dtypes.
+    loaded tensors become its own (buffers that are not saved stay on meta, for the caller to fill); else they
+    are copied to the devices of the model, floats into its dtypes.
     Names, dtypes and shapes of all tensors are compared with the model before anything changes.
 
     Raises:
@@ -145,7 +146,7 @@ def _check_tensors(model: nn.Module, aliases: Mapping[str, str], stored: Any, pa
             msg = f"{path}: {name} is missing, expected {expected}"
             raise PackedDataError(msg)
         code, shape = found[name].get_dtype(), list(found[name].get_shape())
-        dtype = _DTYPES.get(code)
+        dtype = DTYPES.get(code)
         both_float = tensor.is_floating_point() and dtype is not None and dtype.is_floating_point
         if shape != list(tensor.shape) or (dtype != tensor.dtype and not both_float):
             has = code if dtype is None else dtype_name(dtype)
@@ -156,17 +157,3 @@ def _check_tensors(model: nn.Module, aliases: Mapping[str, str], stored: Any, pa
             msg = f"{path}: {name} is in the file but not in the model {type(model).__name__}"
             raise PackedDataError(msg)
 
-
-# safetensors' names for the dtypes that a state may hold; others are compared by shape and refused by name
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}

@@ -189,6 +189,13 @@ def test_export_that_does_not_load(export: Path) -> None:
     assert "fresh process" in str(found.problems[0])
 
 
+def test_a_plain_file_is_not_compared_in_silence(tmp_path: Path) -> None:
+    model = bitfold.quantize(torch.nn.Sequential(torch.nn.Linear(512, 512)), "nf4", progress=False)
+    bitfold.save(model, tmp_path / "m.safetensors")
+    with pytest.raises(ValueError, match="plain torch file has no model class"):
+        verify(tmp_path / "m.safetensors", tmp_path / "m.safetensors")
+
+
 def test_plain_file(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.LayerNorm(64))
     bitfold.save(bitfold.quantize(model, "int4-g64", progress=False), tmp_path / "model.safetensors")

@@ -104,6 +104,23 @@ def test_floats_take_the_dtype_of_the_model(tmp_path):
     assert fresh(INDICES).dtype == torch.bfloat16
 
 
+def test_buffers_of_every_dtype_that_safetensors_knows_come_back(tmp_path):
+    def make() -> nn.Module:
+        model = nn.Sequential(nn.Linear(64, 8))
+        for name in ("float8_e4m3fn", "uint16", "complex64", "bool"):
+            model.register_buffer(name, torch.ones(3).to(getattr(torch, name)))
+        return model
+
+    bitfold.save(bitfold.quantize(make(), "nf4", progress=False), tmp_path / "m.safetensors")
+    loaded = bitfold.load_into(make(), tmp_path / "m.safetensors")
+    assert [str(buffer.dtype) for buffer in loaded.buffers(recurse=False)] == [
+        "torch.float8_e4m3fn",
+        "torch.uint16",
+        "torch.complex64",
+        "torch.bool",
+    ]
+
+
 def test_loading_into_a_folded_model(tmp_path):
     file = tmp_path / "model.safetensors"
     model = saved(file)
