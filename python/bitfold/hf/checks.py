@@ -91,21 +91,22 @@ def check_missing(model: nn.Module, missing: Iterable[str], complete: bool) -> N
 
 
 def float_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of the parameters that a checkpoint is about to fill, for `check_loaded`."""
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    """Shapes of the float parameters that a checkpoint is about to fill, for `check_loaded`."""
+    return {name: p.shape for name, p in model.named_parameters() if p.is_floating_point()}
 
 
 def check_loaded(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
     """Raise PackedDataError unless every packed buffer holds data of the dtype and shape of its format.
 
-    Parameters must have kept the shapes that they had before the load, and be floats: with any quantizer at
+    Float parameters must have kept the shapes that they had before the load, and be floats still: with any quantizer at
     work, transformers before 5.23 puts what the file holds in their place, be it the packed bytes of a module
     that config.json does not name.
     """
     for name, parameter in model.named_parameters():
-        if parameter.shape != shapes.get(name, parameter.shape) or not parameter.is_floating_point():
+        expected = shapes.get(name)
+        if expected is not None and (parameter.shape != expected or not parameter.is_floating_point()):
             found = f"{_spelled(parameter.dtype)} {list(parameter.shape)}"
-            msg = f"{name}: found {found}, expected a float tensor {list(shapes[name])}; {_REMEDY}"
+            msg = f"{name}: found {found}, expected a float tensor {list(expected)}; {_REMEDY}"
             raise PackedDataError(msg)
     offloaded = "disk" in {str(place) for place in getattr(model, "hf_device_map", {}).values()}
     for name, module in folded_modules(model):

@@ -29,7 +29,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         message = f"{path}: missing; expected the config.json that save_pretrained writes beside the weights"
         raise PackedDataError(message) from None
     except (ValueError, RecursionError) as error:

@@ -127,9 +127,12 @@ def _list_files(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     one.
     """
     if path.is_file():
-        if path.suffix != ".safetensors":
+        if path.suffix == ".safetensors":
+            return [path], None
+        if any(path.match(pattern) for pattern in _PICKLES):
             raise _pickle_error(path, [path])
-        return [path], None
+        message = f"{path}: not a .safetensors file; expected one, or a directory that holds some"
+        raise PackedDataError(message)
     if not path.is_dir():
         message = f"{path}: no such file or directory"
         raise FileNotFoundError(message)
