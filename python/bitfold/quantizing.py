@@ -11,7 +11,7 @@ from bitfold import methods
 from bitfold.choosing import Fold, choose
 from bitfold.errors import WeightError
 from bitfold.formats import Format
-from bitfold.manifest import PACKED_KINDS, bias_owner, describe, forget_tied_keys
+from bitfold.manifest import PACKED_KINDS, QUANT_METHOD, bias_owner, describe, forget_tied_keys
 from bitfold.nn import PackedModule, TiedEmbedding, TiedHead
 from bitfold.nn._base import check_finite
 from bitfold.nn._places import Places
@@ -77,7 +77,7 @@ def quantize(
             _fold_one(model, fold, method, found)
     finally:  # also after an interrupt: what is folded by now must be saved as such
         forget_tied_keys(model)
-        _record(model)
+        record(model)
     return model
 
 
@@ -137,10 +137,20 @@ def _swap(model: nn.Module, fold: Fold, packed: PackedModule, found: Places) -> 
 AFTER_FOLDING: list[Callable[[nn.Module], None]] = []
 
 
-def _record(model: nn.Module) -> None:
+def record(model: nn.Module) -> None:
     """Leave the manifest in a transformers config, from where `save_pretrained` writes it."""
     config = getattr(model, "config", None)
     if config is not None and hasattr(model, "save_pretrained"):
+        for part in model.modules():  # one that was folded by itself before, under names of its own
+            inner = getattr(part, "config", None)
+            if inner is not config and _is_ours(getattr(inner, "quantization_config", None)):
+                del inner.quantization_config  # type: ignore[union-attr]
         config.quantization_config = describe(model)
     for hook in AFTER_FOLDING:
         hook(model)
+
+
+def _is_ours(recorded: Any) -> bool:
+    if isinstance(recorded, dict):
+        return recorded.get("quant_method") == QUANT_METHOD
+    return getattr(recorded, "quant_method", None) == QUANT_METHOD

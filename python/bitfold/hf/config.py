@@ -10,7 +10,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfold.errors import FormatError
 from bitfold.formats import Format
-from bitfold.hf.registration import QUANT_METHOD, resume
+from bitfold.hf.registration import resume
+from bitfold.manifest import QUANT_METHOD
 
 __all__ = ["BitfoldConfig"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bitfold.errors import BitfoldError, PackedDataError
 from bitfold.hf.checks import folded_modules
-from bitfold.hf.registration import QUANT_METHOD
+from bitfold.manifest import QUANT_METHOD
 
 __all__ = ["load", "save_pretrained"]
 
@@ -90,6 +90,7 @@ def save_pretrained(
     """
     from bitfold.hf.model_card import model_card
     from bitfold.io.atomic import atomic_directory
+    from bitfold.quantizing import record
 
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         msg = (
@@ -105,6 +106,7 @@ def save_pretrained(
     if options.pop("push_to_hub", False):
         msg = "save_pretrained: push_to_hub is not done from here; call model.push_to_hub(repo_id)"
         raise BitfoldError(msg)
+    record(model)  # a part of the model may have been folded by itself, and the record stand there
     with atomic_directory(directory, overwrite, marker="config.json") as temporary:
         model.save_pretrained(temporary, **options)
         if tokenizer is not None:

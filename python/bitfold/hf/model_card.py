@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from bitfold.hf.checks import folded_modules
-from bitfold.hf.registration import QUANT_METHOD
+from bitfold.manifest import QUANT_METHOD
 
 __all__ = ["hook_upload", "model_card", "update_card"]
 

@@ -12,10 +12,9 @@ import warnings
 from types import ModuleType
 
 from bitfold.hf.postimport import after_import
+from bitfold.manifest import QUANT_METHOD
 
-__all__ = ["QUANT_METHOD", "install", "resume"]
-
-QUANT_METHOD = "bitfold"  # `quant_method` in config.json
+__all__ = ["install", "resume"]
 
 _installed = False
 

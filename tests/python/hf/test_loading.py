@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from transformers import CLIPConfig, CLIPModel
 
 import bitfold
 from bitfold.errors import BitfoldError, PackedDataError
@@ -74,6 +75,22 @@ def test_saving_replaces_the_directory_as_a_whole(folded, tmp_path):
     with pytest.raises(FileExistsError):
         bitfold.save_pretrained(folded, target, overwrite=False)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_part_that_was_folded_by_itself_is_saved_with_the_whole(tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 100, "max_position_embeddings": 16},
+        vision_config={**sizes, "image_size": 32, "patch_size": 16},
+        projection_dim=32,
+    )
+    model = CLIPModel(config).eval()
+    bitfold.quantize(model.text_model, "nf4", skip=["embeddings.position_embedding"], progress=False)
+    bitfold.save_pretrained(model, tmp_path / "m")
+    loaded = bitfold.load(tmp_path / "m")
+    before, after = model.state_dict(), loaded.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_failed_save_leaves_the_previous_export_and_nothing_else(folded, tmp_path):
