@@ -1,7 +1,7 @@
 // Codes in bytes. Every row starts on a byte; the first element sits in the high bits.
 //   8 bits: a byte each.   4 bits: |e0 e1|   2 bits: |e0 e1 e2 e3|
-//   3 bits: per row a plane of the low two bits (as 2-bit codes), then a plane of the high bit |e0
-//   … e7|.
+//   3 bits: per row a plane of the low two bits (as 2-bit codes), then one of the high bit
+//   |e0 … e7|.
 // Padding bits at a row's end are zero.
 #pragma once
 

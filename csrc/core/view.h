@@ -48,8 +48,8 @@ struct PackedView {
 // `buffers` in the order of Format::buffers. Values behind _offset and _exponent are read now.
 PackedView make_view(const Format& format, int64_t rows, int64_t cols, const void* const* buffers);
 
-// Scale and zero point of one group, in double-free float arithmetic exactly as every kernel
-// computes them.
+// Scale and zero point of one group, in float arithmetic alone, exactly as every kernel computes
+// them.
 float scale_of(const PackedView& view, int64_t row, int64_t group);
 float zero_of(const PackedView& view, int64_t row, int64_t group);
 float level_of(const PackedView& view, int64_t row, unsigned code);

@@ -51,6 +51,7 @@ Tensor unpack_bits(Tensor packed, int64_t bits, int64_t rows, int64_t cols) {
   constexpr const char* kOp = "unpack_bits";
   check_bits(bits, kOp);
   if (rows < 0 || cols < 0) fail(kOp, "rows and cols must not be negative");
+  if (rows > 0 && cols > 0) check(check_shape(rows, cols), kOp);  // or the bytes below overflow
   const int64_t row_bytes = packed_row_bytes(cols, static_cast<int>(bits));
   if (packed.dim() != 1 || packed.numel() != rows * row_bytes ||
       packed.scalar_type() != ScalarType::Char || !packed.is_cpu()) {

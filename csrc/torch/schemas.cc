@@ -1,9 +1,13 @@
 // Every op, one after the other: the table of contents of the native side.
 //
-// packed   the buffers of one weight in the order of Format::buffers
-// spec     Format and logical shape as ints: code, grouping, group size, zero, double quantization,
-// out, in method   0 round (absmax or min-max scale), 1 search (scale by squared error) accuracy 0
-// auto; other levels are reserved
+// packed: the buffers of one weight in the order of Format::buffers.
+//
+// spec: Format and logical shape as ints (code, grouping, group size, zero, double quantization,
+// out, in).
+//
+// method: 0 round (absmax or min-max scale), 1 search (scale by squared error).
+//
+// accuracy: 0 auto; other levels are reserved.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(bitfold, m) {
