@@ -17,7 +17,7 @@ def as_format(fmt: Format | str) -> Format:
     if isinstance(fmt, Format):
         return fmt
     if not isinstance(fmt, str):
-        msg = f"format must be a string such as 'nf4', or a bitfold.Format, got {fmt!r}"
+        msg = f"format must be a string such as 'nf4', or a bitfold.Format, got {fmt!r}"  # type: ignore[unreachable]
         raise FormatError(msg)
     return Format(fmt)
 

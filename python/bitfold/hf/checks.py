@@ -98,9 +98,9 @@ def float_shapes(model: nn.Module) -> dict[str, torch.Size]:
 def check_loaded(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
     """Raise PackedDataError unless every packed buffer holds data of the dtype and shape of its format.
 
-    Float parameters must have kept the shapes that they had before the load, and be floats still: with any quantizer at
-    work, transformers before 5.23 puts what the file holds in their place, be it the packed bytes of a module
-    that config.json does not name.
+    Float parameters must have kept the shapes that they had before the load, and still be floats: with any
+    quantizer at work, transformers before 5.23 puts what the file holds in their place, be it the packed
+    bytes of a module that config.json does not name.
     """
     for name, parameter in model.named_parameters():
         expected = shapes.get(name)

@@ -156,4 +156,3 @@ def _check_tensors(model: nn.Module, aliases: Mapping[str, str], stored: Any, pa
         if name not in needed:
             msg = f"{path}: {name} is in the file but not in the model {type(model).__name__}"
             raise PackedDataError(msg)
-
