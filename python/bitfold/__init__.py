@@ -33,14 +33,14 @@ except (ImportError, OSError, RuntimeError) as _error:
 if TYPE_CHECKING:
     from bitfold.hf.config import BitfoldConfig
     from bitfold.hf.loading import load, save_pretrained
-    from bitfold.io.checkpoint import load_into, save
+    from bitfold.saving import load_into, save
 
 # Names that need an extra (safetensors, transformers): imported when first asked for.
 _LAZY = {
     "BitfoldConfig": "bitfold.hf.config",
     "load": "bitfold.hf.loading",
-    "load_into": "bitfold.io.checkpoint",
-    "save": "bitfold.io.checkpoint",
+    "load_into": "bitfold.saving",
+    "save": "bitfold.saving",
     "save_pretrained": "bitfold.hf.loading",
 }
 

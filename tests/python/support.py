@@ -4,25 +4,12 @@ from __future__ import annotations
 
 from bitfold import Format
 from bitfold.errors import FormatError
+from bitfold.formats import codes
 
 
 def _every_format() -> list[str]:
-    codes = (
-        "nf4",
-        "nf3",
-        "nf2",
-        "fp4",
-        "log4",
-        "int8",
-        "int4",
-        "int3",
-        "int2",
-        "kmeans4",
-        "kmeans3",
-        "kmeans2",
-    )
     found: dict[str, None] = {}
-    for code in codes:
+    for code in codes():
         for grouping in ("", "-g16", "-g48", "-g64", "-g128", "-row", "-tensor"):
             for zero in ("", "-sym", "-zp", "-fz", "-midrise"):
                 for scales in ("", "-dq", "-nodq"):
