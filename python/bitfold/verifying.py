@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from bitfold import manifest
 from bitfold.formats import Format
 from bitfold.inspecting import summarize
 from bitfold.io.safetensors_file import TensorInfo
@@ -75,12 +76,8 @@ class Verification:
 
 def expected_packed(description: Mapping[str, Any]) -> dict[str, TensorSpec]:
     """Dtype and shape of every packed tensor that a manifest promises."""
-    specs = {}
-    for name, entry in description["modules"].items():
-        if "format" in entry:
-            for suffix, dtype, shape in Format(entry["format"]).buffers(tuple(entry["shape"])):
-                specs[f"{name}.weight{suffix}"] = TensorSpec(getattr(torch, dtype), tuple(shape))
-    return specs
+    promised = manifest.tensors(description)
+    return {name: TensorSpec(getattr(torch, dtype), shape) for name, (dtype, shape) in promised.items()}
 
 
 def check_tensors(

@@ -15,6 +15,7 @@ from torch import nn
 from bitfold.errors import PackedDataError
 from bitfold.io.safetensors_file import SafetensorsFile
 from bitfold.nn import PackedModule
+from bitfold.nn._base import dtype_name
 
 __all__ = ["check_files", "check_loaded", "check_missing", "float_shapes", "folded_modules"]
 
@@ -46,15 +47,11 @@ def check_files(
         with SafetensorsFile(file) as opened:
             for info in opened:
                 want = None if expected is None else expected.get(info.name)
-                have = (_spelled(info.torch_dtype), info.shape)
+                have = (dtype_name(info.torch_dtype), info.shape)
                 if want is not None and have != want:
                     found, wanted = (f"{dtype} {list(shape)}" for dtype, shape in (have, want))
                     msg = f"{info.name} in {file}: found {found}, expected {wanted}; {_REMEDY}"
                     raise PackedDataError(msg)
-
-
-def _spelled(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _REMEDY = "the file or config.json was damaged or edited: restore them, or fold the float model again"
@@ -105,7 +102,7 @@ def check_loaded(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
     for name, parameter in model.named_parameters():
         expected = shapes.get(name)
         if expected is not None and (parameter.shape != expected or not parameter.is_floating_point()):
-            found = f"{_spelled(parameter.dtype)} {list(parameter.shape)}"
+            found = f"{dtype_name(parameter.dtype)} {list(parameter.shape)}"
             msg = f"{name}: found {found}, expected a float tensor {list(expected)}; {_REMEDY}"
             raise PackedDataError(msg)
     offloaded = "disk" in {str(place) for place in getattr(model, "hf_device_map", {}).values()}
@@ -113,7 +110,7 @@ def check_loaded(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
         for suffix, dtype, shape in module.format.buffers(module.shape):
             key = f"{name}.weight{suffix}"
             tensor = getattr(module, f"weight{suffix}")
-            found = f"{_spelled(tensor.dtype)} {list(tensor.shape)}"
+            found = f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"
             if found != f"{dtype} {list(shape)}":
                 msg = (
                     f"{key}: found {found}, expected {dtype} {list(shape)} "

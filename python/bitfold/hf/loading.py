@@ -45,6 +45,9 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     elif Path(name).is_file():
         msg = f"{name}: is a file, expected a model directory; for plain torch models use bitfold.load_into"
         raise BitfoldError(msg)
+    elif Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:  # no name on the Hub
+        msg = f"{name}: no such directory; expected one that save_pretrained or `bitfold quantize` wrote"
+        raise BitfoldError(msg)
     config = _config(transformers, name, options)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method != QUANT_METHOD:

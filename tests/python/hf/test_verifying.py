@@ -189,6 +189,13 @@ def test_export_that_does_not_load(export: Path) -> None:
     assert "fresh process" in str(found.problems[0])
 
 
+def test_a_plain_file_of_a_bare_module(tmp_path: Path) -> None:
+    bitfold.save(
+        bitfold.nn.QuantLinear.from_float(torch.nn.Linear(512, 512), "nf4"), tmp_path / "m.safetensors"
+    )
+    assert verify(tmp_path / "m.safetensors").problems == []
+
+
 def test_a_plain_file_is_not_compared_in_silence(tmp_path: Path) -> None:
     model = bitfold.quantize(torch.nn.Sequential(torch.nn.Linear(512, 512)), "nf4", progress=False)
     bitfold.save(model, tmp_path / "m.safetensors")
