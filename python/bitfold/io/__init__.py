@@ -1,3 +1,1 @@
-"""Files: atomic replacement, streamed safetensors shards, checkpoints of plain torch models, verification of
-exports.
-"""
+"""Files: atomic replacement, safetensors read with doubt and written as a stream. Knows tensors, no models."""

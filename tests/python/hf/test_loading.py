@@ -77,6 +77,11 @@ def test_saving_replaces_the_directory_as_a_whole(folded, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
+def test_a_path_that_is_not_there_is_no_name_on_the_hub(tmp_path):
+    with pytest.raises(BitfoldError, match="no such directory"):
+        bitfold.load(tmp_path / "nothing")
+
+
 def test_a_part_that_was_folded_by_itself_is_saved_with_the_whole(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = CLIPConfig(
