@@ -1,1 +1,1 @@
-"""Files: atomic replacement, safetensors read with doubt and written as a stream. Knows tensors, no models."""
+"""Files: atomic replacement, safetensors read with doubt and written as a stream. Of tensors, not models."""
