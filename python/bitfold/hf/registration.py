@@ -17,6 +17,7 @@ from bitfold.manifest import QUANT_METHOD
 __all__ = ["install", "resume"]
 
 _installed = False
+_registering = False
 
 
 def install() -> None:
@@ -38,10 +39,14 @@ def resume() -> None:
 
 def _register(auto: ModuleType) -> None:
     """Enter the quantizer and its config into the registries of `transformers.quantizers.auto`."""
+    global _registering
+    if _registering:
+        return  # the imports below end in `resume`
     for name, attribute in (("config", "BitfoldConfig"), ("quantizer", "BitfoldQuantizer")):
         module = sys.modules.get(f"bitfold.hf.{name}")
         if module is not None and not hasattr(module, attribute):
             return  # that module's own import of transformers led here: it calls `resume` at its end
+    _registering = True
     try:
         from bitfold import quantizing
         from bitfold.hf.config import BitfoldConfig
@@ -55,10 +60,12 @@ def _register(auto: ModuleType) -> None:
         auto.AUTO_QUANTIZER_MAPPING.pop(QUANT_METHOD, None)
         auto.register_quantization_config(QUANT_METHOD)(BitfoldConfig)
         auto.register_quantizer(QUANT_METHOD)(BitfoldQuantizer)
-        quantizing.AFTER_FOLDING += [keep_packed_on_save, release_ties]
+        quantizing.AFTER_FOLDING[:] = [keep_packed_on_save, release_ties]
         hook_upload()
     except Exception as error:  # an unknown transformers must still be importable
         _warn("transformers", error)
+    finally:
+        _registering = False
 
 
 def _guard_merge(layer: ModuleType) -> None:

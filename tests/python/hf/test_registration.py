@@ -41,13 +41,16 @@ def test_registered_in_every_order_of_imports(order, run_script):
     code = """
         import json
         from transformers.quantizers import auto
+        from bitfold import quantizing
         from bitfold.hf.quantizer import BitfoldQuantizer
         print(json.dumps([
             auto.AUTO_QUANTIZER_MAPPING.get("bitfold") is BitfoldQuantizer,
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get("bitfold") is bitfold.BitfoldConfig,
+            [hook.__name__ for hook in quantizing.AFTER_FOLDING],
         ]))
     """
-    assert run_script(ORDERS[order] + "\n" + textwrap.dedent(code)) == [True, True]
+    once = ["keep_packed_on_save", "release_ties"]
+    assert run_script(ORDERS[order] + "\n" + textwrap.dedent(code)) == [True, True, once]
 
 
 def test_a_transformers_that_cannot_be_registered_with_still_imports(run_script):
