@@ -179,6 +179,21 @@ std::string Format::to_string() const {
   return text;
 }
 
+// Parsing a string gives the reasons; every op call asks only this. A test holds the two together
+// over all combinations.
+bool Format::is_possible() const {
+  const bool sized = grouping == Grouping::kGroup;
+  const bool learned = family() == Family::kLearnedCodebook;
+  if (sized ? group_size < kMinGroupSize || group_size > kMaxGroupSize ||
+                  group_size % kMinGroupSize != 0
+            : group_size != 0) {
+    return false;
+  }
+  if (family() != Family::kInteger && zero != Zero::kNone) return false;
+  if (double_quant && (learned || grouping == Grouping::kTensor)) return false;
+  return !(learned && sized);
+}
+
 int64_t Format::groups_per_row(int64_t cols) const {
   return grouping == Grouping::kGroup ? (cols + group_size - 1) / group_size : 1;
 }
@@ -259,11 +274,7 @@ Status parse_spec(const std::vector<int64_t>& spec, Format* format, int64_t* row
   format->double_quant = spec[4] != 0;
   *rows = spec[5];
   *cols = spec[6];
-  // The string grammar is the one place that knows what may be combined.
-  Format same;
-  if (!Format::parse(format->to_string(), &same).ok() || !(same == *format)) {
-    return bad("describes an impossible format");
-  }
+  if (!format->is_possible()) return bad("describes an impossible format");
   return check_shape(*rows, *cols);
 }
 

@@ -84,6 +84,7 @@ struct Format {
 
   static Status parse(std::string_view text, Format* out);
   std::string to_string() const;
+  bool is_possible() const;  // whether some string names it; the cheap form of parsing to_string()
   bool operator==(const Format&) const = default;
 
   const ElementCode& element() const { return kElementCodes[code]; }

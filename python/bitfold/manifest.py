@@ -24,7 +24,6 @@ from bitfold.formats import Format
 from bitfold.nn import PackedModule, QuantConv1D, QuantEmbedding, QuantLinear, TiedEmbedding, TiedHead
 from bitfold.nn._base import dtype_from_name
 from bitfold.nn._places import Places, all_names
-from bitfold.nn.conv1d import is_conv1d
 
 QUANT_METHOD = "bitfold"
 FORMAT_VERSION = 1
@@ -219,12 +218,7 @@ def _is_packed_so(name: str, module: nn.Module, entry: Mapping[str, Any]) -> boo
 
 def _build(name: str, module: Any, entry: Mapping[str, Any]) -> PackedModule:
     kind = entry["kind"]
-    fits = {
-        "linear": isinstance(module, nn.Linear),
-        "conv1d": is_conv1d(module),
-        "embedding": isinstance(module, nn.Embedding),
-    }
-    if not fits[kind]:
+    if not PACKED_KINDS[kind].replaces(module):
         msg = f"{name}: the manifest says {kind}, the model has a {type(module).__name__} there"
         raise PackedDataError(msg)
     weight = module.weight

@@ -127,6 +127,17 @@ class PackedModule(nn.Module):
             buffer = torch.empty(tuple(size), dtype=getattr(torch, type_name), device=device)
             self.register_buffer(name, buffer, persistent=True)
 
+    @staticmethod
+    def replaces(module: nn.Module) -> bool:
+        """Whether this class can take the place of the float `module`."""
+        raise NotImplementedError
+
+    @classmethod
+    def _check_source(cls, module: nn.Module) -> None:
+        if not cls.replaces(module):
+            msg = f"{cls.__name__} cannot take the place of a {type(module).__name__}"
+            raise TypeError(msg)
+
     def packed(self) -> list[Tensor]:
         """The packed buffers in the order of `Format.buffers`, as the ops take them."""
         buffers = self._buffers  # nn.Module's attribute look-up would cost microseconds per call

@@ -42,6 +42,11 @@ class QuantConv1D(QuantLinear):
         self.nx = in_features
 
     @staticmethod
+    def replaces(module: nn.Module) -> bool:
+        """Whether `module` is a Conv1D."""
+        return is_conv1d(module)
+
+    @staticmethod
     def _matrix(module: nn.Module) -> Tensor:
         return module.weight.t()  # type: ignore[operator]
 

@@ -53,6 +53,11 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         self.round_scale = bool(round_scale)
         self._set_up((num_embeddings, embedding_dim), format, device, dtype, original_dtype)
 
+    @staticmethod
+    def replaces(module: nn.Module) -> bool:
+        """Whether `module` is an `nn.Embedding`."""
+        return isinstance(module, nn.Embedding)
+
     @classmethod
     def from_float(cls, module: nn.Embedding, fmt: Format | str, method: str | None = None) -> QuantEmbedding:
         """Fold an `nn.Embedding` (or a known scaled one); `module` is left unchanged.
@@ -60,6 +65,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         Raises WeightError for a table that is not a finite float matrix, or one with `max_norm`, which
         rewrites rows of the table at each look-up.
         """
+        cls._check_source(module)
         check_float_weight(module.weight, f"{type(module).__name__}.weight")
         check_finite(module.weight, f"{type(module).__name__}.weight")
         new = cls._like(module, fmt, torch.device("meta"), None, None)

@@ -55,12 +55,19 @@ class QuantLinear(PackedModule, nn.Linear):
         else:
             self.register_parameter("bias", None)
 
+    @staticmethod
+    def replaces(module: nn.Module) -> bool:
+        """Whether `module` is an `nn.Linear`."""
+        return isinstance(module, nn.Linear)
+
     @classmethod
     def from_float(cls, module: nn.Linear, fmt: Format | str, method: str | None = None) -> QuantLinear:
         """Fold an `nn.Linear`; its bias parameter is taken over as it is, `module` is left unchanged.
 
-        Raises WeightError for a weight that is not a finite float matrix, FormatError for a bad format.
+        Raises TypeError for another kind of module, WeightError for a weight that is not a finite float
+        matrix, FormatError for a bad format.
         """
+        cls._check_source(module)
         weight = cls._matrix(module)
         check_float_weight(weight, f"{type(module).__name__}.weight")
         check_finite(weight, f"{type(module).__name__}.weight")

@@ -173,6 +173,27 @@ TEST(Spec, RandomIntsNeverCrash) {
   EXPECT_GT(accepted, 50);
 }
 
+TEST(Format, IsPossibleExactlyWhenItsStringParsesBack) {
+  int possible = 0;
+  for (int code = 0; code < static_cast<int>(element_codes().size()); ++code) {
+    for (Grouping grouping : {Grouping::kGroup, Grouping::kRow, Grouping::kTensor}) {
+      for (int64_t group_size : {-16, 0, 8, 16, 17, 64, 65536, 65552}) {
+        for (Zero zero : {Zero::kNone, Zero::kInt, Zero::kFloat, Zero::kMidrise}) {
+          for (bool double_quant : {false, true}) {
+            const Format format{code, grouping, group_size, zero, double_quant};
+            Format parsed;
+            const bool parses = Format::parse(format.to_string(), &parsed).ok() && parsed == format;
+            EXPECT_EQ(format.is_possible(), parses)
+                << format.to_string() << ", group size " << group_size;
+            possible += parses;
+          }
+        }
+      }
+    }
+  }
+  EXPECT_GT(possible, 100);
+}
+
 TEST(Spec, RefusesAnotherLength) {
   Format format;
   int64_t rows, cols;

@@ -320,3 +320,10 @@ def test_autocast_decides_the_dtype_as_for_a_float_layer():
     assert x.grad.dtype == torch.float32
     expected = nn.functional.linear(x.detach(), layer.dequantize(), layer.bias)
     assert torch.allclose(y.float(), expected, atol=0.05, rtol=0.02)  # bfloat16 in and out
+
+
+def test_another_kind_of_module_is_refused():
+    with pytest.raises(TypeError, match="QuantLinear cannot take the place of a Embedding"):
+        QuantLinear.from_float(nn.Embedding(4, 16), "nf4")
+    with pytest.raises(TypeError, match="QuantEmbedding cannot take the place of a Linear"):
+        bitfold.nn.QuantEmbedding.from_float(nn.Linear(16, 4), "nf4")
