@@ -27,6 +27,7 @@ def install() -> None:
         return
     _installed = True
     after_import("transformers.quantizers.auto", _register)
+    after_import("transformers.modeling_utils", _guard_resize)
     after_import("peft.tuners.lora.layer", _guard_merge)
 
 
@@ -66,6 +67,15 @@ def _register(auto: ModuleType) -> None:
         _warn("transformers", error)
     finally:
         _registering = False
+
+
+def _guard_resize(modeling_utils: ModuleType) -> None:
+    try:
+        from bitfold.hf.resizing import guard_resize
+
+        guard_resize(modeling_utils)
+    except Exception as error:  # an unknown transformers must still be importable
+        _warn("transformers", error)
 
 
 def _guard_merge(layer: ModuleType) -> None:

@@ -28,3 +28,15 @@ def test_module_that_initializes_a_folded_child_loads(tmp_path):
     loaded = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert torch.equal(loaded(**inputs).logits, expected)
+
+
+def test_resizing_a_folded_table_is_refused_by_name():
+    config = transformers.LlamaConfig(
+        vocab_size=99, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config)
+    model.resize_token_embeddings(104)  # still float
+    bitfold.quantize(model, "nf4", progress=False)
+    model.resize_token_embeddings(104)
+    with pytest.raises(bitfold.BitfoldError, match="rows cannot be added or cut; resize the float model"):
+        model.resize_token_embeddings(120)
