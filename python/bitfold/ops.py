@@ -33,7 +33,7 @@ def quantize(weight: Tensor, fmt: Format | str, method: str | None = None) -> li
         weight: ``[out, in]``, float32, float16 or bfloat16, any strides; read twice.
         fmt: how to store it.
         method: ``"round"`` (scale from absmax or min-max), ``"search"`` (scale by squared error), or None
-            for the format's default.
+            for the format's default. Learned codebooks (kmeans) have no scale and come out the same.
 
     Returns:
         The tensors of ``fmt.buffers((out, in))``, freshly allocated; the same bits on every CPU and thread

@@ -10,7 +10,7 @@ __all__ = ["guard_resize"]
 
 
 def guard_resize(modeling_utils: ModuleType) -> None:
-    """Have `PreTrainedModel.resize_token_embeddings` refuse folded tables; asked for their own size, it agrees."""
+    """Have `PreTrainedModel.resize_token_embeddings` refuse folded tables, but for their own size."""
     resize = modeling_utils.PreTrainedModel.resize_token_embeddings
 
     @functools.wraps(resize)
