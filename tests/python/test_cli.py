@@ -408,3 +408,25 @@ def test_progress_bars_take_what_they_are_told(bar: str) -> None:
     with getattr(output, bar)("folding", 100) as advance:
         for done in (10, 50, 100):
             advance("some.weight", done, 100)
+
+
+def test_version_and_bare_call(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"bitfold {bitfold.__version__}\n"
+    assert main([]) == 2
+    assert "quantize" in capsys.readouterr().err
+
+
+def test_help_names_the_formats(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quantize", "--help"])
+    shown = capsys.readouterr().out
+    assert all(code in shown for code in ("nf4", "int3", "kmeans2", "-g128"))
+
+
+def test_min_cosine_needs_a_source(capsys: pytest.CaptureFixture[str], source: Path) -> None:
+    status, _, error = run(capsys, "verify", source, "--min-cosine", 0.9)
+    assert status == 2
+    assert "--against" in error

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+import bitfold
 from bitfold.cli import doctor, inspect, quantize, verify
 from bitfold.cli.output import Output
 
@@ -35,6 +36,13 @@ _COMMANDS: dict[str, ModuleType] = {
 _EPILOG = (__doc__ or "").split("Exit status:")[1].replace("====  ", "").replace("=", "").strip("\n ")
 
 
+def _version() -> str:
+    try:
+        return str(bitfold.__version__)
+    except ImportError:  # `bitfold doctor` must come even where the native library does not load
+        return "of unknown version"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="bitfold",
@@ -42,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="exit status:\n" + _EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"bitfold {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, module in _COMMANDS.items():
         command = commands.add_parser(
             name,
@@ -62,7 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the program's name; None takes it from the process.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return 2
     output = Output(options.command, json_mode=options.json, quiet=options.quiet)
     try:
         return int(_COMMANDS[options.command].run(options, output))

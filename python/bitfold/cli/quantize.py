@@ -23,9 +23,14 @@ HELP = "fold a checkpoint on disk into another one"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("source", metavar="SRC", type=Path)
-    parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--format", default="nf4", help="format of linear layers (default: %(default)s)")
+    parser.add_argument("source", metavar="SRC", type=Path, help="directory of the float checkpoint")
+    parser.add_argument("out", metavar="OUT", type=Path, help="directory to be made")
+    parser.add_argument(
+        "--format",
+        default="nf4",
+        help=f"format of linear layers (default: %(default)s): one of {_codes()}, and options such as -g128, "
+        "-row, -sym, -dq (docs/format.md)",
+    )
     parser.add_argument(
         "--embeddings",
         default="int8-g64",
@@ -55,6 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python files that came with SRC"
     )
+
+
+def _codes() -> str:
+    try:
+        from bitfold.formats import codes
+    except ImportError:  # help must come even where the native library does not load
+        return "nf4, int8, int4, …"
+    return ", ".join(codes())
 
 
 def run(options: argparse.Namespace, output: Output) -> int:

@@ -30,6 +30,9 @@ def run(options: argparse.Namespace, output: Output) -> int:
     from bitfold.errors import PackedDataError
     from bitfold.hf.verifying import verify
 
+    if options.min_cosine is not None and options.against is None:
+        msg = "--min-cosine compares outputs with those of a source: name it with --against SRC"
+        raise ValueError(msg)
     try:
         found = verify(
             options.path,
