@@ -37,6 +37,13 @@ uint8_t nearest_code(float x) {
 
 }  // namespace
 
+// bitsandbytes' lower clamp of absmax; also the reciprocal of a denormal scale stays finite.
+// Scales are positive as chosen, but one that was far below its neighbours may come back from its
+// 8-bit code a little below zero; divided by what it is, the grid is merely mirrored.
+float inverse_of(float scale) {
+  return 1.0f / (scale < 0.0f ? std::min(scale, -1e-38f) : std::max(scale, 1e-38f));
+}
+
 int choose_exponent(const float* values, int64_t n) {
   float largest = 0.0f, smallest = INFINITY;
   for (int64_t i = 0; i < n; ++i) {

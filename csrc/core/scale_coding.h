@@ -6,6 +6,9 @@
 
 namespace bitfold {
 
+// The inverse that encoders multiply with; bitsandbytes' clamp keeps an all-zero block finite.
+float inverse_of(float scale);
+
 // The exponent e such that values / 2^e fit fp16 well: 0 whenever every nonzero magnitude is a
 // normal half, else the one that puts the largest at the top of the range.
 int choose_exponent(const float* values, int64_t n);

@@ -1,18 +1,10 @@
 #include "cpu/isa.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
 
 namespace bitfold {
-
-// bitsandbytes' lower clamp of absmax; also the reciprocal of a denormal scale stays finite.
-// Scales are positive as chosen, but one that was far below its neighbours may come back from its
-// 8-bit code a little below zero; divided by what it is, the grid is merely mirrored.
-float inverse_of(float scale) {
-  return 1.0f / (scale < 0.0f ? std::min(scale, -1e-38f) : std::max(scale, 1e-38f));
-}
 
 namespace {
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "core/codebook.h"
+#include "core/scale_coding.h"
 #include "core/view.h"
 
 namespace bitfold {
@@ -51,9 +52,6 @@ struct KernelTable {
   void (*gemm_nn)(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y, int64_t ldy,
                   int64_t m, int64_t n, int64_t k);
 };
-
-// The inverse that encoders multiply with; bitsandbytes' clamp keeps an all-zero block finite.
-float inverse_of(float scale);
 
 namespace portable {
 extern const KernelTable table;

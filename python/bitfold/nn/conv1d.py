@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from bitfold.formats import Format
 from bitfold.nn.linear import QuantLinear
 
 
@@ -18,28 +16,15 @@ class QuantConv1D(QuantLinear):
 
     kind = "conv1d"
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        format: Format | str,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        original_dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
-            bias,
-            format=format,
-            device=device,
-            dtype=dtype,
-            original_dtype=original_dtype,
-        )
-        self.nf = out_features
-        self.nx = in_features
+    @property
+    def nf(self) -> int:
+        """Outputs."""
+        return self.out_features
+
+    @property
+    def nx(self) -> int:
+        """Inputs."""
+        return self.in_features
 
     @staticmethod
     def replaces(module: nn.Module) -> bool:
