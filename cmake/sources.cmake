@@ -14,7 +14,10 @@ set(BITFOLD_CORE_SOURCES
 )
 
 set(BITFOLD_CPU_SOURCES
+  csrc/cpu/activations.cc
   csrc/cpu/dequantize.cc
+  csrc/cpu/float_product.cc
+  csrc/cpu/integer_product.cc
   csrc/cpu/isa.cc
   csrc/cpu/linear.cc
 )
@@ -27,7 +30,7 @@ set(BITFOLD_SOLVER_SOURCES
 
 # name of the target file in csrc/cpu/targets
 set(BITFOLD_ISA_PORTABLE portable)
-set(BITFOLD_ISA_X86 avx2 avx512)
+set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni)
 
 set(BITFOLD_OPS_SOURCES
   csrc/torch/checks.cc

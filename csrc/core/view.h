@@ -10,6 +10,14 @@ namespace bitfold {
 
 enum class FloatType : uint8_t { kFloat32, kFloat16, kBFloat16 };
 
+inline int64_t size_of(FloatType dtype) { return dtype == FloatType::kFloat32 ? 4 : 2; }
+inline void* advance(void* data, FloatType dtype, int64_t elements) {
+  return static_cast<char*>(data) + elements * size_of(dtype);
+}
+inline const void* advance(const void* data, FloatType dtype, int64_t elements) {
+  return static_cast<const char*>(data) + elements * size_of(dtype);
+}
+
 struct MatrixView {
   const void* data;
   FloatType dtype;

@@ -15,10 +15,6 @@ int64_t row_grain(int64_t cols) {
   return std::max<int64_t>(1, kGrainWeights / std::max<int64_t>(1, cols));
 }
 
-void* advance(void* data, FloatType dtype, int64_t elements) {
-  return static_cast<char*>(data) + elements * (dtype == FloatType::kFloat32 ? 4 : 2);
-}
-
 // One row of the result, decoded piecewise.
 void decode_row(const KernelTable& k, const PackedView& w, int64_t row, FloatType dtype,
                 void* out) {

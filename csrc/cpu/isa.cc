@@ -24,6 +24,8 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #endif
 
 }  // namespace
@@ -31,6 +33,7 @@ bool has_avx512() {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> list = {
 #if defined(__x86_64__)
+    {"avx512vnni", "AVX-512 F/BW/VL/DQ and VNNI", &has_avx512vnni, &avx512vnni::table},
     {"avx512", "AVX-512 F/BW/VL/DQ", &has_avx512, &avx512::table},
     {"avx2", "AVX2 with FMA and F16C", &has_avx2, &avx2::table},
 #endif

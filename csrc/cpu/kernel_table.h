@@ -9,6 +9,7 @@
 #include "core/codebook.h"
 #include "core/scale_coding.h"
 #include "core/view.h"
+#include "cpu/activations.h"
 
 namespace bitfold {
 
@@ -51,7 +52,25 @@ struct KernelTable {
   // y[m, k] += g[m, n] * w[n, k].
   void (*gemm_nn)(const float* g, int64_t ldg, const float* w, int64_t ldw, float* y, int64_t ldy,
                   int64_t m, int64_t n, int64_t k);
+
+  // Integer products. Row m of `to` from `source` [cols]; false where integers cannot stand for it
+  // (infinite, NaN or tiny values).
+  bool (*quantize_activations)(const void* source, FloatType dtype, int64_t m, Activations* to);
+  // y[m, r] += x[m] . w[r] for every row of x, which is in the layout of the walk. Rows
+  // [begin, end) of w; y begins with row `begin`.
+  void (*multiply_rows)(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
+                        float* scratch, float* y, int64_t ldy);
+  // Rows [row, row + panel_rows) of w, as far as they exist; y is [rows of x, panel_rows].
+  void (*multiply_panel)(const PackedView& w, const Activations& x, int64_t row, void* scratch,
+                         float* y);
+  int64_t panel_rows;
 };
+
+// Bytes of scratch, from the cache line where it must begin.
+inline int64_t rows_scratch_bytes(const Activations& x) { return 5 * (x.units + 16) * 4; }
+inline int64_t panel_scratch_bytes(const Activations& x, int64_t panel_rows) {
+  return (256 * 2 + 2 * x.units * 4) * panel_rows + 2 * 16 * (x.units + 16) * 4;
+}
 
 namespace portable {
 extern const KernelTable table;
@@ -60,6 +79,9 @@ namespace avx2 {
 extern const KernelTable table;
 }
 namespace avx512 {
+extern const KernelTable table;
+}
+namespace avx512vnni {
 extern const KernelTable table;
 }
 

@@ -1,5 +1,4 @@
-// Products with a packed weight. Weights are decoded a tile at a time into scratch that
-// stays in cache; no function here ever holds a float copy of more than 32768 weights per thread.
+// The product of activations with a packed weight.
 #pragma once
 
 #include "core/parallel.h"
@@ -8,12 +7,19 @@
 
 namespace bitfold {
 
-// y [m, w.rows] = x [m, w.cols] * w^T + bias [w.rows] or null; x, y and bias contiguous, of the
-// same dtype; fp32 accumulation.
-void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m, const void* bias,
-            FloatType dtype, void* y, const Parallel& parallel);
+// How exact a product is, relative to float64 on the decoded weight; see docs/kernels.md.
+enum class Accuracy : uint8_t {
+  kAuto,  // at the level of rounding: 2e-4 for float32 x, 2e-3 for float16 and bfloat16
+  kFp32,  // float32 multiply-adds
+  kInt8,  // activations of 8 bits: about 1.4e-2
+};
 
-// gx [m, w.cols] = g [m, w.rows] * w; contiguous, same dtype.
+// y [m, w.rows] = x [m, w.cols] * w^T + bias [w.rows] or null; x, y and bias contiguous, of the
+// same dtype.
+void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m, const void* bias,
+            FloatType dtype, void* y, Accuracy accuracy, const Parallel& parallel);
+
+// gx [m, w.cols] = g [m, w.rows] * w; contiguous, same dtype; float32 multiply-adds.
 void linear_grad_input(const KernelTable& k, const PackedView& w, const void* g, int64_t m,
                        FloatType dtype, void* gx, const Parallel& parallel);
 

@@ -29,7 +29,9 @@ Tensor linear(Tensor x, std::vector<Tensor> packed, std::vector<int64_t> spec,
   const Packed w = unpack(packed, spec, kOp);
   const FloatType dtype = float_type(x.scalar_type(), kOp, "x");
   check_last_dim(x, w.cols, kOp, "x", "in_features");
-  if (accuracy != 0) fail(kOp, "accuracy must be 0 (auto), got " + std::to_string(accuracy));
+  if (accuracy < 0 || accuracy > 2) {
+    fail(kOp, "accuracy must be 0 (auto), 1 (fp32) or 2 (int8), got " + std::to_string(accuracy));
+  }
   std::optional<Tensor> bias_row;
   if (bias.has_value()) {
     if (bias->dim() != 1 || bias->numel() != w.rows || !bias->is_cpu()) {
@@ -46,7 +48,7 @@ Tensor linear(Tensor x, std::vector<Tensor> packed, std::vector<int64_t> spec,
   const int64_t m = y.numel() / std::max<int64_t>(1, w.rows);
   bitfold::linear(kernels(kOp), w.view, rows.const_data_ptr(), m,
                   bias_row ? bias_row->const_data_ptr() : nullptr, dtype, y.mutable_data_ptr(),
-                  torch_parallel());
+                  static_cast<Accuracy>(accuracy), torch_parallel());
   return y;
 }
 

@@ -1,4 +1,60 @@
 // What a target exports. Included last.
+
+// take(codec, operand) with the codec that w's codes and the operand ask for. Codebooks have no
+// 8-bit form, and no operand of two bytes: their levels are not the codes.
+template <int Bits, class Take>
+static inline void with_codec_of(const PackedView& w, Operand operand, const Take& take) {
+  if (operand == Operand::kWords) return take(WordCodec<Bits>());
+  if constexpr (Bits < 8) {
+    if (w.family != Family::kInteger) return take(ByteCodec<Bits, true>());
+  }
+  take(ByteCodec<Bits, false>());
+}
+template <class Take>
+static inline void with_codec(const PackedView& w, Operand operand, const Take& take) {
+  switch (w.bits) {
+    case 8:
+      return with_codec_of<8>(w, operand, take);
+    case 4:
+      return with_codec_of<4>(w, operand, take);
+    case 3:
+      return with_codec_of<3>(w, operand, take);
+    case 2:
+      return with_codec_of<2>(w, operand, take);
+    default:
+      return;
+  }
+}
+
+static void multiply_rows(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
+                          float* scratch, float* y, int64_t ldy) {
+  const Operand operand = x.layout->operand;
+  with_codec(w, operand, [&](auto codec) {
+    using Codec = decltype(codec);
+    if constexpr (Codec::kWords) {
+      multiply_rows_with<Codec, Operand::kWords>(w, x, begin, end, scratch, y, ldy);
+    } else {
+      if constexpr (!Codec::kTable) {
+        if (operand == Operand::kTwoBytes)
+          return multiply_rows_with<Codec, Operand::kTwoBytes>(w, x, begin, end, scratch, y, ldy);
+      }
+      multiply_rows_with<Codec, Operand::kBytes>(w, x, begin, end, scratch, y, ldy);
+    }
+  });
+}
+
+static void multiply_panel(const PackedView& w, const Activations& x, int64_t row, void* scratch,
+                           float* y) {
+  with_codec(w, x.layout->operand, [&](auto codec) {
+    using Codec = decltype(codec);
+    if constexpr (Codec::kWords) {
+      multiply_panel_with<Codec, WordDot>(w, x, row, scratch, y);
+    } else {
+      multiply_panel_with<Codec, ByteDot<Codec::kSmall>>(w, x, row, scratch, y);
+    }
+  });
+}
+
 const KernelTable table = {
     .stats = stats,
     .error_grid = error_grid,
@@ -12,4 +68,8 @@ const KernelTable table = {
     .from_float = span_from_float,
     .gemm_nt = gemm_nt,
     .gemm_nn = gemm_nn,
+    .quantize_activations = quantize_activations,
+    .multiply_rows = multiply_rows,
+    .multiply_panel = multiply_panel,
+    .panel_rows = kPanelRows,
 };

@@ -11,10 +11,17 @@ namespace bitfold::avx2 {
 
 // Order matters: names first, bodies in terms of them, then the table of the bodies.
 #include "cpu/vec/avx2.h"
+#include "cpu/vec/avx2_dot.h"
 
 #include "cpu/kernels/decode-inl.h"
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/quantize-inl.h"
+
+#include "cpu/kernels/activations-inl.h"
+#include "cpu/kernels/codecs-inl.h"
+#include "cpu/kernels/rows-inl.h"
+
+#include "cpu/kernels/panels-inl.h"
 
 #include "cpu/kernels/table-inl.h"
 

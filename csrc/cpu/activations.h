@@ -1,0 +1,59 @@
+// Activations as integers. Every run of `unit` columns has one scale, x = scale * q, and integer dot
+// products over a unit are exact; what is lost is lost here, once per call, whatever the number of
+// weights.
+#pragma once
+
+#include <cstdint>
+
+#include "core/view.h"
+
+namespace bitfold {
+
+// What multiplies what in one 32-bit lane.
+enum class Operand : uint8_t {
+  kWords,     // two 16-bit weights, two 16-bit activations
+  kTwoBytes,  // four 8-bit codes, four activations as 256 * high + low byte
+  kBytes,     // four 8-bit codes, four 8-bit activations
+};
+
+// How a product walks over the weight. Both read the stored codes as 32-bit lanes.
+enum class Walk : uint8_t {
+  kRows,    // one row after another; the lanes of a vector are columns: for few activations
+  kPanels,  // many rows at once; the lanes are rows: for many activations
+};
+
+// Codes sit in a lane by bytes, and in a byte from high bits to low, so a vector of lanes yields
+// every n-th weight: `order[i]` is the column, within a block, of the i-th element of a row.
+struct ActivationLayout {
+  Operand operand;
+  int64_t block_cols;   // columns that lie together
+  int64_t block_bytes;  // of one row
+  int16_t order[256];
+};
+const ActivationLayout& activation_layout(int bits, Operand operand, Walk walk);
+
+// Columns that share a scale: 64, or what divides the group size.
+int64_t activation_unit(const PackedView& w);
+
+struct Activations {
+  const ActivationLayout* layout;
+  int64_t rows;
+  int64_t cols;
+  int64_t unit;
+  int64_t units;         // per row, a multiple of 16; the last ones may be empty
+  int64_t blocks;        // per row
+  float limit;           // largest |q|
+  float sum_limit;       // largest sum of |q| over a unit, so that a lane cannot overflow
+  uint8_t* data;         // [blocks][rows][block_bytes]
+  float* scale;          // [rows][units]
+  float* sum;            // [rows][units]: scale * sum of q
+};
+
+// Sizes and limits for `rows` rows; pointers stay null.
+Activations describe_activations(const PackedView& w, Operand operand, Walk walk, int64_t rows);
+
+// Largest magnitude of a codebook level as an integer. With activations that sum to 2^18 over a
+// unit, a product stays below 2^31, and weights and activations lose about the same.
+inline constexpr int kLevelLimit = 8191;
+
+}  // namespace bitfold

@@ -1,0 +1,109 @@
+#include "cpu/integer_product.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+
+namespace bitfold {
+namespace {
+
+// Up to here the weight is read row by row: each is one stream of memory. Beyond, panels of rows
+// share what expanding their codes costs.
+constexpr int64_t kMostStreamedRows = 3;
+
+// What a thread should have to do, in multiply-adds, or starting it costs more than it saves.
+constexpr int64_t kGrainWork = 1 << 18;
+
+int64_t grain_for(int64_t work_per_item) {
+  return std::max<int64_t>(1, kGrainWork / std::max<int64_t>(1, work_per_item));
+}
+
+// Uninitialized memory that begins with a cache line.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : data_(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), kLine))) {}
+  ~Scratch() { ::operator delete(data_, kLine); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  uint8_t* data() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kLine{64};
+  uint8_t* data_;
+};
+
+// y[i, 0..n) = bias or zero, for every row of x.
+void begin_sums(const float* bias, int64_t m, int64_t n, float* y, int64_t ldy) {
+  for (int64_t i = 0; i < m; ++i) {
+    if (bias) {
+      std::copy_n(bias, n, y + i * ldy);
+    } else {
+      std::fill_n(y + i * ldy, n, 0.0f);
+    }
+  }
+}
+
+}  // namespace
+
+bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
+                       const void* bias, FloatType dtype, bool eight_bits, void* y,
+                       const Parallel& parallel) {
+  const Walk walk = m <= kMostStreamedRows ? Walk::kRows : Walk::kPanels;
+  const bool codes_suffice = walk == Walk::kRows && w.family == Family::kInteger;
+  const Operand operand = eight_bits      ? Operand::kBytes
+                          : codes_suffice ? Operand::kTwoBytes
+                                          : Operand::kWords;
+  Activations xs = describe_activations(w, operand, walk, m);
+  const int64_t data_bytes = (xs.blocks * m * xs.layout->block_bytes + 63) / 64 * 64;
+  const Scratch activations(data_bytes + 2 * m * xs.units * 4 + (bias ? w.rows * 4 : 0));
+  xs.data = activations.data();
+  xs.scale = reinterpret_cast<float*>(activations.data() + data_bytes);
+  xs.sum = xs.scale + m * xs.units;
+  float* bias_f = bias ? xs.sum + m * xs.units : nullptr;
+  if (bias) k.to_float(bias, dtype, w.rows, bias_f);
+
+  std::atomic<bool> fits{true};
+  parallel(m, grain_for(16 * w.cols), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (!k.quantize_activations(advance(x, dtype, i * w.cols), dtype, i, &xs)) fits = false;
+    }
+  });
+  if (!fits) return false;
+
+  // Rows [r, r + n) of w, computed as floats [m, ldy], become columns of y.
+  const auto finish = [&](const float* sums, int64_t ldy, int64_t r, int64_t n) {
+    for (int64_t i = 0; i < m; ++i)
+      k.from_float(sums + i * ldy, n, dtype, advance(y, dtype, i * w.rows + r));
+  };
+  if (walk == Walk::kRows) {
+    parallel(w.rows, grain_for(m * w.cols), [&](int64_t begin, int64_t end) {
+      const int64_t n = end - begin;
+      const int64_t scratch_bytes = rows_scratch_bytes(xs);
+      const Scratch scratch(scratch_bytes + m * n * 4);
+      float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
+      begin_sums(bias ? bias_f + begin : nullptr, m, n, sums, n);
+      k.multiply_rows(w, xs, begin, end, reinterpret_cast<float*>(scratch.data()), sums, n);
+      finish(sums, n, begin, n);
+    });
+    return true;
+  }
+  const int64_t width = k.panel_rows;
+  parallel((w.rows + width - 1) / width, grain_for(m * width * w.cols),
+           [&](int64_t begin, int64_t end) {
+             const int64_t scratch_bytes = panel_scratch_bytes(xs, width);
+             const Scratch scratch(scratch_bytes + m * width * 4);
+             float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
+             for (int64_t panel = begin; panel < end; ++panel) {
+               const int64_t r = panel * width;
+               const int64_t n = std::min(width, w.rows - r);
+               begin_sums(bias ? bias_f + r : nullptr, m, n, sums, width);
+               k.multiply_panel(w, xs, r, scratch.data(), sums);
+               finish(sums, width, r, n);
+             }
+           });
+  return true;
+}
+
+}  // namespace bitfold

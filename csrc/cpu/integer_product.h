@@ -1,0 +1,19 @@
+// Products in integers, for which the weight is never decoded to floats: activations become 16-bit
+// (or, at the `int8` level, 8-bit) integers with a scale per 64 columns, codes become integers as
+// they are read, and float32 sums what is exact within those columns. kernels.md of the docs says
+// what each level loses.
+#pragma once
+
+#include "core/parallel.h"
+#include "core/view.h"
+#include "cpu/kernel_table.h"
+
+namespace bitfold {
+
+// y [m, w.rows] = x [m, w.cols] * w^T + bias [w.rows] or null. False, with y in any state, where x
+// holds infinite, NaN or tiny values that only floats can stand for.
+bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
+                       const void* bias, FloatType dtype, bool eight_bits, void* y,
+                       const Parallel& parallel);
+
+}  // namespace bitfold

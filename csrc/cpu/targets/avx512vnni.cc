@@ -1,0 +1,28 @@
+// The kernels compiled for one instruction set: nothing of the standard library's templates may be
+// instantiated here, and every function stays in this namespace, or the linker might hand a wide
+// copy to an older CPU.
+#include "cpu/kernel_table.h"
+
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace bitfold::avx512vnni {
+
+// Order matters: names first, bodies in terms of them, then the table of the bodies.
+#include "cpu/vec/avx512.h"
+#include "cpu/vec/avx512_dot.h"
+
+#include "cpu/kernels/decode-inl.h"
+#include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/quantize-inl.h"
+
+#include "cpu/kernels/activations-inl.h"
+#include "cpu/kernels/codecs-inl.h"
+#include "cpu/kernels/rows-inl.h"
+
+#include "cpu/kernels/panels-inl.h"
+
+#include "cpu/kernels/table-inl.h"
+
+}  // namespace bitfold::avx512vnni

@@ -1,0 +1,98 @@
+// Integer lanes for dot products as AVX-512 registers; see portable_dot.h for what each name means.
+// Included inside the target's namespace, after avx512.h.
+
+constexpr int kPanelVectors = 2;  // 2 x 12 sums, 2 weights and a broadcast fill 32 registers
+constexpr int kTileRows = 12;
+
+static inline I load_i(const void* p) { return _mm512_loadu_si512(p); }
+static inline void store_i(void* p, I x) { _mm512_storeu_si512(p, x); }
+static inline I load_bytes(const uint8_t* p, int64_t n) {
+  return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, p);
+}
+static inline I broadcast_i(const void* p) {
+  int32_t v;
+  memcpy(&v, p, 4);
+  return _mm512_set1_epi32(v);
+}
+static inline I set1_i(int v) { return _mm512_set1_epi32(v); }
+static inline I set1_16(int v) { return _mm512_set1_epi16(static_cast<int16_t>(v)); }
+static inline I and_i(I x, I y) { return _mm512_and_si512(x, y); }
+static inline I or_i(I x, I y) { return _mm512_or_si512(x, y); }
+static inline I select_bits(I mask, I x, I y) {
+  return _mm512_ternarylogic_epi32(mask, x, y, 0xca);
+}
+static inline I add_i(I x, I y) { return _mm512_add_epi32(x, y); }
+static inline I sub_16(I x, I y) { return _mm512_sub_epi16(x, y); }
+static inline I shift_left_i(I x, int n) {
+  return _mm512_slli_epi32(x, static_cast<unsigned>(n));
+}
+static inline I shift_left_16(I x, int n) {
+  return _mm512_slli_epi16(x, static_cast<unsigned>(n));
+}
+static inline I shift_right_16(I x, int n) {
+  return _mm512_srli_epi16(x, static_cast<unsigned>(n));
+}
+static inline I widen_bytes(I x) { return _mm512_cvtepu8_epi16(_mm512_castsi512_si256(x)); }
+
+using WordTable = __m512i;
+static inline WordTable word_table(const int16_t* entries) { return load_i(entries); }
+static inline I lookup_words(const WordTable& table, I at) {
+  return _mm512_permutexvar_epi16(at, table);
+}
+using ByteTable = __m512i;
+static inline ByteTable byte_table(const uint8_t* entries) {
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(entries)));
+}
+static inline I lookup_bytes(const ByteTable& table, I at) {
+  return _mm512_shuffle_epi8(table, at);
+}
+
+static inline I dot_words(I sum, I w, I x) {
+#ifdef __AVX512VNNI__
+  return _mm512_dpwssd_epi32(sum, w, x);
+#else
+  return _mm512_add_epi32(sum, _mm512_madd_epi16(w, x));
+#endif
+}
+template <bool kSmall>
+static inline I dot_bytes(I sum, I w, I x) {
+#ifdef __AVX512VNNI__
+  return _mm512_dpbusd_epi32(sum, w, x);
+#else
+  if constexpr (kSmall) {
+    return _mm512_add_epi32(
+        sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+  }
+  const I even = _mm512_madd_epi16(and_i(w, set1_16(0xff)),
+                                   _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+  const I odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
+  return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+#endif
+}
+
+static inline void transpose(I* x) {
+  I t[16];
+  for (int i = 0; i < 16; i += 4) {  // 4 x 4 inside each 128-bit lane
+    const I a = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    const I b = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    const I c = _mm512_unpacklo_epi32(x[i + 2], x[i + 3]);
+    const I d = _mm512_unpackhi_epi32(x[i + 2], x[i + 3]);
+    t[i] = _mm512_unpacklo_epi64(a, c);
+    t[i + 1] = _mm512_unpackhi_epi64(a, c);
+    t[i + 2] = _mm512_unpacklo_epi64(b, d);
+    t[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  for (int i = 0; i < 4; ++i) {  // then the lanes themselves
+    const I a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
+    const I b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
+    const I c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+    const I d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
+    x[i] = _mm512_shuffle_i32x4(a, c, 0x88);
+    x[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    x[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+    x[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+  }
+}
+static inline I bits_of(F x) { return _mm512_castps_si512(x); }
+static inline F abs(F x) { return _mm512_abs_ps(x); }
+static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
