@@ -10,7 +10,7 @@ namespace {
 
 // Up to here the weight is read row by row: each is one stream of memory. Beyond, panels of rows
 // share what expanding their codes costs.
-constexpr int64_t kMostStreamedRows = 3;
+static const int64_t kMostStreamedRows = getenv("BF_ROWS") ? atoi(getenv("BF_ROWS")) : 3;
 
 // What a thread should have to do, in multiply-adds, or starting it costs more than it saves.
 constexpr int64_t kGrainWork = 1 << 18;
@@ -89,10 +89,10 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
     });
     return true;
   }
-  const int64_t width = k.panel_rows;
+  constexpr int64_t width = kPanelRows;
   parallel((w.rows + width - 1) / width, grain_for(m * width * w.cols),
            [&](int64_t begin, int64_t end) {
-             const int64_t scratch_bytes = panel_scratch_bytes(xs, width);
+             const int64_t scratch_bytes = panel_scratch_bytes(xs);
              const Scratch scratch(scratch_bytes + m * width * 4);
              float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
              for (int64_t panel = begin; panel < end; ++panel) {

@@ -60,16 +60,18 @@ struct KernelTable {
   // [begin, end) of w; y begins with row `begin`.
   void (*multiply_rows)(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
                         float* scratch, float* y, int64_t ldy);
-  // Rows [row, row + panel_rows) of w, as far as they exist; y is [rows of x, panel_rows].
+  // Rows [row, row + kPanelRows) of w, as far as they exist; y is [rows of x, kPanelRows].
   void (*multiply_panel)(const PackedView& w, const Activations& x, int64_t row, void* scratch,
                          float* y);
-  int64_t panel_rows;
 };
 
-// Bytes of scratch, from the cache line where it must begin.
-inline int64_t rows_scratch_bytes(const Activations& x) { return 5 * (x.units + 16) * 4; }
-inline int64_t panel_scratch_bytes(const Activations& x, int64_t panel_rows) {
-  return (256 * 2 + 2 * x.units * 4) * panel_rows + 2 * 16 * (x.units + 16) * 4;
+inline constexpr int64_t kPanelRows = 16;  // lanes of a vector
+
+// Bytes of scratch, which begins with a cache line.
+inline int64_t rows_scratch_bytes(const Activations& x) { return 4 * (x.units + 16) * 4; }
+inline int64_t panel_scratch_bytes(const Activations& x) {
+  constexpr int64_t kExpanded = 4 * 16 * 8 * 64;  // blocks of lanes, parts of a vector
+  return kExpanded + 4 * kPanelRows * x.units * 4;
 }
 
 namespace portable {

@@ -7,6 +7,12 @@ struct Stored {
   I low, high;
 };
 
+// A number as a type, to be handed to generic lambdas.
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
 template <int Bits>
 constexpr int kColsPerLane = Bits == 8 ? 4 : Bits == 4 ? 8 : 16;
 
@@ -20,6 +26,7 @@ template <int Bits>
 struct WordCodec {
   static constexpr int kBits = Bits;
   static constexpr bool kWords = true;
+  static constexpr bool kSmall = false;  // of bytes only
   static constexpr int kParts = kColsPerLane<Bits> / 2;
   WordTable table;
 
@@ -54,22 +61,19 @@ struct WordCodec {
     }
   }
 
-  void expand(const Stored& codes, I* parts) const {
+  // p is known where this is inlined.
+  I part(const Stored& codes, int p) const {
     if constexpr (Bits == 8) {
-      parts[0] = sub_16(and_i(codes.low, set1_16(0xff)), set1_16(128));
-      parts[1] = sub_16(shift_right_16(codes.low, 8), set1_16(128));
+      const I code = p == 0 ? and_i(codes.low, set1_16(0xff)) : shift_right_16(codes.low, 8);
+      return sub_16(code, set1_16(128));
     } else if constexpr (Bits == 3) {
-      const I high = shift_left_16(codes.high, 2);
-      for (int p = 0; p < kParts; ++p) {
-        // Part p holds weight 4 * (p / 4) + 3 - p % 4 of the word; its third bit is counted from
-        // the top of the byte.
-        const int weight = 4 * (p / 4) + 3 - p % 4;
-        parts[p] = lookup_words(table, select_bits(set1_16(3), shift_right_16(codes.low, 2 * p),
-                                                   shift_right_16(high, 7 - weight)));
-      }
+      // Part p holds weight 4 * (p / 4) + 3 - p % 4 of a word; its third bit is counted from the top
+      // of the byte.
+      const int weight = 4 * (p / 4) + 3 - p % 4;
+      const I high = shift_right_16(shift_left_16(codes.high, 2), 7 - weight);
+      return lookup_words(table, select_bits(set1_16(3), shift_right_16(codes.low, 2 * p), high));
     } else {
-      for (int p = 0; p < kParts; ++p)
-        parts[p] = lookup_words(table, shift_right_16(codes.low, Bits * p));
+      return lookup_words(table, p == 0 ? codes.low : shift_right_16(codes.low, Bits * p));
     }
   }
 };
@@ -111,20 +115,18 @@ struct ByteCodec {
     }
   }
 
-  void expand(const Stored& codes, I* parts) const {
+  I part(const Stored& codes, int p) const {
     if constexpr (Bits == 8) {
-      parts[0] = codes.low;
+      return codes.low;
     } else {
-      const I mask = set1_16(Bits == 4 ? 0x0f0f : Bits == 3 ? 0x0707 : 0x0303);
-      const I high = Bits == 3 ? shift_left_16(codes.high, 2) : codes.low;
       constexpr int kShift = Bits == 4 ? 4 : 2;
-      for (int p = 0; p < kParts; ++p) {
-        I code = shift_right_16(codes.low, kShift * p);
-        if constexpr (Bits == 3)
-          code = select_bits(set1_16(0x0303), code, shift_right_16(high, p));
-        code = and_i(code, mask);
-        parts[p] = kTable ? lookup_bytes(table, code) : code;
+      I code = p == 0 ? codes.low : shift_right_16(codes.low, kShift * p);
+      if constexpr (Bits == 3) {
+        code = select_bits(set1_16(0x0303), code,
+                           shift_right_16(shift_left_16(codes.high, 2), p));
       }
+      code = and_i(code, set1_16(Bits == 4 ? 0x0f0f : Bits == 3 ? 0x0707 : 0x0303));
+      return kTable ? lookup_bytes(table, code) : code;
     }
   }
 };
@@ -151,53 +153,4 @@ static inline Stored load_stored_tail(const PackedView& view, const uint8_t* row
 template <class Codec>
 static inline int64_t whole_blocks(const PackedView& view) {
   return view.cols / (16 * kColsPerLane<Codec::kBits>);
-}
-
-// n groups' values, each for as many units as a group has. Whole vectors are stored: the next group
-// overwrites what is too much, and the caller leaves 16 floats beyond the last.
-static inline void repeat_per_unit(const float* values, int64_t n, int64_t units, float* out) {
-  for (int64_t g = 0; g < n; ++g) {
-    const F value = set1(values[g]);
-    for (int64_t u = 0; u < units; u += 16) store(out + g * units + u, value);
-  }
-}
-
-// Of one row, per unit: factor * (integer product - (zero point + offset) * sum of q) is the unit's
-// share; `shift` is factor * (zero point + offset). True where any shift may differ from zero; else
-// `shift` is not written. Both hold `units` floats, the last ones zero, and 16 to spare.
-template <int Bits>
-static inline bool load_units(const PackedView& view, int64_t row, int64_t unit, int64_t units,
-                              const OperandRange& range, float* factor, float* shift) {
-  constexpr float kMiddle = static_cast<float>(1 << (Bits - 1));
-  const bool integer = view.family == Family::kInteger;
-  const bool stored_zero = view.zero_kind == Zero::kInt || view.zero_kind == Zero::kFloat;
-  const float zero_point =
-      !integer ? 0.0f : view.zero_kind == Zero::kMidrise ? kMiddle - 0.5f : kMiddle;
-  const bool shifted = stored_zero || zero_point + range.offset != 0.0f;
-  const int64_t used = (view.cols + unit - 1) / unit;
-  const int64_t per_group = view.groups == 1 ? used : view.group_size / unit;
-  const F by = set1(range.factor), offset = set1(range.offset);
-  Parameters parameters;
-  float shifts[kParameters];
-  for (int64_t base = 0; base < view.groups; base += kParameters) {
-    const int64_t n = base + kParameters < view.groups ? kParameters : view.groups - base;
-    load_parameters<Bits>(view, row, base, n, &parameters);
-    float* factors = per_group == 1 ? factor + base : parameters.scale;
-    float* group_shifts = per_group == 1 ? shift + base : shifts;
-    for (int64_t i = 0; i < n; i += 16) {
-      const F scale = mul(load(parameters.scale + i), by);
-      store(factors + i, scale);
-      if (!shifted) continue;
-      const F point = integer ? load(parameters.zero_point + i) : zero();
-      store(group_shifts + i, mul(scale, add(point, offset)));
-    }
-    if (per_group == 1) continue;
-    repeat_per_unit(parameters.scale, n, per_group, factor + base * per_group);
-    if (shifted) repeat_per_unit(shifts, n, per_group, shift + base * per_group);
-  }
-  for (int64_t u = used; u < units; ++u) factor[u] = 0.0f;
-  if (shifted) {
-    for (int64_t u = used; u < units; ++u) shift[u] = 0.0f;
-  }
-  return shifted;
 }

@@ -1,240 +1,259 @@
-// Products of many activations with panels of a weight: kPanelRows rows at once, so that a vector of
-// lanes holds one column (or two, or four) of sixteen rows and activations are broadcast. Included by
-// each target.
+// Products of many activations with panels of a weight: sixteen rows at once, so that the lanes of a
+// vector are rows and activations are broadcast. Codes are expanded in the shadow of the products, so
+// even a second and third look at them is free. Included by each target.
 
-constexpr int64_t kPanelRows = 16 * kPanelVectors;
-// Columns expanded at a time: their operands, at most 2 bytes each, stay in the first cache.
-constexpr int64_t kPanelCols = 256;
+static_assert(kPanelRows == 16);
+// Blocks of sixteen lanes of each row that are transposed at a time: what a tile of activations
+// multiplies with stays in the first cache.
+constexpr int kPanelBlocks = 4;
 
-struct WordDot {
-  static constexpr int kSlabBytes = 128;  // of 64 columns
-  static inline I add(I sum, I w, I x) { return dot_words(sum, w, x); }
+// The codes of a panel, lane by lane of its rows: transposed, and expanded as they are used.
+template <class Codec>
+struct PackedPanel {
+  static constexpr int kBits = Codec::kBits;
+  static constexpr int kParts = Codec::kParts;
+  static constexpr bool kWords = Codec::kWords;
+  static constexpr bool kSmall = Codec::kSmall;
+  static constexpr int kLaneBytes = Codec::kBits == 3 ? 128 : 64;
+  Codec codec;
+
+  // `row(i)`: the stored codes of row i.
+  template <class Row>
+  static inline void place(const Row& row, const Codec*, uint8_t* to) {
+    I lanes[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) lanes[i] = row(i).low;
+    transpose(lanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) store_i(to + kLaneBytes * i, lanes[i]);
+    if constexpr (kBits == 3) {
+      for (int i = 0; i < 16; ++i) lanes[i] = row(i).high;
+      transpose(lanes);
+      for (int i = 0; i < 16; ++i) store_i(to + kLaneBytes * i + 64, lanes[i]);
+    }
+  }
+  Stored load(const uint8_t* lane) const {
+    const I low = load_i(lane);
+    return {low, kBits == 3 ? load_i(lane + 64) : low};
+  }
+  I part(const uint8_t*, const Stored& codes, int p) const { return codec.part(codes, p); }
 };
-template <bool kSmall>
-struct ByteDot {
-  static constexpr int kSlabBytes = 64;
-  static inline I add(I sum, I w, I x) { return dot_bytes<kSmall>(sum, w, x); }
+
+// The same, expanded beforehand: where each row has its own levels, and where expanding is not for
+// free.
+template <class Codec>
+struct ExpandedPanel {
+  static constexpr int kBits = Codec::kBits;
+  static constexpr int kParts = Codec::kParts;
+  static constexpr bool kWords = Codec::kWords;
+  static constexpr bool kSmall = Codec::kSmall;
+  static constexpr int kLaneBytes = 64 * Codec::kParts;
+  Codec codec;
+
+  template <class Row>
+  static inline void place(const Row& row, const Codec* codecs, uint8_t* to) {
+    Stored codes[16];
+    for (int i = 0; i < 16; ++i) codes[i] = row(i);
+    for (int p = 0; p < kParts; ++p) {
+      I lanes[16];
+      for (int i = 0; i < 16; ++i) lanes[i] = codecs[i].part(codes[i], p);
+      transpose(lanes);
+      for (int i = 0; i < 16; ++i) store_i(to + kLaneBytes * i + 64 * p, lanes[i]);
+    }
+  }
+  Stored load(const uint8_t*) const { return Stored(); }
+  I part(const uint8_t* lane, const Stored&, int p) const { return load_i(lane + 64 * p); }
 };
 
-// Where a tile of the product finds things. A slab is 64 columns.
-struct PanelTile {
-  const uint8_t* weights;  // operands [slabs][steps][kPanelRows lanes]
-  const float* factor;     // [units][kPanelRows]
+// A piece of the product: M rows of activations, sixteen of the weight, `units` units of columns.
+struct Tile {
+  const uint8_t* weights;  // [lanes of a row][lane bytes]
+  const float* factor;     // [units][16]
   const float* shift;      // likewise, or null
-  const uint8_t* x;        // [slabs][rows][slab bytes], first row of the tile
+  const uint8_t* x;        // [slabs of 64 columns][rows][slab bytes]
   int64_t x_stride;        // bytes from slab to slab
-  const float* scale;      // [rows][x_units], first row and unit
+  const float* scale;      // [rows][x_units]
   const float* sum;
   int64_t x_units;
-  int64_t units;           // of this piece
-  int64_t units_per_slab;
-  float* y;
-  int64_t ldy;
+  int64_t units, unit;
+  float* y;  // [rows][16]
 };
 
-template <class Dot, int M>
-static void multiply_tile(const PanelTile& t) {
-  const int64_t steps = Dot::kSlabBytes / 4 / t.units_per_slab;
-  const uint8_t* weights = t.weights;
+// Every loop over the tile is unrolled, or its sums would live in memory.
+template <class Panel, int M>
+static void multiply_tile(const Panel& panel, const Tile& from) {
+  constexpr int kSlabBytes = Panel::kWords ? 128 : 64;
+  constexpr int kCols = kColsPerLane<Panel::kBits>;
+  // A product takes four cycles: few sums would wait for themselves.
+  constexpr int kChains = M <= kTileRows / 2 && Panel::kParts > 1 ? 2 : 1;
+  const Tile t = from;  // what is stored to y cannot change a copy
+  F y[M];
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) y[i] = load(t.y + 16 * i);
+  const uint8_t* lane = t.weights;
+  const uint8_t* slab = t.x;
+  int64_t col = 0;  // of the slab
   for (int64_t u = 0; u < t.units; ++u) {
-    const int64_t slab = u / t.units_per_slab;
-    const uint8_t* x = t.x + slab * t.x_stride + (u - slab * t.units_per_slab) * steps * 4;
-    I sums[M][kPanelVectors];
-    for (int i = 0; i < M; ++i)
-      for (int v = 0; v < kPanelVectors; ++v) sums[i][v] = zero_i();
-    for (int64_t s = 0; s < steps; ++s) {
-      I w[kPanelVectors];
-      for (int v = 0; v < kPanelVectors; ++v) w[v] = load_i(weights + 64 * v);
-      weights += 64 * kPanelVectors;
+    I sums[kChains][M];
+#pragma GCC unroll 2
+    for (int c = 0; c < kChains; ++c) {
 #pragma GCC unroll 12
-      for (int i = 0; i < M; ++i) {
-        const I one = broadcast_i(x + i * Dot::kSlabBytes);
-        for (int v = 0; v < kPanelVectors; ++v) sums[i][v] = Dot::add(sums[i][v], w[v], one);
-      }
-      x += 4;
+      for (int i = 0; i < M; ++i) sums[c][i] = zero_i();
     }
-    for (int v = 0; v < kPanelVectors; ++v) {
-      const F factor = load(t.factor + u * kPanelRows + 16 * v);
+    const uint8_t* x = slab + col * (kSlabBytes / 64);
+    for (int64_t j = 0; j < t.unit; j += kCols) {
+      const Stored codes = panel.load(lane);
+#pragma GCC unroll 8
+      for (int p = 0; p < Panel::kParts; ++p) {
+        const I w = panel.part(lane, codes, p);
 #pragma GCC unroll 12
-      for (int i = 0; i < M; ++i) {
-        float* y = t.y + i * t.ldy + 16 * v;
-        const F scale = mul(factor, set1(t.scale[i * t.x_units + u]));
-        store(y, fma(to_float(sums[i][v]), scale, load(y)));
-      }
-    }
-    if (!t.shift) continue;
-    for (int v = 0; v < kPanelVectors; ++v) {
-      const F shift = load(t.shift + u * kPanelRows + 16 * v);
-      for (int i = 0; i < M; ++i) {
-        float* y = t.y + i * t.ldy + 16 * v;
-        store(y, sub(load(y), mul(shift, set1(t.sum[i * t.x_units + u]))));
-      }
-    }
-  }
-}
-
-template <class Dot>
-static void multiply_tile(const PanelTile& t, int64_t rows) {
-  switch (rows) {
-    case 1:
-      return multiply_tile<Dot, 1>(t);
-    case 2:
-      return multiply_tile<Dot, 2>(t);
-    case 3:
-      return multiply_tile<Dot, 3>(t);
-    case 4:
-      return multiply_tile<Dot, 4>(t);
-    default:
-      break;
-  }
-  if constexpr (kTileRows > 4) {
-    switch (rows) {
-      case 5:
-        return multiply_tile<Dot, 5>(t);
-      case 6:
-        return multiply_tile<Dot, 6>(t);
-      case 7:
-        return multiply_tile<Dot, 7>(t);
-      case 8:
-        return multiply_tile<Dot, 8>(t);
-      case 9:
-        return multiply_tile<Dot, 9>(t);
-      case 10:
-        return multiply_tile<Dot, 10>(t);
-      case 11:
-        return multiply_tile<Dot, 11>(t);
-      case 12:
-        return multiply_tile<Dot, 12>(t);
-      default:
-        return;
-    }
-  }
-}
-
-// Sixteen rows' units as [unit][kPanelRows], at lanes 16 * v.
-static inline void transpose_units(const float* rows, int64_t stride, int64_t units, float* to) {
-  for (int64_t u = 0; u < units; u += 16) {
-    I block[16];
-    for (int i = 0; i < 16; ++i) block[i] = load_i(rows + i * stride + u);
-    transpose(block);
-    for (int i = 0; i < 16; ++i) store_i(to + (u + i) * kPanelRows, block[i]);
-  }
-}
-
-// Factors and shifts of a panel. `scratch`: 2 * 16 * (units + 16) floats.
-template <class Codec>
-static inline bool load_panel_units(const PackedView& w, const Activations& x, int64_t row,
-                                    const OperandRange* ranges, float* scratch, float* factor,
-                                    float* shift) {
-  const int64_t stride = x.units + 16;
-  bool shifted = false;
-  for (int v = 0; v < kPanelVectors; ++v) {
-    for (int i = 0; i < 16; ++i) {
-      const int64_t lane = 16 * v + i;
-      const int64_t r = row + lane < w.rows ? row + lane : w.rows - 1;
-      shifted = load_units<Codec::kBits>(w, r, x.unit, x.units, ranges[lane], scratch + i * stride,
-                                         scratch + (16 + i) * stride);
-    }
-    transpose_units(scratch, stride, x.units, factor + 16 * v);
-    if (shifted) transpose_units(scratch + 16 * stride, stride, x.units, shift + 16 * v);
-  }
-  return shifted;
-}
-
-// Operands of kPanelCols columns of a panel from column `col` on.
-template <class Codec>
-static inline void expand_panel(const PackedView& w, const Codec* codecs, bool own_table,
-                                int64_t row, int64_t col, uint8_t* to) {
-  constexpr int64_t kBlockCols = 16 * kColsPerLane<Codec::kBits>;
-  constexpr int kParts = Codec::kParts;
-  const int64_t whole = whole_blocks<Codec>(w);
-  const int64_t last = (w.cols + kBlockCols - 1) / kBlockCols;
-  const int64_t first = col / kBlockCols;
-  for (int64_t b = first; b < first + kPanelCols / kBlockCols && b < last; ++b) {
-    for (int v = 0; v < kPanelVectors; ++v) {
-      Stored codes[16];
-      for (int i = 0; i < 16; ++i) {
-        const int64_t lane = row + 16 * v + i;
-        const uint8_t* bytes = w.codes + (lane < w.rows ? lane : w.rows - 1) * w.row_bytes;
-        prefetch(bytes + kPanelRows * w.row_bytes + 64 * b);  // the next panel's; need not exist
-        codes[i] =
-            b < whole ? load_stored<Codec>(w, bytes, b) : load_stored_tail<Codec>(w, bytes, b);
-      }
-      uint8_t* out = to + ((b - first) * 16 * kParts * kPanelVectors + v) * 64;
-      const auto place = [&](int lane, int part) {
-        return out + (lane * kParts + part) * kPanelVectors * 64;
-      };
-      if (own_table) {  // each row looks up for itself, before lanes become rows
-        I parts[16][kParts];
-        for (int i = 0; i < 16; ++i) codecs[16 * v + i].expand(codes[i], parts[i]);
-        for (int p = 0; p < kParts; ++p) {
-          I column[16];
-          for (int i = 0; i < 16; ++i) column[i] = parts[i][p];
-          transpose(column);
-          for (int i = 0; i < 16; ++i) store_i(place(i, p), column[i]);
+        for (int i = 0; i < M; ++i) {
+          const uint8_t* one = x + i * kSlabBytes + 4 * p;
+          I& sum = sums[p % kChains][i];
+          if constexpr (Panel::kWords) {
+            sum = dot_words_with(sum, w, one);
+          } else {
+            sum = dot_bytes_with<Panel::kSmall>(sum, w, one);
+          }
         }
-        continue;
       }
-      I low[16], high[16];
-      for (int i = 0; i < 16; ++i) low[i] = codes[i].low;
-      transpose(low);
-      if constexpr (Codec::kBits == 3) {
-        for (int i = 0; i < 16; ++i) high[i] = codes[i].high;
-        transpose(high);
-      }
-      for (int i = 0; i < 16; ++i) {
-        I parts[kParts];
-        codecs[0].expand({low[i], Codec::kBits == 3 ? high[i] : low[i]}, parts);
-        for (int p = 0; p < kParts; ++p) store_i(place(i, p), parts[p]);
-      }
+      lane += Panel::kLaneBytes;
+      x += 4 * Panel::kParts;
+    }
+    const F factor = load(t.factor + 16 * u);
+#pragma GCC unroll 12
+    for (int i = 0; i < M; ++i) {
+      const I sum = kChains == 1 ? sums[0][i] : add_i(sums[0][i], sums[kChains - 1][i]);
+      y[i] = fma(to_float(sum), mul(factor, set1(t.scale[i * t.x_units + u])), y[i]);
+    }
+    if (t.shift) {
+      const F shift = load(t.shift + 16 * u);
+#pragma GCC unroll 12
+      for (int i = 0; i < M; ++i)
+        y[i] = sub(y[i], mul(shift, set1(t.sum[i * t.x_units + u])));
+    }
+    col += t.unit;
+    if (col == 64) {
+      col = 0;
+      slab += t.x_stride;
     }
   }
+#pragma GCC unroll 12
+  for (int i = 0; i < M; ++i) store(t.y + 16 * i, y[i]);
 }
 
-// y[i, r] += for every row of x and the rows [row, row + kPanelRows) of w that exist; y has
-// kPanelRows columns.
-template <class Codec, class Dot>
-static void multiply_panel_with(const PackedView& w, const Activations& x, int64_t row,
-                                void* scratch, float* y) {
-  uint8_t* operands = static_cast<uint8_t*>(scratch);
-  float* factor = reinterpret_cast<float*>(operands + kPanelCols * 2 * kPanelRows);
-  float* shift = factor + x.units * kPanelRows;
-  float* rows = shift + x.units * kPanelRows;
-
-  const bool own_table = w.family == Family::kLearnedCodebook && w.scale_row_stride != 0;
-  Codec codecs[kPanelRows];
-  OperandRange ranges[kPanelRows];
-  for (int64_t i = 0; i < kPanelRows; ++i) {
-    const int64_t r = row + i < w.rows ? row + i : w.rows - 1;
-    if (i == 0 || own_table) {
-      ranges[i] = codecs[i].prepare(w, r);
-    } else {
-      ranges[i] = ranges[0];
-    }
+// The largest tile of up to `rows` rows; returns how many it took.
+template <class Panel, int M = kTileRows>
+static inline int64_t multiply_largest_tile(const Panel& panel, const Tile& t, int64_t rows) {
+  if constexpr (M > 1) {
+    // 12, 8, 6 and 4 to 1: what remains is made up of these.
+    if (rows < M)
+      return multiply_largest_tile<Panel, M == 12 ? 8 : M == 8 ? 6 : M == 6 ? 4 : M - 1>(panel, t,
+                                                                                         rows);
   }
-  const bool shifted = load_panel_units<Codec>(w, x, row, ranges, rows, factor, shift);
-  const int64_t tiles = (x.rows + kTileRows - 1) / kTileRows;
+  multiply_tile<Panel, M>(panel, t);
+  return M;
+}
+
+// factors and shifts [units][16] of sixteen rows. `rows`: 2 * 16 * units floats.
+template <class Codec, bool kShifted>
+static inline void load_panel_units(const PackedView& w, const Activations& x, int64_t row,
+                                    const OperandRange* ranges, float* rows, float* factor,
+                                    float* shift) {
+  const int64_t units = x.units;
+  for (int64_t i = 0; i < 16; ++i) {
+    for_each_unit<Codec::kBits, kShifted>(
+        w, row + i < w.rows ? row + i : w.rows - 1, x.unit, units, ranges[i],
+        [&](int64_t u, F factors, F shifts) {
+          store(rows + i * units + u, factors);
+          if constexpr (kShifted) store(rows + (16 + i) * units + u, shifts);
+        });
+  }
+  const auto transpose_to = [&](const float* from, float* to) {
+    for (int64_t u = 0; u < units; u += 16) {
+      I block[16];
+      for (int i = 0; i < 16; ++i) block[i] = load_i(from + i * units + u);
+      transpose(block);
+      for (int i = 0; i < 16; ++i) store_i(to + (u + i) * 16, block[i]);
+    }
+  };
+  transpose_to(rows, factor);
+  if constexpr (kShifted) transpose_to(rows + 16 * units, shift);
+}
+
+template <class Codec, class Panel>
+static void multiply_panel_as(const PackedView& w, const Activations& x, int64_t row,
+                              const Codec* codecs, const OperandRange* ranges, void* scratch,
+                              float* y) {
+  constexpr int64_t kBlockCols = 16 * kColsPerLane<Codec::kBits>;
+  constexpr int64_t kCols = kPanelBlocks * kBlockCols;
+  uint8_t* weights = static_cast<uint8_t*>(scratch);
+  float* factor = reinterpret_cast<float*>(weights + 16 * kPanelBlocks * Panel::kLaneBytes);
+  float* shift = factor + 16 * x.units;
+  const bool shifted = has_shift<Codec::kBits>(w, ranges[0].offset);
+  (shifted ? load_panel_units<Codec, true> : load_panel_units<Codec, false>)(
+      w, x, row, ranges, shift + 16 * x.units, factor, shift);
+  const Panel panel{codecs[0]};
+  const int64_t whole = whole_blocks<Codec>(w);
   const int64_t slab_bytes = x.layout->block_bytes;
-  for (int64_t col = 0; col < w.cols; col += kPanelCols) {
-    expand_panel<Codec>(w, codecs, own_table, row, col, operands);
-    const int64_t cols = w.cols - col < kPanelCols ? w.cols - col : kPanelCols;
-    const int64_t first_unit = col / x.unit;
-    PanelTile t{};
-    t.weights = operands;
-    t.factor = factor + first_unit * kPanelRows;
-    t.shift = shifted ? shift + first_unit * kPanelRows : nullptr;
+  const int64_t blocks = (w.cols + kBlockCols - 1) / kBlockCols, row_end = 64 * blocks;
+  const uint8_t* rows[16];
+  for (int64_t i = 0; i < 16; ++i)
+    rows[i] = w.codes + (row + i < w.rows ? row + i : w.rows - 1) * w.row_bytes;
+  for (int64_t col = 0; col < w.cols; col += kCols) {
+    uint8_t* to = weights;
+    for (int64_t b = col / kBlockCols; b < (col + kCols) / kBlockCols && b * kBlockCols < w.cols;
+         ++b, to += 16 * Panel::kLaneBytes) {
+      // What comes next is asked for: into the first cache what the next turn takes, into the second
+      // the next panel. Neither need exist.
+      const int64_t far = 16 * w.row_bytes + 64 * b;
+      const int64_t near = 64 * (b + kPanelBlocks) < row_end ? 64 * (b + kPanelBlocks)
+                                                             : far - 64 * (blocks - kPanelBlocks);
+      if (b < whole) {
+        const auto load = [&](int i) {
+          prefetch(rows[i] + near);
+          prefetch_far(rows[i] + far);
+          return load_stored<Codec>(w, rows[i], b);
+        };
+        Panel::place(load, codecs, to);
+      } else {
+        Panel::place([&](int i) { return load_stored_tail<Codec>(w, rows[i], b); }, codecs, to);
+      }
+    }
+    const int64_t first = col / x.unit;
+    Tile t{};
+    t.weights = weights;
+    t.factor = factor + 16 * first;
+    t.shift = shifted ? shift + 16 * first : nullptr;
     t.x_stride = x.rows * slab_bytes;
     t.x_units = x.units;
-    t.units = (cols + x.unit - 1) / x.unit;
-    t.units_per_slab = 64 / x.unit;
-    t.ldy = kPanelRows;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t m = x.rows * tile / tiles;
+    t.units = ((w.cols - col < kCols ? w.cols - col : kCols) + x.unit - 1) / x.unit;
+    t.unit = x.unit;
+    for (int64_t m = 0; m < x.rows;) {
       t.x = x.data + (col / 64 * x.rows + m) * slab_bytes;
-      t.scale = x.scale + m * x.units + first_unit;
-      t.sum = x.sum + m * x.units + first_unit;
-      t.y = y + m * t.ldy;
-      multiply_tile<Dot>(t, x.rows * (tile + 1) / tiles - m);
+      t.scale = x.scale + m * x.units + first;
+      t.sum = x.sum + m * x.units + first;
+      t.y = y + 16 * m;
+      m += multiply_largest_tile(panel, t, x.rows - m);
     }
+  }
+}
+
+// y[i, r] += for every row of x and those of the rows [row, row + 16) of w that exist.
+template <class Codec>
+static void multiply_panel_with(const PackedView& w, const Activations& x, int64_t row,
+                                void* scratch, float* y) {
+  const bool own_table = w.family == Family::kLearnedCodebook && w.scale_row_stride != 0;
+  Codec codecs[16];
+  OperandRange ranges[16];
+  ranges[0] = codecs[0].prepare(w, row);
+  for (int64_t i = 1; i < 16; ++i) {
+    codecs[i] = codecs[0];
+    ranges[i] = own_table && row + i < w.rows ? codecs[i].prepare(w, row + i) : ranges[0];
+  }
+  if (own_table || (kExpandingCosts && x.rows > kTileRows)) {
+    multiply_panel_as<Codec, ExpandedPanel<Codec>>(w, x, row, codecs, ranges, scratch, y);
+  } else {
+    multiply_panel_as<Codec, PackedPanel<Codec>>(w, x, row, codecs, ranges, scratch, y);
   }
 }

@@ -1,9 +1,6 @@
 // Products of a few activations with rows of a weight, one row after another, each read as one
 // stream. Included by each target.
 
-// Rows of activations that one pass over a row of weights serves.
-constexpr int kMostRows = 4;
-
 // Lane to unit: which of a block's factors belongs to each of sixteen lanes.
 static inline I units_of_lanes(int64_t cols_per_lane, int64_t unit) {
   int32_t at[16];
@@ -11,92 +8,101 @@ static inline I units_of_lanes(int64_t cols_per_lane, int64_t unit) {
   return load_i(at);
 }
 
-// The integer products of sixteen lanes with row `m` of activations, and of those that lie
-// `Codec::kParts` vectors further.
-template <class Codec, Operand kOperand>
-static inline I dot_block(const I* parts, const uint8_t* x) {
-  if constexpr (kOperand == Operand::kWords) {
-    I sum = zero_i();
-    for (int p = 0; p < Codec::kParts; ++p) sum = dot_words(sum, parts[p], load_i(x + 64 * p));
-    return sum;
-  } else if constexpr (kOperand == Operand::kBytes) {
-    I sum = zero_i();
-    for (int p = 0; p < Codec::kParts; ++p)
-      sum = dot_bytes<Codec::kSmall>(sum, parts[p], load_i(x + 64 * p));
-    return sum;
-  } else {
-    I high = zero_i(), low = zero_i();
-    for (int p = 0; p < Codec::kParts; ++p) {
-      high = dot_bytes<Codec::kSmall>(high, parts[p], load_i(x + 128 * p));
-      low = dot_bytes<Codec::kSmall>(low, parts[p], load_i(x + 128 * p + 64));
+// The integer products of a block of a row with M rows of activations that lie `stride` bytes apart.
+template <class Codec, Operand kOperand, int M>
+static inline void dot_block(const Codec& codec, const Stored& codes, const uint8_t* x,
+                             int64_t stride, I* sums) {
+  I low[M];
+#pragma GCC unroll 4
+  for (int i = 0; i < M; ++i) sums[i] = low[i] = zero_i();
+#pragma GCC unroll 8
+  for (int p = 0; p < Codec::kParts; ++p) {
+    const I w = codec.part(codes, p);
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      const uint8_t* at = x + i * stride;
+      if constexpr (kOperand == Operand::kWords) {
+        sums[i] = dot_words(sums[i], w, load_i(at + 64 * p));
+      } else if constexpr (kOperand == Operand::kBytes) {
+        sums[i] = dot_bytes<Codec::kSmall>(sums[i], w, load_i(at + 64 * p));
+      } else {
+        sums[i] = dot_bytes<Codec::kSmall>(sums[i], w, load_i(at + 128 * p));
+        low[i] = dot_bytes<Codec::kSmall>(low[i], w, load_i(at + 128 * p + 64));
+      }
     }
-    return add_i(shift_left_i(high, 8), low);
+  }
+  if constexpr (kOperand == Operand::kTwoBytes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) sums[i] = add_i(shift_left_i(sums[i], 8), low[i]);
   }
 }
 
-// y[i, r - begin] += for rows [m0, m0 + M) of x and [begin, end) of w.
-template <class Codec, Operand kOperand, int M>
-static inline void multiply_rows_by(const PackedView& w, const Activations& x, int64_t m0,
-                                    int64_t begin, int64_t end, float* scratch, float* y,
-                                    int64_t ldy) {
-  constexpr int kBits = Codec::kBits;
-  float* shift = scratch;
-  float* factor = scratch + x.units + 16;
+// y[i, r - begin] += for rows [m0, m0 + M) of x and [begin, end) of w. `factor`: M * (units + 16).
+template <class Codec, Operand kOperand, int M, bool kShifted>
+static void multiply_rows_by(const PackedView& w, const Activations& x, Codec codec,
+                             OperandRange range, int64_t m0, int64_t begin, int64_t end,
+                             float* factor, float* y, int64_t ldy) {
+  const int64_t units = x.units, padded = units + 16;
   const int64_t units_per_block = x.layout->block_cols / x.unit;
-  const I lanes = units_of_lanes(kColsPerLane<kBits>, x.unit);
-  const int64_t stride = x.rows * x.layout->block_bytes;
-  const uint8_t* data = x.data + m0 * x.layout->block_bytes;
-  const int64_t whole = whole_blocks<Codec>(w);
+  const int64_t row_bytes = x.layout->block_bytes, block_stride = x.rows * row_bytes;
+  const I lanes = units_of_lanes(kColsPerLane<Codec::kBits>, x.unit);
+  const uint8_t* data = x.data + m0 * row_bytes;
+  const float* scale = x.scale + m0 * units;
+  const float* sum = x.sum + m0 * units;
+  const int64_t whole = whole_blocks<Codec>(w), blocks = x.blocks;
   const bool own_table = w.family == Family::kLearnedCodebook && w.scale_row_stride != 0;
-  Codec codec;
-  OperandRange range = codec.prepare(w, begin);
   for (int64_t r = begin; r < end; ++r) {
-    if (own_table && r > begin) range = codec.prepare(w, r);
-    const bool shifted = load_units<kBits>(w, r, x.unit, x.units, range, factor, shift);
+    if (own_table) range = codec.prepare(w, r);
     F sums[M];
-    for (int i = M - 1; i >= 0; --i) {  // the first row's factors replace the weight's own, last
-      const float* scale = x.scale + (m0 + i) * x.units;
-      const float* sum = x.sum + (m0 + i) * x.units;
-      float* to = factor + i * (x.units + 16);
-      sums[i] = zero();
-      for (int64_t u = 0; u < x.units; u += 16) {
-        if (shifted) sums[i] = sub(sums[i], mul(load(shift + u), load(sum + u)));
-        store(to + u, mul(load(factor + u), load(scale + u)));
-      }
-    }
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) sums[i] = zero();
+    for_each_unit<Codec::kBits, kShifted>(
+        w, r, x.unit, units, range, [&](int64_t u, F factors, F shifts) {
+#pragma GCC unroll 4
+          for (int i = 0; i < M; ++i) {
+            store(factor + i * padded + u, mul(factors, load(scale + i * units + u)));
+            if constexpr (kShifted) {
+              sums[i] = sub(sums[i], mul(shifts, load(sum + i * units + u)));
+            }
+          }
+        });
     const uint8_t* row = w.codes + r * w.row_bytes;
     const auto take = [&](const Stored& codes, int64_t b) {
-      I parts[Codec::kParts];
-      codec.expand(codes, parts);
+      I products[M];
+      dot_block<Codec, kOperand, M>(codec, codes, data + b * block_stride, row_bytes, products);
+#pragma GCC unroll 4
       for (int i = 0; i < M; ++i) {
-        const I products =
-            dot_block<Codec, kOperand>(parts, data + b * stride + i * x.layout->block_bytes);
-        const F factors =
-            lookup(load(factor + i * (x.units + 16) + b * units_per_block), lanes);
-        sums[i] = fma(to_float(products), factors, sums[i]);
+        const F factors = lookup(load(factor + i * padded + b * units_per_block), lanes);
+        sums[i] = fma(to_float(products[i]), factors, sums[i]);
       }
     };
     int64_t b = 0;
     for (; b < whole; ++b) take(load_stored<Codec>(w, row, b), b);
-    if (b < x.blocks) take(load_stored_tail<Codec>(w, row, b), b);
+    if (b < blocks) take(load_stored_tail<Codec>(w, row, b), b);
+#pragma GCC unroll 4
     for (int i = 0; i < M; ++i) y[(m0 + i) * ldy + r - begin] += reduce_add(sums[i]);
   }
 }
 
 template <class Codec, Operand kOperand>
 static void multiply_rows_with(const PackedView& w, const Activations& x, int64_t begin,
-                               int64_t end, float* scratch, float* y, int64_t ldy) {
+                               int64_t end, float* factor, float* y, int64_t ldy) {
+  Codec codec;
+  const OperandRange range = codec.prepare(w, begin);
+  const bool shifted = has_shift<Codec::kBits>(w, range.offset);
+  const auto pass = [&](auto rows, int64_t m) {
+    constexpr int kRows = decltype(rows)::value;
+    if (shifted) {
+      multiply_rows_by<Codec, kOperand, kRows, true>(w, x, codec, range, m, begin, end, factor, y,
+                                                     ldy);
+    } else {
+      multiply_rows_by<Codec, kOperand, kRows, false>(w, x, codec, range, m, begin, end, factor,
+                                                      y, ldy);
+    }
+  };
   int64_t m = 0;
-  for (; m + 4 <= x.rows; m += 4)
-    multiply_rows_by<Codec, kOperand, 4>(w, x, m, begin, end, scratch, y, ldy);
-  switch (x.rows - m) {
-    case 3:
-      return multiply_rows_by<Codec, kOperand, 3>(w, x, m, begin, end, scratch, y, ldy);
-    case 2:
-      return multiply_rows_by<Codec, kOperand, 2>(w, x, m, begin, end, scratch, y, ldy);
-    case 1:
-      return multiply_rows_by<Codec, kOperand, 1>(w, x, m, begin, end, scratch, y, ldy);
-    default:
-      return;
-  }
+  for (; m + 4 <= x.rows; m += 4) pass(Count<4>(), m);
+  if (x.rows - m == 3) pass(Count<3>(), m);
+  if (x.rows - m == 2) pass(Count<2>(), m);
+  if (x.rows - m == 1) pass(Count<1>(), m);
 }

@@ -46,12 +46,7 @@ static void multiply_rows(const PackedView& w, const Activations& x, int64_t beg
 static void multiply_panel(const PackedView& w, const Activations& x, int64_t row, void* scratch,
                            float* y) {
   with_codec(w, x.layout->operand, [&](auto codec) {
-    using Codec = decltype(codec);
-    if constexpr (Codec::kWords) {
-      multiply_panel_with<Codec, WordDot>(w, x, row, scratch, y);
-    } else {
-      multiply_panel_with<Codec, ByteDot<Codec::kSmall>>(w, x, row, scratch, y);
-    }
+    multiply_panel_with<decltype(codec)>(w, x, row, scratch, y);
   });
 }
 
@@ -71,5 +66,4 @@ const KernelTable table = {
     .quantize_activations = quantize_activations,
     .multiply_rows = multiply_rows,
     .multiply_panel = multiply_panel,
-    .panel_rows = kPanelRows,
 };

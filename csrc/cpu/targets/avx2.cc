@@ -19,9 +19,10 @@ namespace bitfold::avx2 {
 
 #include "cpu/kernels/activations-inl.h"
 #include "cpu/kernels/codecs-inl.h"
-#include "cpu/kernels/rows-inl.h"
+#include "cpu/kernels/units-inl.h"
 
 #include "cpu/kernels/panels-inl.h"
+#include "cpu/kernels/rows-inl.h"
 
 #include "cpu/kernels/table-inl.h"
 

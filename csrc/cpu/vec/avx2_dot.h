@@ -1,8 +1,8 @@
 // Integer lanes for dot products as two AVX2 registers; see portable_dot.h for what each name
 // means. Included inside the target's namespace, after avx2.h.
 
-constexpr int kPanelVectors = 1;  // 4 x 2 sums, 2 weights, a broadcast and products fill 16 registers
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 4;  // 4 x 2 sums, 2 weights, a broadcast and products fill 16 registers
+constexpr bool kExpandingCosts = true;  // about as much as the products of four rows
 
 static inline I load_i(const void* p) {
   const __m256i* at = static_cast<const __m256i*>(p);
@@ -104,6 +104,13 @@ template <bool kSmall>
 static inline I dot_bytes(I sum, I w, I x) {
   return add_i(sum, {dot_bytes_half<kSmall>(w.a, x.a), dot_bytes_half<kSmall>(w.b, x.b)});
 }
+static inline I dot_words_with(I sum, I w, const void* p) {
+  return dot_words(sum, w, broadcast_i(p));
+}
+template <bool kSmall>
+static inline I dot_bytes_with(I sum, I w, const void* p) {
+  return dot_bytes<kSmall>(sum, w, broadcast_i(p));
+}
 
 // Four rows by eight columns: 4 x 4 inside each 128-bit lane.
 static inline void transpose_quad(const __m256i* x, __m256i* t) {
@@ -123,7 +130,7 @@ static inline void transpose_eight(const __m256i* x, __m256i* t) {
     t[i + 4] = _mm256_permute2x128_si256(low[i], high[i], 0x31);
   }
 }
-static inline void transpose(I* x) {
+[[gnu::always_inline]] static inline void transpose(I* x) {
   __m256i left[16], right[16], t[8];
   for (int i = 0; i < 16; ++i) left[i] = x[i].a, right[i] = x[i].b;
   for (int half = 0; half < 2; ++half) {
@@ -138,4 +145,17 @@ static inline F abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
-static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
+static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
+// Loads and inserts: a gather takes half as long again.
+static inline __m128 pick_four(const float* table, const uint8_t* at) {
+  __m128 v = _mm_load_ss(table + at[0]);
+  v = _mm_insert_ps(v, _mm_load_ss(table + at[1]), 0x10);
+  v = _mm_insert_ps(v, _mm_load_ss(table + at[2]), 0x20);
+  return _mm_insert_ps(v, _mm_load_ss(table + at[3]), 0x30);
+}
+static inline F pick(const float* table, const uint8_t* at) {
+  const __m256 low = _mm256_set_m128(pick_four(table, at + 4), pick_four(table, at));
+  const __m256 high = _mm256_set_m128(pick_four(table, at + 12), pick_four(table, at + 8));
+  return {low, high};
+}

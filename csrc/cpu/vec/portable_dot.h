@@ -2,10 +2,10 @@
 // bytes and 16-bit words as fit in them, little-endian. Included inside the target's namespace,
 // after portable.h.
 
-// The register tile of a product of panels: kPanelVectors vectors of weight rows by up to kTileRows
-// rows of activations.
-constexpr int kPanelVectors = 1;
+// Rows of activations in the register tile of a panel's product, and whether expanding codes again
+// for each tile slows it down.
 constexpr int kTileRows = 4;
+constexpr bool kExpandingCosts = true;
 
 #define BITFOLD_LANES for (int i = 0; i < 16; ++i)
 #define BITFOLD_WORDS for (int i = 0; i < 32; ++i)
@@ -147,6 +147,14 @@ static inline I dot_bytes(I sum, I w, I x) {
   }
   return sum;
 }
+// The same with four bytes at p in every lane.
+static inline I dot_words_with(I sum, I w, const void* p) {
+  return dot_words(sum, w, broadcast_i(p));
+}
+template <bool kSmall>
+static inline I dot_bytes_with(I sum, I w, const void* p) {
+  return dot_bytes<kSmall>(sum, w, broadcast_i(p));
+}
 
 // x[i] lane j becomes x[j] lane i.
 static inline void transpose(I* x) {
@@ -167,7 +175,14 @@ static inline F abs(F x) {
   BITFOLD_LANES x.lane[i] = x.lane[i] < 0.0f ? -x.lane[i] : x.lane[i];
   return x;
 }
-static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+static inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Sixteen entries of a table, by bytes.
+static inline F pick(const float* table, const uint8_t* at) {
+  F r;
+  BITFOLD_LANES r.lane[i] = table[at[i]];
+  return r;
+}
 
 #undef BITFOLD_LANES
 #undef BITFOLD_WORDS
