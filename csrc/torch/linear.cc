@@ -17,13 +17,19 @@ void check_last_dim(const Tensor& x, int64_t want, const char* op, const char* a
     fail(op, std::string(argument) + " must be on the same device as the packed weight (CPU)");
 }
 
+void check_accuracy(int64_t accuracy, const char* op) {
+  if (accuracy < 0 || accuracy > 2) {
+    fail(op, "accuracy must be 0 (auto), 1 (fp32) or 2 (int8), got " + std::to_string(accuracy));
+  }
+}
+
 Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
               const std::optional<Tensor>& bias, int64_t accuracy) {
   constexpr const char* kOp = "linear";
   const Packed w = unpack(packed, spec, kOp);
   const FloatType dtype = float_type(x.scalar_type(), kOp, "x");
   check_last_dim(x, w.cols, kOp, "x", "in_features");
-  if (accuracy != 0) fail(kOp, "accuracy must be 0 (auto), got " + std::to_string(accuracy));
+  check_accuracy(accuracy, kOp);
   std::optional<Tensor> bias_row;
   if (bias.has_value()) {
     if (bias->dim() != 1 || bias->numel() != w.rows || !bias->is_cpu()) {
