@@ -76,8 +76,8 @@ const char* name_of(DType dtype) {
   return "";
 }
 
-int64_t BufferSpec::nbytes() const {
-  int64_t n = size_of(dtype);
+int64_t BufferSpec::numel() const {
+  int64_t n = 1;
   for (int64_t extent : shape) n *= extent;
   return n;
 }
@@ -198,10 +198,10 @@ int64_t Format::groups_per_row(int64_t cols) const {
   return grouping == Grouping::kGroup ? (cols + group_size - 1) / group_size : 1;
 }
 
-std::vector<BufferSpec> Format::buffers(int64_t rows, int64_t cols) const {
+BufferTable Format::buffers(int64_t rows, int64_t cols) const {
   const int64_t scale_r = scale_rows(rows);
   const int64_t groups = groups_per_row(cols);
-  std::vector<BufferSpec> specs;
+  BufferTable specs;
   specs.push_back({BufferRole::kCodes, "", DType::kInt8, {rows * packed_row_bytes(cols, bits())}});
   if (family() == Family::kLearnedCodebook) {
     specs.push_back(

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "core/codebook.h"
+#include "core/short_list.h"
 #include "core/status.h"
 
 namespace bitfold {
@@ -71,9 +72,14 @@ struct BufferSpec {
   BufferRole role;
   const char* suffix;  // appended to the parameter's name: weight, weight_scale, …
   DType dtype;
-  std::vector<int64_t> shape;
-  int64_t nbytes() const;
+  ShortList<int64_t, 2> shape;
+  int64_t numel() const;
+  int64_t nbytes() const { return numel() * size_of(dtype); }
 };
+
+// At most codes, scale, its absmax and offset, zero.
+inline constexpr size_t kMaxBuffers = 5;
+using BufferTable = ShortList<BufferSpec, kMaxBuffers>;
 
 struct Format {
   int code = 0;  // index in element_codes()
@@ -93,7 +99,7 @@ struct Format {
 
   int64_t groups_per_row(int64_t cols) const;
   int64_t scale_rows(int64_t rows) const { return grouping == Grouping::kTensor ? 1 : rows; }
-  std::vector<BufferSpec> buffers(int64_t rows, int64_t cols) const;
+  BufferTable buffers(int64_t rows, int64_t cols) const;
   int64_t nbytes(int64_t rows, int64_t cols) const;
 };
 

@@ -56,11 +56,11 @@ py::object levels_of(const Format& f) {
   return py::cast(std::vector<float>(book.levels, book.levels + book.count));
 }
 
-py::list list_of(const std::vector<BufferSpec>& buffers) {
+py::list list_of(const BufferTable& buffers) {
   py::list result;
   for (const BufferSpec& spec : buffers) {
-    result.append(
-        py::make_tuple(spec.suffix, name_of(spec.dtype), py::tuple(py::cast(spec.shape))));
+    const std::vector<int64_t> shape(spec.shape.begin(), spec.shape.end());
+    result.append(py::make_tuple(spec.suffix, name_of(spec.dtype), py::tuple(py::cast(shape))));
   }
   return result;
 }

@@ -1,5 +1,6 @@
 #include "torch/checks.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "cpu/isa.h"
@@ -12,6 +13,27 @@ void fail(const char* op, const std::string& message) {
 
 void check(const Status& status, const char* op) {
   if (!status.ok()) fail(op, status.message);
+}
+
+Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+Tensor empty_with_last(const Tensor& like, int64_t last) {
+  const int64_t dim = like.dim();
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end()), strides(sizes.size());
+  sizes.back() = last;
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0; stride *= std::max<int64_t>(1, sizes[i]))
+    strides[i] = stride;
+  int32_t dtype, device, index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &index));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, device, index, &made));
+  return Tensor(made);
 }
 
 std::string shape_of(const Tensor& tensor) {
@@ -90,32 +112,38 @@ ScalarType scalar_type(DType dtype) {
                                   : ScalarType::Int;
 }
 
+namespace {
+
+// The sentence is put together only once something is wrong.
+[[noreturn]] void fail_buffer(const Packed& weight, const BufferSpec& want, const Tensor& got,
+                              const char* op) {
+  fail(op, "weight" + std::string(want.suffix) + "(" + weight.format.to_string() +
+               ") must be a contiguous " + name_of(scalar_type(want.dtype)) + " CPU tensor of " +
+               std::to_string(want.numel()) + " elements for [out, in] = [" +
+               std::to_string(weight.rows) + ", " + std::to_string(weight.cols) + "], got " +
+               (got.is_contiguous() ? "" : "non-contiguous ") + name_of(got.scalar_type()) + " " +
+               shape_of(got) + (got.is_cpu() ? "" : " on another device"));
+}
+
+}  // namespace
+
 Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op) {
   Packed result;
   check(parse_spec(spec, &result.format, &result.rows, &result.cols), op);
-  const std::vector<BufferSpec> buffers = result.format.buffers(result.rows, result.cols);
-  const std::string where = "(" + result.format.to_string() + ")";
+  const BufferTable buffers = result.format.buffers(result.rows, result.cols);
   if (packed.size() != buffers.size()) {
-    fail(op, "packed" + where + " must hold " + std::to_string(buffers.size()) + " tensors, got " +
-                 std::to_string(packed.size()));
+    fail(op, "packed(" + result.format.to_string() + ") must hold " +
+                 std::to_string(buffers.size()) + " tensors, got " + std::to_string(packed.size()));
   }
-  std::array<const void*, 8> data{};
+  ShortList<const void*, kMaxBuffers> data;
   for (size_t i = 0; i < buffers.size(); ++i) {
     const BufferSpec& want = buffers[i];
     const Tensor& got = packed[i];
-    int64_t numel = 1;
-    for (int64_t extent : want.shape) numel *= extent;
-    const ScalarType dtype = scalar_type(want.dtype);
-    if (got.scalar_type() != dtype || got.numel() != numel || !got.is_cpu() ||
-        !got.is_contiguous()) {
-      fail(op, "weight" + std::string(want.suffix) + where + " must be a contiguous " +
-                   name_of(dtype) + " CPU tensor of " + std::to_string(numel) +
-                   " elements for [out, in] = [" + std::to_string(result.rows) + ", " +
-                   std::to_string(result.cols) + "], got " +
-                   (got.is_contiguous() ? "" : "non-contiguous ") + name_of(got.scalar_type()) +
-                   " " + shape_of(got) + (got.is_cpu() ? "" : " on another device"));
+    if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() ||
+        !got.is_cpu() || !got.is_contiguous()) {
+      fail_buffer(result, want, got, op);
     }
-    data[i] = got.const_data_ptr();
+    data.push_back(got.const_data_ptr());
   }
   result.view = make_view(result.format, result.rows, result.cols, data.data());
   return result;

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -26,6 +25,14 @@ using torch::stable::Tensor;
 // and line before the sentence.
 [[noreturn]] void fail(const char* op, const std::string& message);
 void check(const Status& status, const char* op);
+
+// `tensor` itself where it lies contiguously, else a copy. The stable ABI looks an op up by its
+// name at every call, so that asking first is cheaper.
+Tensor as_contiguous(const Tensor& tensor);
+
+// A fresh contiguous tensor of like's sizes but for the last, of its dtype, on its device; `like`
+// has at least one dimension. A third of the instructions of new_empty, which is looked up by name.
+Tensor empty_with_last(const Tensor& like, int64_t last);
 
 std::string shape_of(const Tensor& tensor);
 const char* name_of(ScalarType dtype);

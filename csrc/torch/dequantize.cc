@@ -6,7 +6,8 @@
 namespace bitfold::binding {
 namespace {
 
-Tensor dequantize(std::vector<Tensor> packed, std::vector<int64_t> spec, ScalarType dtype) {
+Tensor dequantize(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
+                  ScalarType dtype) {
   constexpr const char* kOp = "dequantize";
   const Packed w = unpack(packed, spec, kOp);
   const FloatType type = float_type(dtype, kOp, "dtype");
@@ -15,8 +16,8 @@ Tensor dequantize(std::vector<Tensor> packed, std::vector<int64_t> spec, ScalarT
   return out;
 }
 
-Tensor embedding(Tensor indices, std::vector<Tensor> packed, std::vector<int64_t> spec,
-                 ScalarType dtype) {
+Tensor embedding(const Tensor& indices, const std::vector<Tensor>& packed,
+                 const std::vector<int64_t>& spec, ScalarType dtype) {
   constexpr const char* kOp = "embedding";
   const Packed w = unpack(packed, spec, kOp);
   const FloatType type = float_type(dtype, kOp, "dtype");
@@ -24,9 +25,9 @@ Tensor embedding(Tensor indices, std::vector<Tensor> packed, std::vector<int64_t
     fail(kOp, std::string("indices must be int64 or int32, got ") + name_of(indices.scalar_type()));
   }
   if (!indices.is_cpu()) fail(kOp, "indices must be on the same device as the packed weight (CPU)");
-  const Tensor wide = torch::stable::contiguous(indices.scalar_type() == ScalarType::Long
-                                                    ? indices
-                                                    : torch::stable::to(indices, ScalarType::Long));
+  const Tensor wide = as_contiguous(indices.scalar_type() == ScalarType::Long
+                                        ? indices
+                                        : torch::stable::to(indices, ScalarType::Long));
   const auto* index = static_cast<const int64_t*>(wide.const_data_ptr());
   const int64_t count = wide.numel();
   const auto* bad =

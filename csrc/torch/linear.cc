@@ -7,12 +7,6 @@
 namespace bitfold::binding {
 namespace {
 
-std::vector<int64_t> sizes_with_last(const Tensor& like, int64_t last) {
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-  sizes.back() = last;
-  return sizes;
-}
-
 void check_last_dim(const Tensor& x, int64_t want, const char* op, const char* argument,
                     const char* meaning) {
   if (x.dim() < 1 || x.size(x.dim() - 1) != want) {
@@ -23,15 +17,20 @@ void check_last_dim(const Tensor& x, int64_t want, const char* op, const char* a
     fail(op, std::string(argument) + " must be on the same device as the packed weight (CPU)");
 }
 
-Tensor linear(Tensor x, std::vector<Tensor> packed, std::vector<int64_t> spec,
-              std::optional<Tensor> bias, int64_t accuracy) {
+Accuracy to_accuracy(int64_t level, const char* op) {
+  if (level < 0 || level > 2) {
+    fail(op, "accuracy must be 0 (auto), 1 (fp32) or 2 (int8), got " + std::to_string(level));
+  }
+  return static_cast<Accuracy>(level);
+}
+
+Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
+              const std::optional<Tensor>& bias, int64_t accuracy) {
   constexpr const char* kOp = "linear";
   const Packed w = unpack(packed, spec, kOp);
   const FloatType dtype = float_type(x.scalar_type(), kOp, "x");
   check_last_dim(x, w.cols, kOp, "x", "in_features");
-  if (accuracy < 0 || accuracy > 2) {
-    fail(kOp, "accuracy must be 0 (auto), 1 (fp32) or 2 (int8), got " + std::to_string(accuracy));
-  }
+  const Accuracy level = to_accuracy(accuracy, kOp);
   std::optional<Tensor> bias_row;
   if (bias.has_value()) {
     if (bias->dim() != 1 || bias->numel() != w.rows || !bias->is_cpu()) {
@@ -41,24 +40,25 @@ Tensor linear(Tensor x, std::vector<Tensor> packed, std::vector<int64_t> spec,
     float_type(bias->scalar_type(), kOp, "bias");
     bias_row =
         bias->scalar_type() == x.scalar_type() ? *bias : torch::stable::to(*bias, x.scalar_type());
-    bias_row = torch::stable::contiguous(*bias_row);
+    bias_row = as_contiguous(*bias_row);
   }
-  const Tensor rows = torch::stable::contiguous(x);
-  Tensor y = torch::stable::new_empty(x, sizes_with_last(x, w.rows));
+  const Tensor rows = as_contiguous(x);
+  const Tensor y = empty_with_last(x, w.rows);
   const int64_t m = y.numel() / std::max<int64_t>(1, w.rows);
   bitfold::linear(kernels(kOp), w.view, rows.const_data_ptr(), m,
                   bias_row ? bias_row->const_data_ptr() : nullptr, dtype, y.mutable_data_ptr(),
-                  static_cast<Accuracy>(accuracy), torch_parallel());
+                  level, torch_parallel());
   return y;
 }
 
-Tensor linear_grad_input(Tensor grad, std::vector<Tensor> packed, std::vector<int64_t> spec) {
+Tensor linear_grad_input(const Tensor& grad, const std::vector<Tensor>& packed,
+                         const std::vector<int64_t>& spec) {
   constexpr const char* kOp = "linear_grad_input";
   const Packed w = unpack(packed, spec, kOp);
   const FloatType dtype = float_type(grad.scalar_type(), kOp, "grad");
   check_last_dim(grad, w.rows, kOp, "grad", "out_features");
-  const Tensor rows = torch::stable::contiguous(grad);
-  Tensor gx = torch::stable::new_empty(grad, sizes_with_last(grad, w.cols));
+  const Tensor rows = as_contiguous(grad);
+  const Tensor gx = empty_with_last(grad, w.cols);
   const int64_t m = gx.numel() / std::max<int64_t>(1, w.cols);
   bitfold::linear_grad_input(kernels(kOp), w.view, rows.const_data_ptr(), m, dtype,
                              gx.mutable_data_ptr(), torch_parallel());

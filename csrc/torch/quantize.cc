@@ -6,7 +6,8 @@ namespace bitfold::binding {
 namespace {
 
 Tensor quantized_buffer(const Tensor& like, const BufferSpec& spec) {
-  return torch::stable::new_empty(like, spec.shape, scalar_type(spec.dtype));
+  return torch::stable::new_empty(like, {spec.shape.data(), spec.shape.size()},
+                                  scalar_type(spec.dtype));
 }
 
 std::vector<Tensor> quantize(Tensor weight, std::vector<int64_t> spec, int64_t method) {

@@ -7,7 +7,7 @@
 //
 // method: 0 round (absmax or min-max scale), 1 search (scale by squared error).
 //
-// accuracy: 0 auto; other levels are reserved.
+// accuracy: 0 auto, 1 fp32, 2 int8 (bitfold.ops.ACCURACY says what each one promises).
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(bitfold, m) {

@@ -25,6 +25,7 @@ try:
     from bitfold import nn
     from bitfold.formats import Format
     from bitfold.hf.registration import install as _install_hf
+    from bitfold.nn import set_accuracy
     from bitfold.quantizing import quantize
     from bitfold.summarizing import summary
 except (ImportError, OSError, RuntimeError) as _error:
@@ -54,6 +55,7 @@ __all__ = [
     "quantize",
     "save",
     "save_pretrained",
+    "set_accuracy",
     "summary",
 ]
 

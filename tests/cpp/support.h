@@ -124,7 +124,7 @@ class Owned {
       for (size_t at = 0; at < sizes_[i]; ++at) pointer(i)[at] = static_cast<uint8_t>(rng());
     }
     std::uniform_real_distribution<float> scale(0.01f, 2.0f);
-    const std::vector<BufferSpec> specs = format_.buffers(rows_, cols_);
+    const BufferTable specs = format_.buffers(rows_, cols_);
     for (size_t i = 0; i < specs.size(); ++i) {
       if (specs[i].dtype == DType::kInt32) {
         for (size_t at = 0; at < sizes_[i] / 4; ++at)

@@ -1,9 +1,18 @@
 """Modules that hold packed weights and compute with them."""
 
 from bitfold.nn._base import PackedModule
+from bitfold.nn.accuracy import set_accuracy
 from bitfold.nn.conv1d import QuantConv1D
 from bitfold.nn.embedding import QuantEmbedding
 from bitfold.nn.linear import QuantLinear
 from bitfold.nn.tied import TiedEmbedding, TiedHead
 
-__all__ = ["PackedModule", "QuantConv1D", "QuantEmbedding", "QuantLinear", "TiedEmbedding", "TiedHead"]
+__all__ = [
+    "PackedModule",
+    "QuantConv1D",
+    "QuantEmbedding",
+    "QuantLinear",
+    "TiedEmbedding",
+    "TiedHead",
+    "set_accuracy",
+]

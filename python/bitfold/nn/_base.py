@@ -20,11 +20,19 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # packed values are far coarser than float32 anyway.
 
 
-def linear(x: Tensor, packed: list[Tensor], spec: list[int], bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, packed: list[Tensor], spec: list[int], bias: Tensor | None, accuracy: int) -> Tensor:
     """`ops.linear` in x's dtype, float64 included."""
     if x.dtype == torch.float64:
-        return ops.linear(x.float(), packed, spec, None if bias is None else bias.float()).double()
-    return ops.linear(x, packed, spec, bias)
+        return ops.linear(x.float(), packed, spec, None if bias is None else bias.float(), accuracy).double()
+    return ops.linear(x, packed, spec, bias, accuracy)
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """`module.bias`, past nn.Module's attribute look-up, which costs half a microsecond per call."""
+    parameters = module._parameters
+    if "bias" in parameters:
+        return parameters["bias"]
+    return module.bias  # type: ignore[return-value]  # parametrized, or flattened by a wrapper
 
 
 def embedding(indices: Tensor, packed: list[Tensor], spec: list[int], dtype: torch.dtype) -> Tensor:
@@ -140,8 +148,8 @@ class PackedModule(nn.Module):
 
     def packed(self) -> list[Tensor]:
         """The packed buffers in the order of `Format.buffers`, as the ops take them."""
-        buffers = self._buffers  # nn.Module's attribute look-up would cost microseconds per call
-        return [buffers[name] for name in self.packed_names]  # type: ignore[misc]
+        # nn.Module's attribute look-up would cost microseconds per call, a comprehension a quarter of one
+        return list(map(self._buffers.__getitem__, self.packed_names))  # type: ignore[arg-type]
 
     def packed_nbytes(self) -> int:
         """Bytes of the packed matrix, metadata included: on disk and resident alike."""

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.formats import Format
-from bitfold.nn._base import PackedModule, carry_over, check_finite, check_float_weight, linear
+from bitfold.nn._base import PackedModule, bias_of, carry_over, check_finite, check_float_weight, linear
+from bitfold.nn.accuracy import Multiplies
 
 
-class QuantLinear(PackedModule, nn.Linear):
+class QuantLinear(Multiplies, PackedModule, nn.Linear):
     """`y = x @ W.T + bias` where W `[out_features, in_features]` stays packed in RAM and on disk.
 
     It is an `nn.Linear` to isinstance checks (PEFT's `all-linear` finds it), but `weight` is the flat int8
@@ -24,6 +25,8 @@ class QuantLinear(PackedModule, nn.Linear):
         device: where the empty buffers are made; `"meta"` works.
         dtype: float type that the model runs in (bias, and what reports name); default torch's default.
         original_dtype: float type the weight had before folding, for reports; default `dtype`.
+        accuracy: how exactly products are computed: `"auto"`, `"fp32"` or `"int8"`, see
+            `bitfold.ops.linear`. An attribute of that name can be set later; it is never stored.
 
     Example:
         >>> import torch
@@ -44,10 +47,12 @@ class QuantLinear(PackedModule, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         original_dtype: torch.dtype | None = None,
+        accuracy: str | int = "auto",
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would make the float weight
         self.in_features = in_features
         self.out_features = out_features
+        self.accuracy = accuracy
         self._set_up((out_features, in_features), format, device, dtype, original_dtype)
         if bias:
             zeros = torch.zeros(out_features, dtype=self.dtype, device=device)
@@ -116,7 +121,7 @@ class QuantLinear(PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take x `[..., in_features]` in any float dtype -> `[..., out_features]` in the same dtype."""
-        return linear(x, self.packed(), self._spec, self.bias)
+        return linear(x, self.packed(), self._spec, bias_of(self), self._accuracy)
 
     def manifest_entry(self) -> dict[str, Any]:
         """JSON for `bitfold.manifest`."""
@@ -126,5 +131,5 @@ class QuantLinear(PackedModule, nn.Linear):
         """Sizes, format, bytes and ratio."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self._size_repr()}"
+            f"bias={self.bias is not None}, {self._size_repr()}{self._accuracy_repr()}"
         )

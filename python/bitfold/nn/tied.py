@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.errors import PackedDataError
-from bitfold.nn._base import PackedModule, carry_over, embedding, linear
+from bitfold.nn._base import PackedModule, bias_of, carry_over, embedding, linear
+from bitfold.nn.accuracy import Multiplies
 from bitfold.nn.embedding import apply_scale, scale_or_stored
 
 
@@ -82,7 +83,7 @@ def _check_shape(module: nn.Linear | nn.Embedding, source: PackedModule) -> None
         raise PackedDataError(msg)
 
 
-class TiedHead(_Tied):
+class TiedHead(Multiplies, _Tied):
     """A linear layer that shares the packed matrix of an embedding: `y = x @ E.T + bias`.
 
     Args:
@@ -120,12 +121,12 @@ class TiedHead(_Tied):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take x `[..., in]` in any float dtype -> `[..., out]` in the same dtype."""
-        bias: Tensor | None = self.bias
+        bias = bias_of(self)
         if bias is None and self._bias_owner is not None:
             owner, name = self._bias_owner
             bias = getattr(owner, name)
         source = self._source
-        return linear(x, source.packed(), source._spec, bias)
+        return linear(x, source.packed(), source._spec, bias, self._accuracy)
 
     def manifest_entry(self, names: Mapping[nn.Module, str]) -> dict[str, Any]:
         """JSON for `bitfold.manifest`; `names` gives the modules' names in the model."""
@@ -141,6 +142,7 @@ class TiedHead(_Tied):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, "
             f"format={self.format}, no bytes of its own (shares the matrix of a {type(self.source).__name__})"
+            f"{self._accuracy_repr()}"
         )
 
 

@@ -1,5 +1,7 @@
 #include "core/format.h"
 
+#include <algorithm>
+
 #include "core/bitpack.h"
 #include "support.h"
 
@@ -121,6 +123,13 @@ TEST(Format, BuffersFollowFromFormatAndShape) {
   EXPECT_EQ(shapes("kmeans2-tensor", 5, 197), ":int8,250 _codebook:int16,1,4 _exponent:int8,1 ");
   EXPECT_EQ(shapes("nf4", 1000, 128),
             ":int8,64000 _scale:int8,1000,2 _scale_absmax:int32,8 _scale_offset:int32,1 ");
+}
+
+TEST(Format, TheLongestTableFillsItsList) {
+  size_t longest = 0;
+  for (const std::string& text : every_format())
+    longest = std::max(longest, format_of(text).buffers(5, 197).size());
+  EXPECT_EQ(longest, kMaxBuffers);
 }
 
 TEST(Format, BytesAreTheSumOfTheBuffersBeyond32Bits) {

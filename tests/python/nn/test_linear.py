@@ -182,6 +182,44 @@ def test_gradient_reaches_input_and_bias(fmt):
     assert torch.equal(layer.bias.grad, torch.full((OUT,), 3.0))
 
 
+def test_forward_computes_with_the_buffers_and_bias_of_the_moment(fmt):
+    """Loaders, offloading hooks and wrappers replace tensors in place or in the module's dictionaries."""
+    layer, other = folded(fmt), folded(fmt)
+    x = torch.randn(2, IN)
+    layer(x)
+    for name in layer.packed_names:
+        layer._buffers[name] = other._buffers[name].clone()
+    layer._parameters["bias"] = other.bias
+    assert torch.equal(layer(x), other(x))
+    layer.load_state_dict(folded(fmt).state_dict(), assign=True)
+    assert not torch.equal(layer(x), other(x))
+    for name in layer.packed_names:
+        layer._buffers[name].copy_(other._buffers[name])
+    layer.bias = nn.Parameter(other.bias.detach().clone())
+    assert torch.equal(layer(x), other(x))
+    layer.to("meta")
+    assert layer(x.to("meta")).is_meta
+    swapped = torch.func.functional_call(layer, other.state_dict(), (x,))
+    assert torch.equal(swapped, other(x))
+
+
+def test_a_bias_that_is_no_plain_parameter_any_more():
+    layer = folded("nf4")
+    x = torch.randn(2, IN)
+    expected = layer(x) + layer.bias
+
+    class Twice(nn.Module):
+        def forward(self, bias: torch.Tensor) -> torch.Tensor:
+            return 2 * bias
+
+    nn.utils.parametrize.register_parametrization(layer, "bias", Twice())
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+    nn.utils.parametrize.remove_parametrizations(layer, "bias")
+    value = layer._parameters.pop("bias")  # what wrappers that flatten parameters do
+    layer.bias = value.detach()
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
 def test_repr_shows_format_shape_bytes_and_ratio(fmt):
     layer = folded(fmt, bias=False)
     text = repr(layer)
