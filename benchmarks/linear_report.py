@@ -6,7 +6,8 @@ from typing import Any
 
 from harness import print_table
 
-COLORS = ["#2b6cb0", "#2f855a", "#dd6b20", "#b83280", "#6b46c1", "#975a16", "#285e61", "#9b2c2c"]
+OWN = ["#1a365d", "#2b6cb0", "#3182ce", "#2f855a", "#319795", "#63b3ed", "#68d391"]
+OTHERS = ["#a0aec0", "#dd6b20", "#b83280", "#975a16", "#e53e3e", "#6b46c1", "#d69e2e"]
 HEAD = [
     "",
     "ms",
@@ -72,41 +73,41 @@ def print_overhead(overhead: dict[str, dict[str, float]]) -> None:
 def draw(figure: Any, found: dict[str, Any], threads: str) -> None:
     """Time against M, log-log, one half per dtype of x; grey: what the first format cannot reach."""
     records = found["records"]
-    panels = [
-        a for a in ("fp32", "bf16") if any(r["activations"] == a for r in records if r["kind"] == "bitfold")
-    ]
-    n, k = found["shape"]
-    for axes, activations in zip(
-        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True
-    ):
-        own = [r for r in records if r["kind"] == "bitfold" and r["activations"] == activations]
+    own = [r for r in records if r["kind"] == "bitfold"]
+    panels = [a for a in ("fp32", "bf16") if any(r["activations"] == a for r in own)]
+    halves = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    rows = sorted({r["m"] for r in records})
+    for axes, activations in zip(halves, panels, strict=True):
+        mine = [r for r in own if r["activations"] == activations]
         others = [r for r in records if r["kind"] != "bitfold" and r["activations"] == activations]
-        _lines(axes, [r for r in own if r["level"] == "auto"], "-", 2.0)
-        _lines(axes, [r for r in own if r["level"] == "int8" and r["format"] == "nf4"], "-.", 2.0)
-        _lines(axes, others, "--", 1.2)
-        _floors(axes, own)
-        axes.set(xscale="log", yscale="log", xlabel="M, rows of x")
-        rows = sorted({r["m"] for r in records})
+        _lines(axes, [r for r in mine if r["level"] == "auto"], OWN, ls="-", lw=2.2)
+        _lines(axes, [r for r in mine if r["level"] == "int8" and r["format"] == "nf4"], OWN, ls="-.", lw=2.2)
+        _lines(axes, others, OTHERS, ls="--", lw=1.1)
+        _floors(axes, mine)
+        axes.set(xscale="log", yscale="log", xlabel="M, rows of x", ylabel="milliseconds")
         axes.set_xticks(rows, [str(m) for m in rows])
         axes.minorticks_off()
-        axes.set_title(f"{n} x {k}, {activations} x, {threads}, cold weights", loc="left")
+        n, k = found["shape"]
+        axes.set_title(f"{n} x {k}, {activations} x, {threads}, cold weights", loc="left", fontsize=10)
         axes.legend(frameon=False, fontsize=8)
-        axes.set_ylabel("milliseconds")
 
 
-def _lines(axes: Any, records: list[dict[str, Any]], style: str, width: float) -> None:
+def _lines(axes: Any, records: list[dict[str, Any]], colors: list[str], **style: Any) -> None:
     for i, case in enumerate(dict.fromkeys(r["case"] for r in records)):
         points = sorted((r["m"], 1e3 * r["seconds"]) for r in records if r["case"] == case)
-        color = COLORS[i % len(COLORS)]
-        axes.plot(*zip(*points, strict=True), style, marker=".", lw=width, color=color, label=case)
+        color = colors[i % len(colors)]
+        axes.plot(*zip(*points, strict=True), marker=".", color=color, label=case, **style)
 
 
 def _floors(axes: Any, own: list[dict[str, Any]]) -> None:
-    """The larger of memory and compute floor of the first format, filled below."""
+    """Memory and compute floor of the first format, filled below the larger."""
     first = sorted((r for r in own if r["case"] == own[0]["case"]), key=lambda r: r["m"])
     rows = [r["m"] for r in first]
-    floor = [1e3 * max(r["memory_floor_s"], r["compute_floor_s"] or 0) for r in first]
-    axes.fill_between(rows, floor, min(floor) / 2, color="#a0aec0", alpha=0.35, lw=0)
-    axes.text(
-        rows[0], 0.8 * floor[0], f"floors of {first[0]['format']}", fontsize=8, color="#4a5568", va="top"
-    )
+    memory = [1e3 * r["memory_floor_s"] for r in first]
+    compute = [1e3 * (r["compute_floor_s"] or 0) for r in first]
+    larger = [max(pair) for pair in zip(memory, compute, strict=True)]
+    axes.fill_between(rows, larger, min(larger) / 3, color="#a0aec0", alpha=0.35, lw=0)
+    grey = {"color": "#4a5568", "fontsize": 8}
+    axes.text(rows[0], 0.9 * larger[0], f"{first[0]['format']}: memory", va="top", **grey)
+    if compute[-1] > memory[-1]:
+        axes.text(rows[-1], 0.6 * larger[-1], "multiply-adds ", ha="right", va="top", **grey)

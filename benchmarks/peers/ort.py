@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -34,9 +35,16 @@ def model_of(codes: np.ndarray, scales: np.ndarray, n: int, k: int) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=9).SerializeToString()
 
 
+@cache
+def share_threads(threads: int) -> None:
+    """One pool for all sessions: a pool of its own for each cold copy would be hundreds of threads."""
+    onnxruntime.set_global_thread_pool_sizes(threads, 1)
+
+
 def session_of(model: bytes, threads: int) -> Any:
+    share_threads(threads)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.use_per_session_threads = False
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
