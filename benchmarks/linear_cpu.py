@@ -35,7 +35,7 @@ from harness import (
     write_json,
     write_picture,
 )
-from linear_report import draw, print_linear, print_overhead
+from linear_report import draw, print_linear, print_markdown, print_overhead
 from peers.base import Peer
 from torch import nn
 
@@ -257,6 +257,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         default="median",
         help="what ratios are made of: best calls tell more on a busy machine (default: %(default)s)",
     )
+    parser.add_argument("--markdown", action="store_true", help="print the README's table too")
     parser.add_argument("--name", default="linear_cpu", help="of the files written (default: %(default)s)")
     args = parser.parse_args(argv)
     if args.cpu_time and args.threads != 1:
@@ -286,6 +287,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )
     for found in shapes:
         print_linear(found)
+        if args.markdown:
+            print_markdown(found)
     print_overhead(overhead)
     goals = [goal for found in shapes for goal in linear_goals(found["records"])] + overhead_goals(overhead)
     print_goals(goals)

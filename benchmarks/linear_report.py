@@ -60,6 +60,18 @@ def _cells(r: dict[str, Any]) -> list[str]:
     ]
 
 
+def print_markdown(found: dict[str, Any], rows: tuple[int, ...] = (1, 4, 16, 128, 512)) -> None:
+    """The table of the README: milliseconds, one line per case; levels other than the default named."""
+    known = {(r["case"], r["m"]): r for r in found["records"]}
+    rows = tuple(m for m in rows if any(at == m for _, at in known))
+    print("\n| ms | " + " | ".join(f"M = {m}" for m in rows) + " | own error |")
+    print("|---" * (len(rows) + 2) + "|")
+    for case in dict.fromkeys(name for name, _ in known):
+        times = " | ".join(f"{1e3 * known[case, m]['seconds']:.3g}" for m in rows)
+        worst = max(known[case, m]["error"] for m in rows)
+        print(f"| {case} | {times} | {worst:.1e} |")
+
+
 def print_overhead(overhead: dict[str, dict[str, float]]) -> None:
     rows = [
         [mode, f"{1e6 * t['nn.Linear']:.1f}", f"{1e6 * t['nf4']:.1f}", f"{t['nf4'] / t['nn.Linear']:.2f}"]
