@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(args.threads)
     try:
         env = environment() | {"peers": peers.versions()}
-        floors = Floors(args.threads, read_bytes=2**20 if args.smoke else 2**28)
+        floors = Floors(args.threads, 2**20 if args.smoke else 2**28, clock)
         rates = floors.rates()
         with torch.inference_mode():
             shapes = []

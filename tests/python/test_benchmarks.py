@@ -207,3 +207,19 @@ def test_goals_compare_within_one_run(script):
         "met": False,
     }
     assert goals.linear_goals(records[:1])[1]["met"] is None  # nobody to compare with
+
+
+def test_goals_of_int8_and_folding(script):
+    goals = script("goals")
+    own = {"shape": [8, 8], "kind": "bitfold", "format": "nf4", "activations": "bf16", "level": "int8"}
+    dense = {"shape": [8, 8], "kind": "dense", "case": "torch bf16", "level": "exact"}
+    records = [own | {"case": "own", "m": m, "seconds": 1.0} for m in (1, 4, 512)]
+    records += [dense | {"m": m, "seconds": s} for m, s in ((1, 0.1), (4, 1.2), (512, 1.7))]
+    found = {g["goal"]: (g["got"], g["met"]) for g in goals.linear_goals(records)}
+    assert found == {
+        "M=512, against torch bf16": (1.7, True),
+        "M>=4, faster than the fastest peer (least at M=4)": (1.2, False),
+    }
+    speeds = {"quantize nf4": 15.0, "quantize int8-row": 2.0, "dequantize nf4 to bf16": 20.0}
+    met = {g["case"]: g["met"] for g in goals.folding_goals(speeds, copy=31.0, clone=24.0)}
+    assert met == {"nf4": True, "int8-row": False, "nf4 to bf16": True}
