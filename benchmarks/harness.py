@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -49,25 +50,44 @@ def interleaved(
     seconds: float = 2.0,
     least: int = 5,
     most: int = 2000,
+    turn: float = 0.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Timing]:
     """Time `cases` by turns, so that a busy moment of the machine falls on all of them alike.
 
-    Each case is called with a counter that never repeats, by which it picks its next cold copy. The first
-    round is warm-up and not counted; rounds go on for `seconds` per case on average, `least` to `most` times.
-    With one thread, `clock=time.thread_time` leaves out the time that other programs had the CPU.
+    Each case is called with a counter of its own that never repeats, by which it picks its next cold copy.
+    The first round is warm-up and not counted; rounds go on for `seconds` per case on average, and until
+    every case was called `least` times, but no longer than until each was called `most` times.
+
+    A turn is one call, or as many as `turn` seconds hold. Threads of the library that had the turn before
+    still spin for a while, and those of this one are still asleep: so calls that begin in the first third of
+    a longer turn are not counted. With one thread, `clock=time.thread_time` leaves out the time that other
+    programs had the CPU.
     """
     taken: dict[str, list[float]] = {name: [] for name in cases}
-    for call in cases.values():
-        call(0)
+    counters = {name: itertools.count() for name in cases}
+    for name, call in cases.items():
+        call(next(counters[name]))
     end = time.perf_counter() + seconds * len(cases)
-    turn = 0
-    while turn < least or (turn < most and time.perf_counter() < end):
-        turn += 1
+
+    def goes_on() -> bool:
+        fewest = min(map(len, taken.values()))
+        return fewest < least or (fewest < most and time.perf_counter() < end)
+
+    while goes_on():
         for name, call in cases.items():
-            start = clock()
-            call(turn)
-            taken[name].append(clock() - start)
+            begin = time.perf_counter()
+            since = 0.0
+            while True:
+                start = clock()
+                call(next(counters[name]))
+                spent = clock() - start
+                settled = since >= turn / 3
+                since = time.perf_counter() - begin
+                if settled or since >= turn:  # a call as long as the turn counts, it being the only one
+                    taken[name].append(spent)
+                if since >= turn:
+                    break
     return {name: Timing.of(times) for name, times in taken.items()}
 
 
@@ -84,6 +104,19 @@ def last_level_cache_bytes() -> int:
 def cold_copies(nbytes: int) -> int:
     """How many copies of `nbytes` to rotate through so that none is in any cache when its turn comes."""
     return max(2, -(-CACHE_FACTOR * last_level_cache_bytes() // nbytes))
+
+
+def copies_of(tensors: Sequence[Any]) -> list[list[Any]]:
+    """Enough copies of `tensors` to be cold at every turn."""
+    nbytes = sum(t.numel() * t.itemsize for t in tensors)
+    return [[t.clone() for t in tensors] for _ in range(cold_copies(nbytes))]
+
+
+def weight_of(n: int, k: int) -> Any:
+    """A weight [n, k] as a trained layer has it: Gaussian, 0.02."""
+    import torch
+
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(1)) * 0.02
 
 
 def environment() -> dict[str, Any]:

@@ -6,14 +6,28 @@ import importlib
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+import bitfold
 
 pytest.importorskip("safetensors")
 pytest.importorskip("transformers")
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="not run from a source tree")
+
+
+SCRIPTS = [
+    "bert_table",
+    "int8_int2_table",
+    "formats_table",
+    "linear_cpu",
+    "quantize_cpu",
+    "models_cpu",
+]
 
 
 @pytest.fixture
@@ -23,7 +37,7 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", ["bert_table", "int8_int2_table", "formats_table", "cpu_linear"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_script_runs_and_writes_json(script, name, tmp_path, capsys):
     script(name).main(["--smoke", "--no-picture", "--out", str(tmp_path)])
     written = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
@@ -31,7 +45,7 @@ def test_script_runs_and_writes_json(script, name, tmp_path, capsys):
     assert "bitfold" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["bert_table", "int8_int2_table", "formats_table", "cpu_linear"])
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_picture_is_drawn(script, name, tmp_path):
     pytest.importorskip("matplotlib")
     script(name).main(["--smoke", "--out", str(tmp_path)])
@@ -64,3 +78,148 @@ def test_interleaved_takes_turns(script):
     timings = script("harness").interleaved(cases, seconds=0, least=3)
     assert seen == [("a", 0), ("b", 0), *((name, i) for i in (1, 2, 3) for name in "ab")]
     assert all(t.calls == 3 and t.best <= t.low <= t.median <= t.high for t in timings.values())
+
+
+def test_long_turns_hold_several_calls(script, monkeypatch):
+    """Of a turn of nine calls the first third settles; a call as long as the turn counts."""
+    harness = script("harness")
+    now = [0.0]
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def call(seconds):
+        now[0] += seconds
+
+    cases = {"short": lambda i: call(1), "long": lambda i: call(20)}
+    timings = harness.interleaved(cases, seconds=0, least=1, turn=9, clock=lambda: now[0])
+    assert (timings["short"].calls, timings["short"].best) == (6, 1)
+    assert (timings["long"].calls, timings["long"].best) == (1, 20)
+
+
+@pytest.fixture
+def linear_records(script, tmp_path, monkeypatch):
+    """Records of `linear_cpu.py` on one tiny shape; two copies, not the thousands that are cold."""
+    monkeypatch.setattr(script("harness"), "cold_copies", lambda nbytes: 2)
+
+    def run(*options):
+        arguments = ["--shapes", "64x128", "--seconds", "0.01", "--no-picture", "--out", str(tmp_path)]
+        return script("linear_cpu").main([*arguments, *options])["shapes"][0]["records"]
+
+    return run
+
+
+def test_linear_measures_errors_and_counts_bytes(linear_records):
+    options = ["--formats", "nf4", "int4-g64", "--rows", "1", "5", "--peers", "torch_dense"]
+    records = linear_records(*options)
+    cases = {(r["case"], r["m"]): r for r in records}
+    assert {m for _, m in cases} == {1, 5}
+    for r in records:
+        assert 0 < r["error"] < 2.5e-2
+        assert r["memory_floor_s"] > 0
+        assert r["kind"] == "dense" or r["nbytes"] == bitfold.Format(r["format"]).nbytes((64, 128))
+    assert cases["torch fp32", 1]["nbytes"] == 64 * 128 * 4
+    assert cases["nf4, bf16 x", 1]["error"] > 5e-4  # that of rounding the output
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_wrong_product_is_not_timed(linear_records, monkeypatch, factor):
+    linear = bitfold.ops.linear
+    monkeypatch.setattr(bitfold.ops, "linear", lambda *args: factor * linear(*args))
+    with pytest.raises(SystemExit, match="nothing was timed"):
+        linear_records("--formats", "nf4", "--rows", "1", "--levels", "auto", "--peers")
+
+
+def test_absent_peers_and_levels_are_named(script, linear_records, monkeypatch, capsys):
+    linear = bitfold.ops.linear
+
+    def only_auto(x, packed, spec, bias=None, accuracy=0):
+        if accuracy:
+            raise RuntimeError(f"no accuracy {accuracy}")
+        return linear(x, packed, spec, bias)
+
+    monkeypatch.setattr(bitfold.ops, "linear", only_auto)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    script("peers")
+    monkeypatch.delitem(sys.modules, "peers.ort", raising=False)
+    linear_records("--formats", "nf4", "--rows", "1", "--peers", "ort")
+    printed = capsys.readouterr().out
+    assert "not measured: onnxruntime: not installed" in printed
+    assert "not measured: level int8: no accuracy 2" in printed
+
+
+@pytest.mark.parametrize("library", ["torch_dense", "torch_int4pack", "bnb", "ort", "ggml"])
+def test_peers_multiply_with_the_weight_that_they_name(script, library, monkeypatch):
+    peers = script("peers")
+    try:
+        module = script(f"peers.{library}")
+    except ImportError as error:
+        pytest.skip(f"{peers.LIBRARIES[library]} is not installed ({error})")
+    for place in (module, script("harness")):
+        if hasattr(place, "cold_copies"):
+            monkeypatch.setattr(place, "cold_copies", lambda nbytes: 2)
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    missing: dict[str, str] = {}
+    with torch.inference_mode():
+        found = list(peers.build(weight, 1, [library], missing))
+        assert found or missing
+        for peer in found:
+            x = torch.randn(3, 256).to(peer.dtype)
+            exact = x.double() @ peer.weight.double().T
+            call = peer.bind(x)
+            for turn in range(3):
+                error = ((call(turn).double() - exact).norm() / exact.norm()).item()
+                assert error < (2.5e-2 if peer.int8 else 5e-3), (peer.name, turn)
+
+
+def test_floors_are_positive(script):
+    floors = script("floors").Floors(2, read_bytes=2**20)
+    timings = script("harness").interleaved(floors.read_cases(), seconds=0)
+    assert floors.bandwidth(timings)["best"] >= floors.bandwidth(timings)["median"] > 0
+    assert all(rate > 0 for rate in floors.rates().values())
+
+
+def test_floors_without_a_compiler(script, monkeypatch):
+    module = script("floors")
+    monkeypatch.setattr(module.shutil, "which", lambda _: None)
+    monkeypatch.delenv("CC", raising=False)
+    floors = module.Floors(1, read_bytes=2**20)
+    assert floors.rates() == {}
+    assert "torch.sum" in floors.how
+    assert floors.bandwidth(script("harness").interleaved(floors.read_cases(), seconds=0))["median"] > 0
+
+
+def test_goals_compare_within_one_run(script):
+    goals = script("goals")
+    common = {"shape": [4096, 4096], "m": 1, "of_bandwidth": 0.9, "times_floor": 1.1}
+    own = {"kind": "bitfold", "format": "nf4", "activations": "fp32", "level": "auto"}
+    records = [
+        common | own | {"case": "nf4, fp32 x", "seconds": 1.0},
+        common | {"case": "slow", "kind": "peer", "level": "exact", "seconds": 3.0},
+        common | {"case": "fast", "kind": "peer", "level": "int8", "seconds": 1.3},
+    ]
+    found = {g["goal"]: g for g in goals.linear_goals(records)}
+    assert found["M=1, of read bandwidth"]["met"] is True
+    assert found["M=1, faster than the fastest peer"] == {
+        "shape": "4096 x 4096",
+        "goal": "M=1, faster than the fastest peer",
+        "case": "nf4, fp32 x",
+        "need": "≥ 1.4",
+        "got": 1.3,
+        "met": False,
+    }
+    assert goals.linear_goals(records[:1])[1]["met"] is None  # nobody to compare with
+
+
+def test_goals_of_int8_and_folding(script):
+    goals = script("goals")
+    own = {"shape": [8, 8], "kind": "bitfold", "format": "nf4", "activations": "bf16", "level": "int8"}
+    dense = {"shape": [8, 8], "kind": "dense", "case": "torch bf16", "level": "exact"}
+    records = [own | {"case": "own", "m": m, "seconds": 1.0} for m in (1, 4, 512)]
+    records += [dense | {"m": m, "seconds": s} for m, s in ((1, 0.1), (4, 1.2), (512, 1.7))]
+    found = {g["goal"]: (g["got"], g["met"]) for g in goals.linear_goals(records)}
+    assert found == {
+        "M=512, against torch bf16": (1.7, True),
+        "M>=4, faster than the fastest peer (least at M=4)": (1.2, False),
+    }
+    speeds = {"quantize nf4": 15.0, "quantize int8-row": 2.0, "dequantize nf4 to bf16": 20.0}
+    met = {g["case"]: g["met"] for g in goals.folding_goals(speeds, copy=31.0, clone=24.0)}
+    assert met == {"nf4": True, "int8-row": False, "nf4 to bf16": True}
