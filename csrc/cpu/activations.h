@@ -18,8 +18,8 @@ enum class Operand : uint8_t {
 
 // How a product walks over the weight. Both read the stored codes as 32-bit lanes.
 enum class Walk : uint8_t {
-  kRows,    // one row after another; the lanes of a vector are columns: for few activations
-  kPanels,  // many rows at once; the lanes are rows: for many activations
+  kRows,    // one row after another; the lanes of a vector are columns: for one row of activations
+  kPanels,  // sixteen rows at once, one to a lane: for more
 };
 
 // Codes sit in a lane by bytes, and in a byte from high bits to low, so a vector of lanes yields

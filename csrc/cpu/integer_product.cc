@@ -8,10 +8,6 @@
 namespace bitfold {
 namespace {
 
-// Up to here the weight is read row by row: each is one stream of memory. Beyond, panels of rows
-// share what expanding their codes costs.
-static const int64_t kMostStreamedRows = getenv("BF_ROWS") ? atoi(getenv("BF_ROWS")) : 3;
-
 // What a thread should have to do, in multiply-adds, or starting it costs more than it saves.
 constexpr int64_t kGrainWork = 1 << 18;
 
@@ -50,7 +46,7 @@ void begin_sums(const float* bias, int64_t m, int64_t n, float* y, int64_t ldy) 
 bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
                        const void* bias, FloatType dtype, bool eight_bits, void* y,
                        const Parallel& parallel) {
-  const Walk walk = m <= kMostStreamedRows ? Walk::kRows : Walk::kPanels;
+  const Walk walk = m == 1 ? Walk::kRows : Walk::kPanels;
   const bool codes_suffice = walk == Walk::kRows && w.family == Family::kInteger;
   const Operand operand = eight_bits      ? Operand::kBytes
                           : codes_suffice ? Operand::kTwoBytes
@@ -78,14 +74,13 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
       k.from_float(sums + i * ldy, n, dtype, advance(y, dtype, i * w.rows + r));
   };
   if (walk == Walk::kRows) {
-    parallel(w.rows, grain_for(m * w.cols), [&](int64_t begin, int64_t end) {
-      const int64_t n = end - begin;
+    parallel(w.rows, grain_for(w.cols), [&](int64_t begin, int64_t end) {
       const int64_t scratch_bytes = rows_scratch_bytes(xs);
-      const Scratch scratch(scratch_bytes + m * n * 4);
+      const Scratch scratch(scratch_bytes + (end - begin) * 4);
       float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
-      begin_sums(bias ? bias_f + begin : nullptr, m, n, sums, n);
-      k.multiply_rows(w, xs, begin, end, reinterpret_cast<float*>(scratch.data()), sums, n);
-      finish(sums, n, begin, n);
+      begin_sums(bias ? bias_f + begin : nullptr, 1, end - begin, sums, 0);
+      k.multiply_rows(w, xs, begin, end, reinterpret_cast<float*>(scratch.data()), sums);
+      finish(sums, 0, begin, end - begin);
     });
     return true;
   }

@@ -56,11 +56,11 @@ struct KernelTable {
   // Integer products. Row m of `to` from `source` [cols]; false where integers cannot stand for it
   // (infinite, NaN or tiny values).
   bool (*quantize_activations)(const void* source, FloatType dtype, int64_t m, Activations* to);
-  // y[m, r] += x[m] . w[r] for every row of x, which is in the layout of the walk. Rows
-  // [begin, end) of w; y begins with row `begin`.
+  // y[r - begin] += x . w[r] for the rows [begin, end) of w; x is one row, laid out for Walk::kRows.
   void (*multiply_rows)(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
-                        float* scratch, float* y, int64_t ldy);
-  // Rows [row, row + kPanelRows) of w, as far as they exist; y is [rows of x, kPanelRows].
+                        float* scratch, float* y);
+  // y[m, r] += x[m] . w[row + r], as far as such rows exist; y is [rows of x, kPanelRows], x laid out
+  // for Walk::kPanels.
   void (*multiply_panel)(const PackedView& w, const Activations& x, int64_t row, void* scratch,
                          float* y);
 };
@@ -68,7 +68,7 @@ struct KernelTable {
 inline constexpr int64_t kPanelRows = 16;  // lanes of a vector
 
 // Bytes of scratch, which begins with a cache line.
-inline int64_t rows_scratch_bytes(const Activations& x) { return 4 * (x.units + 16) * 4; }
+inline int64_t rows_scratch_bytes(const Activations& x) { return (x.units + 16) * 4; }
 inline int64_t panel_scratch_bytes(const Activations& x) {
   constexpr int64_t kExpanded = 4 * 16 * 8 * 64;  // blocks of lanes, parts of a vector
   return kExpanded + 4 * kPanelRows * x.units * 4;

@@ -136,7 +136,7 @@ template <class Codec>
 static inline Stored load_stored(const PackedView& view, const uint8_t* row, int64_t block) {
   const I low = load_i(row + 64 * block);
   if constexpr (Codec::kBits != 3) return {low, low};
-  return {low, Codec::spread(load_bytes(row + view.plane_bytes + 32 * block, 32))};
+  return {low, Codec::spread(load_half_i(row + view.plane_bytes + 32 * block))};
 }
 
 // The last ones of a row; what lies beyond it reads as zeros.

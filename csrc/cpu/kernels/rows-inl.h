@@ -1,108 +1,81 @@
-// Products of a few activations with rows of a weight, one row after another, each read as one
-// stream. Included by each target.
+// The product of one row of activations with rows of a weight, one after another: a stream of memory.
+// Included by each target.
 
-// Lane to unit: which of a block's factors belongs to each of sixteen lanes.
-static inline I units_of_lanes(int64_t cols_per_lane, int64_t unit) {
-  int32_t at[16];
-  for (int64_t i = 0; i < 16; ++i) at[i] = static_cast<int32_t>(i * cols_per_lane / unit);
-  return load_i(at);
-}
-
-// The integer products of a block of a row with M rows of activations that lie `stride` bytes apart.
-template <class Codec, Operand kOperand, int M>
-static inline void dot_block(const Codec& codec, const Stored& codes, const uint8_t* x,
-                             int64_t stride, I* sums) {
-  I low[M];
-#pragma GCC unroll 4
-  for (int i = 0; i < M; ++i) sums[i] = low[i] = zero_i();
+// The integer products of a block of a row; x as its layout has it.
+template <class Codec, Operand kOperand>
+static inline I dot_block(const Codec& codec, const Stored& codes, const uint8_t* x) {
+  I sum = zero_i(), low = zero_i();
 #pragma GCC unroll 8
   for (int p = 0; p < Codec::kParts; ++p) {
     const I w = codec.part(codes, p);
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) {
-      const uint8_t* at = x + i * stride;
-      if constexpr (kOperand == Operand::kWords) {
-        sums[i] = dot_words(sums[i], w, load_i(at + 64 * p));
-      } else if constexpr (kOperand == Operand::kBytes) {
-        sums[i] = dot_bytes<Codec::kSmall>(sums[i], w, load_i(at + 64 * p));
-      } else {
-        sums[i] = dot_bytes<Codec::kSmall>(sums[i], w, load_i(at + 128 * p));
-        low[i] = dot_bytes<Codec::kSmall>(low[i], w, load_i(at + 128 * p + 64));
-      }
+    if constexpr (kOperand == Operand::kWords) {
+      sum = dot_words(sum, w, load_i(x + 64 * p));
+    } else if constexpr (kOperand == Operand::kBytes) {
+      sum = dot_bytes<Codec::kSmall>(sum, w, load_i(x + 64 * p));
+    } else {
+      sum = dot_bytes<Codec::kSmall>(sum, w, load_i(x + 128 * p));
+      low = dot_bytes<Codec::kSmall>(low, w, load_i(x + 128 * p + 64));
     }
   }
-  if constexpr (kOperand == Operand::kTwoBytes) {
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) sums[i] = add_i(shift_left_i(sums[i], 8), low[i]);
+  return kOperand == Operand::kTwoBytes ? add_i(shift_left_i(sum, 8), low) : sum;
+}
+
+// The CPU follows a stream by itself, but not over the end of a page: what lies there must be asked
+// for, long enough before for the page table to be walked. Two streams in turn, the planes of 3-bit
+// codes, it does not follow at all.
+template <class Codec>
+[[gnu::always_inline]] static inline void ask_ahead(const PackedView& w, const uint8_t* row, int64_t block) {
+  constexpr int64_t kPage = 4096;
+  if constexpr (Codec::kBits == 3) {
+    prefetch_far(row + 64 * block + kPage);
+    if (block % 2 == 0) prefetch_far(row + w.plane_bytes + 32 * block + kPage);
+  } else {
+    if (block % 8 == 0) prefetch_far(row + 64 * block + 2 * kPage);
   }
 }
 
-// y[i, r - begin] += for rows [m0, m0 + M) of x and [begin, end) of w. `factor`: M * (units + 16).
-template <class Codec, Operand kOperand, int M, bool kShifted>
-static void multiply_rows_by(const PackedView& w, const Activations& x, Codec codec,
-                             OperandRange range, int64_t m0, int64_t begin, int64_t end,
-                             float* factor, float* y, int64_t ldy) {
-  const int64_t units = x.units, padded = units + 16;
-  const int64_t units_per_block = x.layout->block_cols / x.unit;
-  const int64_t row_bytes = x.layout->block_bytes, block_stride = x.rows * row_bytes;
-  const I lanes = units_of_lanes(kColsPerLane<Codec::kBits>, x.unit);
-  const uint8_t* data = x.data + m0 * row_bytes;
-  const float* scale = x.scale + m0 * units;
-  const float* sum = x.sum + m0 * units;
+// y[r - begin] += for the rows [begin, end) of w. `factor`: units + 16 floats.
+template <class Codec, Operand kOperand, bool kShifted>
+static void multiply_rows_with(const PackedView& w, const Activations& x, Codec codec,
+                               OperandRange range, int64_t begin, int64_t end, float* factor,
+                               float* y) {
+  const int64_t units = x.units, units_per_block = x.layout->block_cols / x.unit;
+  const int64_t block_bytes = x.layout->block_bytes;
   const int64_t whole = whole_blocks<Codec>(w), blocks = x.blocks;
   const bool own_table = w.family == Family::kLearnedCodebook && w.scale_row_stride != 0;
+  int32_t unit_of_lane[16];
+  for (int64_t i = 0; i < 16; ++i)
+    unit_of_lane[i] = static_cast<int32_t>(i * kColsPerLane<Codec::kBits> / x.unit);
+  const I lanes = load_i(unit_of_lane);
   for (int64_t r = begin; r < end; ++r) {
     if (own_table) range = codec.prepare(w, r);
-    F sums[M];
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) sums[i] = zero();
+    F sum = zero();
     for_each_unit<Codec::kBits, kShifted>(
         w, r, x.unit, units, range, [&](int64_t u, F factors, F shifts) {
-#pragma GCC unroll 4
-          for (int i = 0; i < M; ++i) {
-            store(factor + i * padded + u, mul(factors, load(scale + i * units + u)));
-            if constexpr (kShifted) {
-              sums[i] = sub(sums[i], mul(shifts, load(sum + i * units + u)));
-            }
-          }
+          store(factor + u, mul(factors, load(x.scale + u)));
+          if constexpr (kShifted) sum = sub(sum, mul(shifts, load(x.sum + u)));
         });
     const uint8_t* row = w.codes + r * w.row_bytes;
     const auto take = [&](const Stored& codes, int64_t b) {
-      I products[M];
-      dot_block<Codec, kOperand, M>(codec, codes, data + b * block_stride, row_bytes, products);
-#pragma GCC unroll 4
-      for (int i = 0; i < M; ++i) {
-        const F factors = lookup(load(factor + i * padded + b * units_per_block), lanes);
-        sums[i] = fma(to_float(products[i]), factors, sums[i]);
-      }
+      const I products = dot_block<Codec, kOperand>(codec, codes, x.data + b * block_bytes);
+      sum = fma(to_float(products), lookup(load(factor + b * units_per_block), lanes), sum);
     };
     int64_t b = 0;
-    for (; b < whole; ++b) take(load_stored<Codec>(w, row, b), b);
+    for (; b < whole; ++b) {
+      ask_ahead<Codec>(w, row, b);
+      take(load_stored<Codec>(w, row, b), b);
+    }
     if (b < blocks) take(load_stored_tail<Codec>(w, row, b), b);
-#pragma GCC unroll 4
-    for (int i = 0; i < M; ++i) y[(m0 + i) * ldy + r - begin] += reduce_add(sums[i]);
+    y[r - begin] += reduce_add(sum);
   }
 }
 
 template <class Codec, Operand kOperand>
-static void multiply_rows_with(const PackedView& w, const Activations& x, int64_t begin,
-                               int64_t end, float* factor, float* y, int64_t ldy) {
+static inline void multiply_rows_as(const PackedView& w, const Activations& x, int64_t begin,
+                                    int64_t end, float* factor, float* y) {
   Codec codec;
   const OperandRange range = codec.prepare(w, begin);
-  const bool shifted = has_shift<Codec::kBits>(w, range.offset);
-  const auto pass = [&](auto rows, int64_t m) {
-    constexpr int kRows = decltype(rows)::value;
-    if (shifted) {
-      multiply_rows_by<Codec, kOperand, kRows, true>(w, x, codec, range, m, begin, end, factor, y,
-                                                     ldy);
-    } else {
-      multiply_rows_by<Codec, kOperand, kRows, false>(w, x, codec, range, m, begin, end, factor,
-                                                      y, ldy);
-    }
-  };
-  int64_t m = 0;
-  for (; m + 4 <= x.rows; m += 4) pass(Count<4>(), m);
-  if (x.rows - m == 3) pass(Count<3>(), m);
-  if (x.rows - m == 2) pass(Count<2>(), m);
-  if (x.rows - m == 1) pass(Count<1>(), m);
+  (has_shift<Codec::kBits>(w, range.offset) ? multiply_rows_with<Codec, kOperand, true>
+                                            : multiply_rows_with<Codec, kOperand, false>)(
+      w, x, codec, range, begin, end, factor, y);
 }

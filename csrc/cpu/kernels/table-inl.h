@@ -27,18 +27,18 @@ static inline void with_codec(const PackedView& w, Operand operand, const Take& 
 }
 
 static void multiply_rows(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
-                          float* scratch, float* y, int64_t ldy) {
+                          float* scratch, float* y) {
   const Operand operand = x.layout->operand;
   with_codec(w, operand, [&](auto codec) {
     using Codec = decltype(codec);
     if constexpr (Codec::kWords) {
-      multiply_rows_with<Codec, Operand::kWords>(w, x, begin, end, scratch, y, ldy);
+      multiply_rows_as<Codec, Operand::kWords>(w, x, begin, end, scratch, y);
     } else {
       if constexpr (!Codec::kTable) {
         if (operand == Operand::kTwoBytes)
-          return multiply_rows_with<Codec, Operand::kTwoBytes>(w, x, begin, end, scratch, y, ldy);
+          return multiply_rows_as<Codec, Operand::kTwoBytes>(w, x, begin, end, scratch, y);
       }
-      multiply_rows_with<Codec, Operand::kBytes>(w, x, begin, end, scratch, y, ldy);
+      multiply_rows_as<Codec, Operand::kBytes>(w, x, begin, end, scratch, y);
     }
   });
 }

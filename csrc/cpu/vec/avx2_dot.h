@@ -13,6 +13,9 @@ static inline void store_i(void* p, I x) {
   _mm256_storeu_si256(at, x.a);
   _mm256_storeu_si256(at + 1, x.b);
 }
+static inline I load_half_i(const void* p) {
+  return {_mm256_loadu_si256(static_cast<const __m256i*>(p)), _mm256_setzero_si256()};
+}
 static inline I load_bytes(const uint8_t* p, int64_t n) {
   if (n >= 64) return load_i(p);
   alignas(32) uint8_t copy[64] = {};
@@ -145,8 +148,8 @@ static inline F abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
-static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
-static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
+[[gnu::always_inline]] static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
+[[gnu::always_inline]] static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 // Loads and inserts: a gather takes half as long again.
 static inline __m128 pick_four(const float* table, const uint8_t* at) {
   __m128 v = _mm_load_ss(table + at[0]);

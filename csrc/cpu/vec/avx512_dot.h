@@ -6,6 +6,9 @@ constexpr bool kExpandingCosts = false;
 
 static inline I load_i(const void* p) { return _mm512_loadu_si512(p); }
 static inline void store_i(void* p, I x) { _mm512_storeu_si512(p, x); }
+static inline I load_half_i(const void* p) {
+  return _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+}
 static inline I load_bytes(const uint8_t* p, int64_t n) {
   return _mm512_maskz_loadu_epi8(n >= 64 ? ~0ull : (1ull << n) - 1, p);
 }
@@ -123,8 +126,8 @@ static inline I dot_bytes_with(I sum, I w, const void* p) {
 }
 static inline I bits_of(F x) { return _mm512_castps_si512(x); }
 static inline F abs(F x) { return _mm512_abs_ps(x); }
-static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
-static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
+[[gnu::always_inline]] static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
+[[gnu::always_inline]] static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 // Loads and inserts: a gather takes half as long again.
 static inline __m128 pick_four(const float* table, const uint8_t* at) {
   __m128 v = _mm_load_ss(table + at[0]);

@@ -30,6 +30,12 @@ static inline I load_i(const void* p) {
   return r;
 }
 static inline void store_i(void* p, I x) { memcpy(p, x.lane, sizeof x.lane); }
+// The first 32 bytes; anything after them.
+static inline I load_half_i(const void* p) {
+  I r = zero_i();
+  memcpy(r.lane, p, 32);
+  return r;
+}
 // The first n bytes, or all 64; zeros after them.
 static inline I load_bytes(const uint8_t* p, int64_t n) {
   I r = zero_i();
@@ -175,8 +181,9 @@ static inline F abs(F x) {
   BITFOLD_LANES x.lane[i] = x.lane[i] < 0.0f ? -x.lane[i] : x.lane[i];
   return x;
 }
-static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-static inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+// Inlined by force: g++ drops calls to what does nothing but prefetch.
+[[gnu::always_inline]] static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
+[[gnu::always_inline]] static inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 // Sixteen entries of a table, by bytes.
 static inline F pick(const float* table, const uint8_t* at) {
   F r;
