@@ -73,8 +73,7 @@ Activations describe_activations(const PackedView& w, Operand operand, Walk walk
   switch (operand) {
     case Operand::kWords:
       x.limit = 32767.0f;
-      // Rounding may add half a step per column.
-      if (w.family != Family::kInteger) x.sum_limit = 262143.0f - 32.0f;
+      if (w.family != Family::kInteger) x.sum_limit = static_cast<float>(kSumLimit);
       break;
     case Operand::kTwoBytes:
       x.limit = 32639.0f;  // 127 * 256 + 127

@@ -28,7 +28,7 @@ struct WordCodec {
   static constexpr bool kWords = true;
   static constexpr bool kSmall = false;  // of bytes only
   static constexpr int kParts = kColsPerLane<Bits> / 2;
-  WordTable table;
+  WordTable table{};
 
   static I spread(I bytes) { return widen_bytes(bytes); }
 
@@ -86,7 +86,7 @@ struct ByteCodec {
   static constexpr bool kTable = kLookUp;
   static constexpr int kParts = kColsPerLane<Bits> / 4;
   static constexpr bool kSmall = Bits < 8 && !kTable;
-  ByteTable table;
+  ByteTable table{};
 
   static I spread(I bytes) {
     // Of the four bits of each byte of codes, the first half of a byte goes to the first of two.
