@@ -14,6 +14,7 @@ set(BITFOLD_CORE_SOURCES
 )
 
 set(BITFOLD_CPU_SOURCES
+  csrc/cpu/dequantize.cc
   csrc/cpu/isa.cc
   csrc/cpu/linear.cc
 )
@@ -57,6 +58,7 @@ set(BITFOLD_CPP_TESTS
 )
 set(BITFOLD_CPP_PER_ISA_TESTS
   cpu/decode
+  cpu/dequantize
   cpu/gemm
   cpu/linear
   cpu/quantize_kernels

@@ -15,7 +15,6 @@ struct Tile {
 constexpr Tile kWideTile = {64, 512};
 constexpr Tile kStreamTile = {8, 4096};
 constexpr int64_t kFewActivations = 16;
-constexpr int64_t kPieceCols = 512;  // a row on its way to half or bfloat16
 
 constexpr int64_t kBatchRows =
     1024;  // activations widened to float at a time: bounds scratch for huge batches
@@ -57,35 +56,7 @@ const void* advance(const void* data, FloatType dtype, int64_t elements) {
   return static_cast<const char*>(data) + elements * (dtype == FloatType::kFloat32 ? 4 : 2);
 }
 
-// One row of the result, decoded piecewise.
-void decode_row(const KernelTable& k, const PackedView& w, int64_t row, FloatType dtype,
-                void* out) {
-  if (dtype == FloatType::kFloat32) return k.decode(w, row, 0, w.cols, static_cast<float*>(out));
-  float piece[kPieceCols];
-  for (int64_t col = 0; col < w.cols; col += kPieceCols) {
-    const int64_t n = std::min(kPieceCols, w.cols - col);
-    k.decode(w, row, col, n, piece);
-    k.from_float(piece, n, dtype, advance(out, dtype, col));
-  }
-}
-
 }  // namespace
-
-void dequantize(const KernelTable& k, const PackedView& w, FloatType dtype, void* out,
-                const Parallel& parallel) {
-  parallel(w.rows, grain_for(w.cols), [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      decode_row(k, w, r, dtype, advance(out, dtype, r * w.cols));
-  });
-}
-
-void embedding(const KernelTable& k, const PackedView& w, const int64_t* indices, int64_t count,
-               FloatType dtype, void* out, const Parallel& parallel) {
-  parallel(count, grain_for(w.cols), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      decode_row(k, w, indices[i], dtype, advance(out, dtype, i * w.cols));
-  });
-}
 
 void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m, const void* bias,
             FloatType dtype, void* y, const Parallel& parallel) {

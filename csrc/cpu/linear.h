@@ -1,4 +1,4 @@
-// Everything that reads a packed weight. Weights are decoded a tile at a time into scratch that
+// Products with a packed weight. Weights are decoded a tile at a time into scratch that
 // stays in cache; no function here ever holds a float copy of more than 32768 weights per thread.
 #pragma once
 
@@ -8,10 +8,6 @@
 
 namespace bitfold {
 
-// out [rows, cols] in `dtype`, contiguous.
-void dequantize(const KernelTable& k, const PackedView& w, FloatType dtype, void* out,
-                const Parallel& parallel);
-
 // y [m, w.rows] = x [m, w.cols] * w^T + bias [w.rows] or null; x, y and bias contiguous, of the
 // same dtype; fp32 accumulation.
 void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m, const void* bias,
@@ -20,9 +16,5 @@ void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
 // gx [m, w.cols] = g [m, w.rows] * w; contiguous, same dtype.
 void linear_grad_input(const KernelTable& k, const PackedView& w, const void* g, int64_t m,
                        FloatType dtype, void* gx, const Parallel& parallel);
-
-// out[i, :] = w[indices[i], :]; indices must have been checked against w.rows.
-void embedding(const KernelTable& k, const PackedView& w, const int64_t* indices, int64_t count,
-               FloatType dtype, void* out, const Parallel& parallel);
 
 }  // namespace bitfold

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "cpu/linear.h"
+#include "cpu/dequantize.h"
 #include "torch/checks.h"
 
 namespace bitfold::binding {
