@@ -44,39 +44,54 @@ float inverse_of(float scale) {
   return 1.0f / (scale < 0.0f ? std::min(scale, -1e-38f) : std::max(scale, 1e-38f));
 }
 
-int choose_exponent(const float* values, int64_t n) {
-  float largest = 0.0f, smallest = INFINITY;
+void MagnitudeRange::add(const float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const float magnitude = std::fabs(values[i]);
     largest = std::max(largest, magnitude);
     if (magnitude > 0.0f) smallest = std::min(smallest, magnitude);
   }
-  if (largest == 0.0f || (smallest >= kSmallestNormalHalf && largest <= kLargestHalf)) return 0;
+}
+
+void MagnitudeRange::add(const MagnitudeRange& other) {
+  largest = std::max(largest, other.largest);
+  smallest = std::min(smallest, other.smallest);
+}
+
+int choose_exponent(const MagnitudeRange& range) {
+  if (range.largest == 0.0f ||
+      (range.smallest >= kSmallestNormalHalf && range.largest <= kLargestHalf))
+    return 0;
   // The largest lands in [2^14, 2^15): 28 binades of normals below it, and no overflow. Kept where
   // 2^e is itself a normal float.
-  return std::clamp(std::ilogb(largest) - 14, -126, 127);
+  return std::clamp(std::ilogb(range.largest) - 14, -126, 127);
 }
 
 void encode_halves(const float* values, int64_t n, int exponent, uint16_t* halves) {
   for (int64_t i = 0; i < n; ++i) halves[i] = float_to_half(std::ldexp(values[i], -exponent));
 }
 
-void double_quantize(const float* scales, int64_t n, uint8_t* codes, float* absmax, float* offset) {
+void double_quantize(const float* scales, int64_t n, uint8_t* codes, float* absmax, float* offset,
+                     const Parallel& parallel) {
+  // Serial, in order: an addition a scale, the 64th part of what reading the weights takes.
   double sum = 0.0;
   for (int64_t i = 0; i < n; ++i) sum += scales[i];
-  *offset = n > 0 ? static_cast<float>(sum / static_cast<double>(n)) : 0.0f;
+  const float mean = n > 0 ? static_cast<float>(sum / static_cast<double>(n)) : 0.0f;
+  *offset = mean;
 
-  for (int64_t begin = 0; begin < n; begin += kDoubleQuantBlock) {
-    const int64_t end = std::min(begin + kDoubleQuantBlock, n);
-    float largest = 0.0f;
-    for (int64_t i = begin; i < end; ++i)
-      largest = std::max(largest, std::fabs(scales[i] - *offset));
-    absmax[begin / kDoubleQuantBlock] = largest;
-    const float inverse = largest > 0.0f ? 1.0f / std::max(largest, 1e-38f) : 0.0f;
-    for (int64_t i = begin; i < end; ++i) {
-      codes[i] = nearest_code((scales[i] - *offset) * inverse);
+  constexpr int64_t kGrainBlocks = 64;
+  const int64_t blocks = (n + kDoubleQuantBlock - 1) / kDoubleQuantBlock;
+  parallel(blocks, kGrainBlocks, [&](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * kDoubleQuantBlock;
+      const int64_t end = std::min(begin + kDoubleQuantBlock, n);
+      float largest = 0.0f;
+      for (int64_t i = begin; i < end; ++i)
+        largest = std::max(largest, std::fabs(scales[i] - mean));
+      absmax[block] = largest;
+      const float inverse = largest > 0.0f ? 1.0f / std::max(largest, 1e-38f) : 0.0f;
+      for (int64_t i = begin; i < end; ++i) codes[i] = nearest_code((scales[i] - mean) * inverse);
     }
-  }
+  });
 }
 
 void double_dequantize(const uint8_t* codes, const float* absmax, float offset, int64_t n,

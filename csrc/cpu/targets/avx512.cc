@@ -11,10 +11,12 @@ namespace bitfold::avx512 {
 
 // Order matters: names first, bodies in terms of them, then the table of the bodies.
 #include "cpu/vec/avx512.h"
+#include "cpu/vec/x86_pack.h"
 
 #include "cpu/kernels/decode-inl.h"
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/quantize-inl.h"
+#include "cpu/kernels/search-inl.h"
 
 #include "cpu/kernels/table-inl.h"
 

@@ -12,6 +12,7 @@ namespace bitfold::portable {
 #include "cpu/kernels/decode-inl.h"
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/quantize-inl.h"
+#include "cpu/kernels/search-inl.h"
 
 #include "cpu/kernels/table-inl.h"
 

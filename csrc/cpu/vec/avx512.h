@@ -15,6 +15,7 @@ static inline F add(F x, F y) { return _mm512_add_ps(x, y); }
 static inline F sub(F x, F y) { return _mm512_sub_ps(x, y); }
 static inline F mul(F x, F y) { return _mm512_mul_ps(x, y); }
 static inline F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+static inline F div(F x, F y) { return _mm512_div_ps(x, y); }
 static inline F min(F x, F y) { return _mm512_min_ps(x, y); }
 static inline F max(F x, F y) { return _mm512_max_ps(x, y); }
 static inline F round_even(F x) {
@@ -27,17 +28,34 @@ static inline float reduce_add(F x) {
   const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
-static inline I zero_i() { return _mm512_setzero_si512(); }
-static inline I count_above(I n, F x, F pivot) {
-  return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(x, pivot, _CMP_GT_OQ), n,
-                               _mm512_set1_epi32(1));
+// Four such sums at once: the halves of registers that hold different vectors are added together.
+static inline void reduce_add4(F x, F y, F z, F w, float* out) {
+  const F xy = add(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+  const F zw = add(_mm512_shuffle_f32x4(z, w, 0x44), _mm512_shuffle_f32x4(z, w, 0xee));
+  const F quads = add(_mm512_shuffle_f32x4(xy, zw, 0x88), _mm512_shuffle_f32x4(xy, zw, 0xdd));
+  const F pairs = add(quads, _mm512_permute_ps(quads, 0x4e));
+  const F sums = add(pairs, _mm512_movehdup_ps(pairs));
+  const __m512i first_of_each = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(first_of_each, sums)));
 }
+static inline float reduce_min(F x) { return _mm512_reduce_min_ps(x); }
+static inline float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
+static inline F abs(F x) { return _mm512_abs_ps(x); }
+static inline F select_above(F x, F y, F yes, F no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), no, yes);
+}
+static inline I zero_i() { return _mm512_setzero_si512(); }
+static inline I set_bit_above(I n, F x, F y, int bit) {
+  return _mm512_mask_or_epi32(n, _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), n, _mm512_set1_epi32(bit));
+}
+static inline I load_int(const int* p) { return _mm512_loadu_si512(p); }
 static inline I to_int(F x) { return _mm512_cvttps_epi32(x); }
 static inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 static inline F lookup(F table, I at) { return _mm512_permutexvar_ps(at, table); }
-static inline void store_bytes(uint8_t* p, I x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
-}
+static inline F lookup8(F table, I at) { return lookup(table, at); }
+static inline I lookup_int(I table, I at) { return _mm512_permutexvar_epi32(at, table); }
+
+static inline __m128i bytes_of(I x) { return _mm512_cvtepi32_epi8(x); }
 
 // Every 32-bit lane gets the byte that holds its code (broadcast, then a byte shuffle that zeroes
 // the rest), shifted to the end.
