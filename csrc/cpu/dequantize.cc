@@ -1,11 +1,17 @@
 #include "cpu/dequantize.h"
 
 #include <algorithm>
+#include <atomic>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace bitfold {
 namespace {
 
-constexpr int64_t kPieceCols = 512;  // a row on its way to half or bfloat16
+// A result of this size would push everything else out of the caches and not stay there itself.
+constexpr int64_t kStreamBytes = int64_t{1} << 24;
 
 // A range handed to one thread should decode at least this many weights, or starting it costs more
 // than it saves.
@@ -19,25 +25,31 @@ void* advance(void* data, FloatType dtype, int64_t elements) {
   return static_cast<char*>(data) + elements * (dtype == FloatType::kFloat32 ? 4 : 2);
 }
 
-// One row of the result, decoded piecewise.
-void decode_row(const KernelTable& k, const PackedView& w, int64_t row, FloatType dtype,
-                void* out) {
-  if (dtype == FloatType::kFloat32) return k.decode(w, row, 0, w.cols, static_cast<float*>(out));
-  float piece[kPieceCols];
-  for (int64_t col = 0; col < w.cols; col += kPieceCols) {
-    const int64_t n = std::min(kPieceCols, w.cols - col);
-    k.decode(w, row, col, n, piece);
-    k.from_float(piece, n, dtype, advance(out, dtype, col));
-  }
+// Fresh memory costs a page fault and the zeroing of a page at its first touch, for small pages
+// several times what decoding costs. A hint only: failure leaves small pages.
+void prefer_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 1 << 21;
+  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
+  const auto end =
+      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
 }
 
 }  // namespace
 
 void dequantize(const KernelTable& k, const PackedView& w, FloatType dtype, void* out,
                 const Parallel& parallel) {
+  const int64_t out_bytes = w.rows * w.cols * (dtype == FloatType::kFloat32 ? 4 : 2);
+  const bool stream = out_bytes >= kStreamBytes;
+  if (stream) prefer_huge_pages(out, out_bytes);
   parallel(w.rows, row_grain(w.cols), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      decode_row(k, w, r, dtype, advance(out, dtype, r * w.cols));
+      k.decode_row(w, r, dtype, advance(out, dtype, r * w.cols), stream);
+    if (stream) std::atomic_thread_fence(std::memory_order_seq_cst);
   });
 }
 
@@ -45,7 +57,7 @@ void embedding(const KernelTable& k, const PackedView& w, const int64_t* indices
                FloatType dtype, void* out, const Parallel& parallel) {
   parallel(count, row_grain(w.cols), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      decode_row(k, w, indices[i], dtype, advance(out, dtype, i * w.cols));
+      k.decode_row(w, indices[i], dtype, advance(out, dtype, i * w.cols), /*stream=*/false);
   });
 }
 

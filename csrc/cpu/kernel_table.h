@@ -60,6 +60,9 @@ struct KernelTable {
   // out[n] = w[row, col .. col + n); col a multiple of 16.
   void (*decode)(const PackedView& view, int64_t row, int64_t col, int64_t n, float* out);
 
+  // The whole row in `dtype`; `stream` writes around the caches (others see it after a fence).
+  void (*decode_row)(const PackedView& view, int64_t row, FloatType dtype, void* out, bool stream);
+
   // Contiguous spans between float and half / bfloat16 bits (or a copy for float32).
   void (*to_float)(const void* source, FloatType dtype, int64_t n, float* out);
   void (*from_float)(const float* source, int64_t n, FloatType dtype, void* out);

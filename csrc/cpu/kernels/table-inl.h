@@ -6,6 +6,7 @@ const KernelTable table = {
     .fit = fit,
     .encode = encode,
     .decode = decode,
+    .decode_row = decode_row,
     .to_float = span_to_float,
     .from_float = span_from_float,
     .gemm_nt = gemm_nt,

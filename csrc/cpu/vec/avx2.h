@@ -157,10 +157,12 @@ static inline F load_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
+static inline __m256i half_bits(F x) {
+  return _mm256_set_m128i(_mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT),
+                          _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+}
 static inline void store_half(uint16_t* p, F x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8),
-                   _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half_bits(x));
 }
 
 static inline __m256 widen_bfloat16(const uint16_t* p) {
@@ -178,7 +180,21 @@ static inline __m256i narrow_bfloat16(__m256 x) {
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
 }
-static inline void store_bfloat16(uint16_t* p, F x) {
+static inline __m256i bfloat16_bits(F x) {
   const __m256i words = _mm256_packus_epi32(narrow_bfloat16(x.a), narrow_bfloat16(x.b));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
+  return _mm256_permute4x64_epi64(words, 0xd8);
+}
+static inline void store_bfloat16(uint16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+}
+
+static inline void stream(float* p, F x) {
+  _mm256_stream_ps(p, x.a);
+  _mm256_stream_ps(p + 8, x.b);
+}
+static inline void stream_half(uint16_t* p, F x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half_bits(x));
+}
+static inline void stream_bfloat16(uint16_t* p, F x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
 }

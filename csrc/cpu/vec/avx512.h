@@ -92,8 +92,9 @@ static inline I add_bit2(I code, const uint8_t* p) {
 static inline F load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+static inline __m256i half_bits(F x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 static inline void store_half(uint16_t* p, F x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half_bits(x));
 }
 
 static inline F load_bfloat16(const uint16_t* p) {
@@ -101,12 +102,26 @@ static inline F load_bfloat16(const uint16_t* p) {
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
-static inline void store_bfloat16(uint16_t* p, F x) {
+static inline __m256i bfloat16_bits(F x) {
   const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512i quiet = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16)));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i upper_half =
+      _mm512_setr_epi32(0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015,
+                        0x001b0019, 0x001f001d, 0, 0, 0, 0, 0, 0, 0, 0);
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper_half, rounded));
+}
+static inline void store_bfloat16(uint16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+}
+
+static inline void stream(float* p, F x) { _mm512_stream_ps(p, x); }
+static inline void stream_half(uint16_t* p, F x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half_bits(x));
+}
+static inline void stream_bfloat16(uint16_t* p, F x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
 }

@@ -197,4 +197,9 @@ static inline void store_bfloat16(uint16_t* p, F a) {
   BITFOLD_LANES p[i] = float_to_bfloat16(a.lane[i]);
 }
 
+// Stores around the caches, where a target has them; p on a multiple of the vector's size.
+static inline void stream(float* p, F a) { store(p, a); }
+static inline void stream_half(uint16_t* p, F a) { store_half(p, a); }
+static inline void stream_bfloat16(uint16_t* p, F a) { store_bfloat16(p, a); }
+
 #undef BITFOLD_LANES
