@@ -22,19 +22,15 @@ struct Encoding {
   const Codebook* book;  // null for integer grids
 };
 
-struct ScaleChoice {
-  float scale;
-  float zero;  // a codebook has none
-};
+// Spans of weights are tried sixteen at a time, each in a lane of its own.
+inline constexpr int kSpanLanes = 16;
 
-// Sums over a span for one choice: the squared error, and what least squares need; w is
-// approximated by d * scale, d the unit decode. w and d are summed for real zero points only.
-struct SpanFit {
-  float error, wd, dd;  // sum (w - d * scale)^2, sum w * d, sum d * d
-  float w, d;           // sum w, sum d
+// Sums over each span: the squared error, and what least squares need; w is approximated by
+// d * scale, d the unit decode. w and d are summed for real zero points only.
+struct SpanFits {
+  float error[kSpanLanes], wd[kSpanLanes], dd[kSpanLanes];  // sum (w - d * scale)^2, w * d, d * d
+  float w[kSpanLanes], d[kSpanLanes];                       // sum w, d
 };
-
-inline constexpr int kMaxChoices = 32;
 
 // A row is cut in spans of `group` weights (a multiple of 16, or the whole row), each with its own
 // scale.
@@ -47,11 +43,16 @@ struct KernelTable {
   void (*choices)(const Encoding& encoding, int64_t n, const float* low, const float* high,
                   const float* shrink_low, const float* shrink_high, float* scale, float* zero);
 
-  // errors[i] = squared error of the span for (scale[i], zero[i]), i < count <= kMaxChoices;
-  // infinite where that is no choice (scale not positive and finite, zero point beyond 2048).
-  void (*errors)(const Encoding& encoding, const float* w, int64_t n, int64_t count,
+  // block[16 * j + lane] = spans[lane][j], j < n.
+  void (*interleave)(const float* const* spans, int64_t n, float* block);
+  // errors[16 * c + lane] = squared error of the lane's span for the choice (scale, zero) in the
+  // same place, c < count; infinite where that is none (scale not positive and finite, zero point
+  // beyond 2048).
+  void (*errors)(const Encoding& encoding, const float* block, int64_t n, int64_t count,
                  const float* scale, const float* zero, float* errors);
-  SpanFit (*fit)(const Encoding& encoding, const float* w, int64_t n, ScaleChoice choice);
+  // One choice for each lane.
+  void (*fit)(const Encoding& encoding, const float* block, int64_t n, const float* scale,
+              const float* zero, SpanFits* fits);
 
   // One packed row from scale[g] and zero[g] (null for codebooks).
   void (*encode)(const Encoding& encoding, const float* w, int64_t n, int64_t group,

@@ -4,15 +4,15 @@
 #include <cmath>
 #include <vector>
 
-#include "core/float16.h"
-
 namespace bitfold {
 namespace {
 
 constexpr int kSymmetricSteps = 16;  // geometric, from the whole range down to `floor`
 constexpr int kRangeSteps = 5;       // per end of an asymmetric range: 25 pairs
 constexpr int kRefinements = 3;
-static_assert(kSymmetricSteps <= kMaxChoices && kRangeSteps * kRangeSteps <= kMaxChoices);
+constexpr int kMaxChoices = kRangeSteps * kRangeSteps;
+static_assert(kSymmetricSteps <= kMaxChoices);
+constexpr int kLanes = kSpanLanes;
 
 // How far a range may be clipped: the fewer levels, the more it pays. On 2^20 Gaussian draws the
 // optimum lies well inside.
@@ -24,11 +24,11 @@ float range_floor(int bits) { return bits >= 8 ? 0.95f : bits == 4 ? 0.6f : 0.4f
 // The factors to try, the whole range first.
 struct Shrinks {
   int count = 0;
-  float low[kMaxChoices], high[kMaxChoices];
+  float low[kMaxChoices][kLanes], high[kMaxChoices][kLanes];  // the same in all lanes
 
   void add(float shrink_low, float shrink_high) {
-    low[count] = shrink_low;
-    high[count++] = shrink_high;
+    std::fill_n(low[count], kLanes, shrink_low);
+    std::fill_n(high[count++], kLanes, shrink_high);
   }
 };
 
@@ -47,33 +47,25 @@ Shrinks shrinks_for(int bits, bool asymmetric) {
   return shrinks;
 }
 
-// The first of the smallest. Errors are not negative, so their bits ascend as they do, and a NaN
-// comes last; bits above an index make one number whose minimum takes no unforeseeable branch.
-int index_of_least(const float* errors, int count) {
-  if (std::isnan(errors[0])) return 0;
-  uint64_t least = ~uint64_t{0};
-  for (int i = 0; i < count; ++i) {
-    least = std::min(least, uint64_t{bits_from_float(errors[i])} << 32 | static_cast<uint64_t>(i));
-  }
-  return static_cast<int>(least & 0xffffffffu);
-}
-
 // Least squares for fixed codes: one unknown (scale), or two (scale and a real zero point).
-ScaleChoice least_squares(const Encoding& encoding, int64_t n, const ScaleChoice& from,
-                          const SpanFit& sums) {
-  if (encoding.zero != Zero::kFloat) {
-    return {sums.dd > 0.0f ? sums.wd / sums.dd : 0.0f, from.zero};
-  }
+void least_squares(const Encoding& encoding, int64_t n, const SpanFits& sums, float* scales,
+                   float* zeros) {
   const double count = static_cast<double>(n);
-  const double mean_d = sums.d / count, mean_w = sums.w / count;
-  const double variance = sums.dd / count - mean_d * mean_d;
-  const double scale = variance > 0.0 ? (sums.wd / count - mean_d * mean_w) / variance : 0.0;
-  if (!(scale > 0.0)) return {0.0f, 0.0f};
-  return {static_cast<float>(scale), static_cast<float>(from.zero + mean_d - mean_w / scale)};
+  for (int i = 0; i < kLanes; ++i) {
+    if (encoding.zero != Zero::kFloat) {
+      scales[i] = sums.dd[i] > 0.0f ? sums.wd[i] / sums.dd[i] : 0.0f;
+      continue;
+    }
+    const double mean_d = sums.d[i] / count, mean_w = sums.w[i] / count;
+    const double variance = sums.dd[i] / count - mean_d * mean_d;
+    const double scale = variance > 0.0 ? (sums.wd[i] / count - mean_d * mean_w) / variance : 0.0;
+    scales[i] = scale > 0.0 ? static_cast<float>(scale) : 0.0f;
+    zeros[i] = scale > 0.0 ? static_cast<float>(zeros[i] + mean_d - mean_w / scale) : 0.0f;
+  }
 }
 
-bool is_choice(const ScaleChoice& choice) {
-  return choice.scale > 0.0f && std::isfinite(choice.scale) && std::fabs(choice.zero) <= 2048.0f;
+bool is_choice(float scale, float zero) {
+  return scale > 0.0f && std::isfinite(scale) && std::fabs(zero) <= 2048.0f;
 }
 
 }  // namespace
@@ -89,67 +81,62 @@ void round_scales(const KernelTable& k, const Encoding& encoding, int64_t groups
 }
 
 void search_scales(const KernelTable& k, const Encoding& encoding, const GroupProbe& probe,
-                   int64_t groups, const float* low, const float* high, float* scale, float* zero) {
+                   const float* low, const float* high, float* scale, float* zero) {
   const bool asymmetric = encoding.zero == Zero::kInt || encoding.zero == Zero::kFloat;
-  static const Shrinks kShrinks[2][9] = {{{},
-                                          {},
-                                          shrinks_for(2, false),
-                                          shrinks_for(3, false),
-                                          shrinks_for(4, false),
-                                          {},
-                                          {},
-                                          {},
-                                          shrinks_for(8, false)},
-                                         {{},
-                                          {},
-                                          shrinks_for(2, true),
-                                          shrinks_for(3, true),
-                                          shrinks_for(4, true),
-                                          {},
-                                          {},
-                                          {},
-                                          shrinks_for(8, true)}};
-  const Shrinks& shrinks = kShrinks[asymmetric ? 1 : 0][encoding.bits];
-
-  struct Active {  // a group that least squares may still improve
-    int64_t group;
-    float error;
-    SpanFit sums;
-  };
-  std::vector<Active> active;
-  active.reserve(static_cast<size_t>(groups));
-  for (int64_t g = 0; g < groups; ++g) {
-    float lows[kMaxChoices], highs[kMaxChoices];
-    float scales[kMaxChoices], zeros[kMaxChoices], errors[kMaxChoices];
-    std::fill_n(lows, shrinks.count, low[g]);
-    std::fill_n(highs, shrinks.count, high[g]);
-    k.choices(encoding, shrinks.count, lows, highs, shrinks.low, shrinks.high, scales, zeros);
-    int best = 0;
-    if (scales[0] > 0.0f) {  // else all weights are zero, or too small for a float's range
-      probe.errors(g, shrinks.count, scales, zeros, errors);
-      best = index_of_least(errors, shrinks.count);
-      active.push_back({g, errors[best], {}});
+  static const std::vector<Shrinks> kShrinks = [] {
+    std::vector<Shrinks> all;
+    for (int bits = 0; bits <= 8; ++bits) {
+      all.push_back(shrinks_for(bits, false));
+      all.push_back(shrinks_for(bits, true));
     }
-    scale[g] = scales[best];
-    zero[g] = zeros[best];
+    return all;
+  }();
+  const Shrinks& shrinks = kShrinks[static_cast<size_t>(2 * encoding.bits + (asymmetric ? 1 : 0))];
+
+  float scales[kMaxChoices][kLanes], zeros[kMaxChoices][kLanes], errors[kMaxChoices][kLanes];
+  for (int c = 0; c < shrinks.count; ++c) {
+    k.choices(encoding, kLanes, low, high, shrinks.low[c], shrinks.high[c], scales[c], zeros[c]);
+  }
+  probe.errors(shrinks.count, scales[0], zeros[0], errors[0]);
+  float least[kLanes];
+  int best[kLanes] = {};
+  std::copy_n(errors[0], kLanes, least);
+  for (int c = 1; c < shrinks.count; ++c) {
+    for (int i = 0; i < kLanes; ++i) {
+      best[i] = errors[c][i] < least[i] ? c : best[i];
+      least[i] = errors[c][i] < least[i] ? errors[c][i] : least[i];
+    }
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    scale[i] = scales[best[i]][i];
+    zero[i] = zeros[best[i]][i];
   }
 
-  // One step of all groups after the other: what a group's step waits for is hidden by the others.
-  for (Active& one : active) one.sums = probe.fit(one.group, {scale[one.group], zero[one.group]});
+  // All weights zero, or too small for the range of a float: nothing to improve.
+  bool active[kLanes];
+  std::transform(scales[0], scales[0] + kLanes, active, [](float s) { return s > 0.0f; });
+  SpanFits sums;
+  probe.fit(scale, zero, &sums);
   for (int step = 0; step < kRefinements; ++step) {
-    size_t kept = 0;
-    for (const Active& one : active) {
-      const int64_t g = one.group;
-      const ScaleChoice next =
-          least_squares(encoding, probe.size(g), {scale[g], zero[g]}, one.sums);
-      if (!is_choice(next)) continue;
-      const SpanFit sums = probe.fit(g, next);
-      if (!(sums.error < one.error)) continue;
-      scale[g] = next.scale;
-      zero[g] = next.zero;
-      active[kept++] = {g, sums.error, sums};
+    float next_scale[kLanes], next_zero[kLanes];
+    std::copy_n(zero, kLanes, next_zero);
+    least_squares(encoding, probe.size(), sums, next_scale, next_zero);
+    for (int i = 0; i < kLanes; ++i) {
+      active[i] = active[i] && is_choice(next_scale[i], next_zero[i]);
+      if (!active[i]) next_scale[i] = scale[i];
     }
-    active.resize(kept);
+    if (std::none_of(active, active + kLanes, [](bool one) { return one; })) return;
+    if (step + 1 < kRefinements) {
+      probe.fit(next_scale, next_zero, &sums);
+    } else {
+      probe.errors(1, next_scale, next_zero, sums.error);
+    }
+    for (int i = 0; i < kLanes; ++i) {
+      active[i] = active[i] && sums.error[i] < least[i];
+      scale[i] = active[i] ? next_scale[i] : scale[i];
+      zero[i] = active[i] ? next_zero[i] : zero[i];
+      least[i] = active[i] ? sums.error[i] : least[i];
+    }
   }
 }
 

@@ -6,24 +6,24 @@
 
 namespace bitfold {
 
-// Groups of weights, wherever they are: spans of a row, or a whole tensor.
+// Up to sixteen groups of equally many weights, wherever they are, one to a lane.
 class GroupProbe {
  public:
   virtual ~GroupProbe() = default;
-  virtual int64_t size(int64_t group) const = 0;
-  // As the kernels of the same names (cpu/kernel_table.h), over the whole group.
-  virtual void errors(int64_t group, int64_t count, const float* scale, const float* zero,
+  virtual int64_t size() const = 0;  // of a group
+  // As the kernels of the same names (cpu/kernel_table.h), over whole groups.
+  virtual void errors(int64_t count, const float* scale, const float* zero,
                       float* errors) const = 0;
-  virtual SpanFit fit(int64_t group, ScaleChoice choice) const = 0;
+  virtual void fit(const float* scale, const float* zero, SpanFits* fits) const = 0;
 };
 
 // scale [groups] and zero [groups] from the extremes low [groups], high [groups].
 void round_scales(const KernelTable& k, const Encoding& encoding, int64_t groups, const float* low,
                   const float* high, float* scale, float* zero);
 
-// Tries shrunken ranges, then alternates least squares for the scale with new codes, never
-// accepting a larger error.
+// The same for the lanes of a probe: tries shrunken ranges, then alternates least squares for the
+// scale with new codes, never accepting a larger error.
 void search_scales(const KernelTable& k, const Encoding& encoding, const GroupProbe& probe,
-                   int64_t groups, const float* low, const float* high, float* scale, float* zero);
+                   const float* low, const float* high, float* scale, float* zero);
 
 }  // namespace bitfold

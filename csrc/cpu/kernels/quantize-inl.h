@@ -98,7 +98,7 @@ struct GridEncoder {
     inverse = inverse_scale;
     zero_point = zero_point_of_span;
   }
-  F level(F w) const { return min(max(round_even(add(mul(w, inverse), zero_point)), zero()), top); }
+  F level(F w) const { return clamp_code(round_even(add(mul(w, inverse), zero_point)), top); }
   F unit(F w) const { return sub(level(w), zero_point); }
   I code(F w) const { return to_int(level(w)); }
 };
@@ -189,7 +189,11 @@ static inline void encode_row(const float* w, int64_t n, int64_t group, const fl
     }
     encoder.use(set1(inverse[g % kAhead]), set1(zero_point ? zero_point[g] : 0.0f));
     const int64_t end = at + group < n ? at + group : n;
-    for (; at + 16 <= end; at += 16) pack<Bits>(encoder.code(load(w + at)), at, row, plane_bytes);
+    for (; at + 16 <= end; at += 16) {
+      // The next row is on its way while this one, in cache since its statistics, is encoded.
+      __builtin_prefetch(w + at + n);
+      pack<Bits>(encoder.code(load(w + at)), at, row, plane_bytes);
+    }
     if (at < end) {
       const int rest = static_cast<int>(end - at);
       pack_tail<Bits>(encoder.code(load_part(w + at, rest)), rest, at, row, plane_bytes);

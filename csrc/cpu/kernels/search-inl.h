@@ -1,103 +1,143 @@
-// What a choice of scale leaves of a span: squared errors and least-squares sums. Included by each
-// target, after quantize-inl.h.
+// What a choice of scale leaves of a span: squared errors and least-squares sums, of sixteen spans
+// at once, one to a lane, so that nothing is ever added across lanes. Included by each target,
+// after quantize-inl.h.
 
-// take(values, mask) for each vector of a span; mask(x) clears the lanes beyond its end, so that
-// they do not count (a mid-rise grid has no zero of its own).
-template <class Take>
-static inline void for_each_vector(const float* w, int64_t n, const Take& take) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) take(load(w + i), [](F x) { return x; });
-  if (i == n) return;
-  const int rest = static_cast<int>(n - i);
-  take(load_part(w + i, rest), [rest](F x) {
-    float lane[16];
-    store(lane, x);
-    return load_part(lane, rest);
-  });
+static void interleave(const float* const* spans, int64_t n, float* block) {
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    for (int lane = 0; lane < 16; lane += 4) transpose4(spans + lane, j, block + 16 * j + lane);
+  }
+  for (; j < n; ++j) {
+    for (int lane = 0; lane < 16; ++lane) block[16 * j + lane] = spans[lane][j];
+  }
 }
 
-// Several choices in one walk over the span: a weight is loaded once, and the sums of different
-// choices do not wait for each other.
-template <int Count, class Encoder>
-static inline void sum_errors(const float* w, int64_t n, const Encoder& encoder, const float* scale,
-                              const float* inverse, const float* zero_point, float* errors) {
-  Encoder encoders[Count];
-  F scales[Count], sum[Count];
-  for (int c = 0; c < Count; ++c) {
-    encoders[c] = encoder;
-    encoders[c].use(set1(inverse[c]), set1(zero_point[c]));
-    scales[c] = set1(scale[c]);
-    sum[c] = zero();
+// Weight j of a span belongs to partial sum j mod 16, and these are added i with i + 8, then + 4,
+// + 2, + 1: the order of sixteen lanes that walk one span.
+constexpr int kParts = 16;
+
+static inline F sum_of_parts(F* part) {
+  for (int step = kParts / 2; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i) part[i] = add(part[i], part[i + step]);
   }
-  for_each_vector(w, n, [&](F v, const auto& mask) {
-    for (int c = 0; c < Count; ++c) {
-      const F off = sub(v, mul(mask(encoders[c].unit(v)), scales[c]));
-      sum[c] = add(sum[c], mul(off, off));
+  return part[0];
+}
+
+// take(part, weights) for each weight of the spans. Four weights of a part follow each other, so
+// that sums stay in registers for a while.
+template <class Begin, class Take, class End>
+__attribute__((always_inline)) static inline void for_each_part(const float* block, int64_t n,
+                                                                const Begin& begin,
+                                                                const Take& take, const End& end) {
+  constexpr int64_t kAtOnce = 4 * kParts;
+  for (int64_t first = 0; first < n; first += kAtOnce) {
+    const int64_t last = first + kAtOnce < n ? first + kAtOnce : n;
+    for (int part = 0; part < kParts && first + part < last; ++part) {
+      begin(part);
+      const float* w = block + 16 * (first + part);
+      if (last - first == kAtOnce) {
+        take(load(w));
+        take(load(w + 16 * kParts));
+        take(load(w + 32 * kParts));
+        take(load(w + 48 * kParts));
+      } else {
+        for (int64_t j = first + part; j < last; j += kParts, w += 16 * kParts) take(load(w));
+      }
+      end(part);
     }
-  });
-  if constexpr (Count == 4) {
-    reduce_add4(sum[0], sum[1], sum[2], sum[3], errors);
-  } else {
-    for (int c = 0; c < Count; ++c) errors[c] = reduce_add(sum[c]);
   }
 }
 
 constexpr float kFarthestZero = 2048.0f;  // where fp16 ceases to resolve whole codes
 
-static void errors(const Encoding& encoding, const float* w, int64_t n, int64_t count,
-                   const float* scale, const float* zero_point, float* errors) {
-  float inverse[kMaxChoices];
-  for (int64_t i = 0; i < count; i += 16) {
-    const int lanes = static_cast<int>(count - i < 16 ? count - i : 16);
+// Several choices in one walk: a weight is loaded once, and the sums of different choices do not
+// wait for each other.
+template <int Count, class Encoder>
+static inline void sum_errors(const float* block, int64_t n, const Encoder& encoder,
+                              const float* scale, const float* zero_point, float* errors) {
+  Encoder encoders[Count];
+  F scales[Count], sum[Count], parts[Count][kParts];
+  for (int c = 0; c < Count; ++c) {
+    scales[c] = load(scale + 16 * c);
+    encoders[c] = encoder;
     // As inverse_of does for positive scales; others are no choices.
-    store_part(inverse + i, div(set1(1.0f), max(load_part(scale + i, lanes), set1(1e-38f))), lanes);
+    encoders[c].use(div(set1(1.0f), max(scales[c], set1(1e-38f))), load(zero_point + 16 * c));
+    for (F& part : parts[c]) part = zero();
   }
+  for_each_part(
+      block, n,
+      [&](int part) __attribute__((always_inline)) {
+        for (int c = 0; c < Count; ++c) sum[c] = parts[c][part];
+      },
+      [&](F v) __attribute__((always_inline)) {
+        for (int c = 0; c < Count; ++c) {
+          const F off = sub(v, mul(encoders[c].unit(v), scales[c]));
+          sum[c] = add(sum[c], mul(off, off));
+        }
+      },
+      [&](int part) __attribute__((always_inline)) {
+        for (int c = 0; c < Count; ++c) parts[c][part] = sum[c];
+      });
+  for (int c = 0; c < Count; ++c) {
+    const F never = set1(__builtin_inff());
+    F error = select_above(scales[c], zero(), sum_of_parts(parts[c]), never);
+    error = select_above(scales[c], set1(kLargestFloat), never, error);
+    error = select_above(abs(load(zero_point + 16 * c)), set1(kFarthestZero), never, error);
+    store(errors + 16 * c, error);
+  }
+}
+
+static void errors(const Encoding& encoding, const float* block, int64_t n, int64_t count,
+                   const float* scale, const float* zero_point, float* errors) {
   with_encoder(encoding, [&](const auto& encoder) {
     int64_t c = 0;
-    for (; c + 4 <= count; c += 4)
-      sum_errors<4>(w, n, encoder, scale + c, inverse + c, zero_point + c, errors + c);
+    for (; c + 4 <= count; c += 4) {
+      sum_errors<4>(block, n, encoder, scale + 16 * c, zero_point + 16 * c, errors + 16 * c);
+    }
     for (; c < count; ++c)
-      sum_errors<1>(w, n, encoder, scale + c, inverse + c, zero_point + c, errors + c);
+      sum_errors<1>(block, n, encoder, scale + 16 * c, zero_point + 16 * c, errors + 16 * c);
   });
-  for (int64_t i = 0; i < count; i += 16) {
-    const int lanes = static_cast<int>(count - i < 16 ? count - i : 16);
-    const F s = load_part(scale + i, lanes), z = load_part(zero_point + i, lanes);
-    const F never = set1(__builtin_inff());
-    F e = load_part(errors + i, lanes);
-    e = select_above(s, zero(), e, never);
-    e = select_above(s, set1(kLargestFloat), never, e);
-    e = select_above(abs(z), set1(kFarthestZero), never, e);
-    store_part(errors + i, e, lanes);
-  }
 }
 
 template <bool kMoments, class Encoder>
-static inline SpanFit fit_with(const float* w, int64_t n, float scale, const Encoder& encoder) {
-  const F s = set1(scale);
-  F error = zero(), wd = zero(), dd = zero(), sum_w = zero(), sum_d = zero();
-  for_each_vector(w, n, [&](F v, const auto& mask) {
-    const F d = mask(encoder.unit(v));
-    const F off = sub(v, mul(d, s));
-    error = add(error, mul(off, off));
-    wd = add(wd, mul(v, d));
-    dd = add(dd, mul(d, d));
-    if constexpr (kMoments) {
-      sum_w = add(sum_w, v);
-      sum_d = add(sum_d, d);
-    }
-  });
-  float sums[4];
-  reduce_add4(error, wd, dd, sum_w, sums);
-  return {sums[0], sums[1], sums[2], sums[3], kMoments ? reduce_add(sum_d) : 0.0f};
+static inline void fit_with(const float* block, int64_t n, F scale, const Encoder& encoder,
+                            SpanFits* fits) {
+  constexpr int kSums = kMoments ? 5 : 3;
+  F sum[kSums], parts[kSums][kParts];
+  for (auto& of_sum : parts) {
+    for (F& part : of_sum) part = zero();
+  }
+  for_each_part(
+      block, n,
+      [&](int part) __attribute__((always_inline)) {
+        for (int s = 0; s < kSums; ++s) sum[s] = parts[s][part];
+      },
+      [&](F v) __attribute__((always_inline)) {
+        const F d = encoder.unit(v);
+        const F off = sub(v, mul(d, scale));
+        sum[0] = add(sum[0], mul(off, off));
+        sum[1] = add(sum[1], mul(v, d));
+        sum[2] = add(sum[2], mul(d, d));
+        if constexpr (kMoments) {
+          sum[3] = add(sum[3], v);
+          sum[4] = add(sum[4], d);
+        }
+      },
+      [&](int part) __attribute__((always_inline)) {
+        for (int s = 0; s < kSums; ++s) parts[s][part] = sum[s];
+      });
+  float* const to[] = {fits->error, fits->wd, fits->dd, fits->w, fits->d};
+  for (int s = 0; s < kSums; ++s) store(to[s], sum_of_parts(parts[s]));
 }
 
-static SpanFit fit(const Encoding& encoding, const float* w, int64_t n, ScaleChoice choice) {
-  const F inverse = set1(inverse_of(choice.scale)), zero_point = set1(choice.zero);
-  SpanFit result{};
+static void fit(const Encoding& encoding, const float* block, int64_t n, const float* scale,
+                const float* zero_point, SpanFits* fits) {
+  float inverse[16];
+  for (int lane = 0; lane < 16; ++lane) inverse[lane] = inverse_of(scale[lane]);
+  const F inverses = load(inverse);
   with_encoder(encoding, [&](auto encoder) {
-    encoder.use(inverse, zero_point);
-    result = encoding.zero == Zero::kFloat ? fit_with<true>(w, n, choice.scale, encoder)
-                                           : fit_with<false>(w, n, choice.scale, encoder);
+    encoder.use(inverses, load(zero_point));
+    encoding.zero == Zero::kFloat ? fit_with<true>(block, n, load(scale), encoder, fits)
+                                  : fit_with<false>(block, n, load(scale), encoder, fits);
   });
-  return result;
 }

@@ -2,6 +2,7 @@
 const KernelTable table = {
     .stats = stats,
     .choices = choices,
+    .interleave = interleave,
     .errors = errors,
     .fit = fit,
     .encode = encode,

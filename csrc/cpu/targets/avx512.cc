@@ -11,7 +11,7 @@ namespace bitfold::avx512 {
 
 // Order matters: names first, bodies in terms of them, then the table of the bodies.
 #include "cpu/vec/avx512.h"
-#include "cpu/vec/x86_pack.h"
+#include "cpu/vec/x86.h"
 
 #include "cpu/kernels/decode-inl.h"
 #include "cpu/kernels/gemm-inl.h"

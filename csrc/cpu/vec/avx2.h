@@ -37,6 +37,7 @@ static inline F fma(F x, F y, F z) {
 static inline F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 static inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 static inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+static inline F clamp_code(F x, F top) { return min(max(x, zero()), top); }
 static inline F round_even(F x) {
   constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
@@ -47,20 +48,6 @@ static inline float reduce_add(F x) {
   const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
-}
-// Four such sums at once: the halves of registers that hold different vectors are added together.
-static inline void reduce_add4(F x, F y, F z, F w, float* out) {
-  const __m256 x8 = _mm256_add_ps(x.a, x.b), y8 = _mm256_add_ps(y.a, y.b);
-  const __m256 z8 = _mm256_add_ps(z.a, z.b), w8 = _mm256_add_ps(w.a, w.b);
-  const __m256 xy =
-      _mm256_add_ps(_mm256_permute2f128_ps(x8, y8, 0x20), _mm256_permute2f128_ps(x8, y8, 0x31));
-  const __m256 zw =
-      _mm256_add_ps(_mm256_permute2f128_ps(z8, w8, 0x20), _mm256_permute2f128_ps(z8, w8, 0x31));
-  const __m256 pairs =  // x x z z y y w w
-      _mm256_add_ps(_mm256_shuffle_ps(xy, zw, 0x44), _mm256_shuffle_ps(xy, zw, 0xee));
-  const __m256 sums = _mm256_add_ps(pairs, _mm256_movehdup_ps(pairs));
-  const __m128 low = _mm256_castps256_ps128(sums), high = _mm256_extractf128_ps(sums, 1);
-  _mm_storeu_ps(out, _mm_unpacklo_ps(_mm_permute_ps(low, 0x08), _mm_permute_ps(high, 0x08)));
 }
 static inline float reduce_min(F x) {
   const __m256 a = _mm256_min_ps(x.a, x.b);

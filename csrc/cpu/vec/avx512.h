@@ -18,6 +18,12 @@ static inline F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
 static inline F div(F x, F y) { return _mm512_div_ps(x, y); }
 static inline F min(F x, F y) { return _mm512_min_ps(x, y); }
 static inline F max(F x, F y) { return _mm512_max_ps(x, y); }
+static inline F clamp_code(F x, F top) {
+  // As integers: the bits of positive floats ascend as they do, those of negative ones are below
+  // zero, and the float adders have enough to do (measured on Zen 4).
+  const I positive = _mm512_max_epi32(_mm512_castps_si512(x), _mm512_setzero_si512());
+  return _mm512_castsi512_ps(_mm512_min_epi32(positive, _mm512_castps_si512(top)));
+}
 static inline F round_even(F x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -27,16 +33,6 @@ static inline float reduce_add(F x) {
   const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
-}
-// Four such sums at once: the halves of registers that hold different vectors are added together.
-static inline void reduce_add4(F x, F y, F z, F w, float* out) {
-  const F xy = add(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
-  const F zw = add(_mm512_shuffle_f32x4(z, w, 0x44), _mm512_shuffle_f32x4(z, w, 0xee));
-  const F quads = add(_mm512_shuffle_f32x4(xy, zw, 0x88), _mm512_shuffle_f32x4(xy, zw, 0xdd));
-  const F pairs = add(quads, _mm512_permute_ps(quads, 0x4e));
-  const F sums = add(pairs, _mm512_movehdup_ps(pairs));
-  const __m512i first_of_each = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
-  _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(first_of_each, sums)));
 }
 static inline float reduce_min(F x) { return _mm512_reduce_min_ps(x); }
 static inline float reduce_max(F x) { return _mm512_reduce_max_ps(x); }

@@ -58,6 +58,8 @@ static inline F max(F a, F b) {
   BITFOLD_LANES a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
   return a;
 }
+// min(max(a, 0), top), for no NaN.
+static inline F clamp_code(F a, F top) { return min(max(a, zero()), top); }
 static inline F round_even(F a) {
   // Adding 1.5 * 2^23 leaves no fraction bits; larger magnitudes are clamped by the callers before
   // they matter.
@@ -74,12 +76,6 @@ static inline float reduce_add(F a) {
     for (int i = 0; i < step; ++i) a.lane[i] += a.lane[i + step];
   }
   return a.lane[0];
-}
-static inline void reduce_add4(F a, F b, F c, F d, float* out) {
-  out[0] = reduce_add(a);
-  out[1] = reduce_add(b);
-  out[2] = reduce_add(c);
-  out[3] = reduce_add(d);
 }
 static inline float reduce_min(F a) {
   for (int step = 8; step > 0; step /= 2) {
@@ -195,6 +191,13 @@ static inline F load_bfloat16(const uint16_t* p) {
 }
 static inline void store_bfloat16(uint16_t* p, F a) {
   BITFOLD_LANES p[i] = float_to_bfloat16(a.lane[i]);
+}
+
+// out[16 * i + lane] = from[lane][at + i] for i, lane < 4.
+static inline void transpose4(const float* const* from, int64_t at, float* out) {
+  for (int lane = 0; lane < 4; ++lane) {
+    for (int i = 0; i < 4; ++i) out[16 * i + lane] = from[lane][at + i];
+  }
 }
 
 // Stores around the caches, where a target has them; p on a multiple of the vector's size.

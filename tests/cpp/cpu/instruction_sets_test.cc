@@ -72,30 +72,37 @@ TEST(InstructionSets, StatisticsChoicesAndFitsAreTheSameBits) {
       EXPECT_EQ(other[0], base[0]);
       EXPECT_EQ(other[1], base[1]);
     }
+    std::vector<const float*> spans(16, w.data());
+    std::vector<float> block(static_cast<size_t>(16 * n));
+    portable::table.interleave(spans.data(), n, block.data());
     for (const Encoding& encoding : encodings) {
-      constexpr int kCount = 21;
+      constexpr int kCount = 16;
       float low[kCount], high[kCount], shrink[kCount];
       for (int i = 0; i < kCount; ++i) {
         low[i] = base[0];
         high[i] = base[1];
-        shrink[i] = 1.0f - 0.04f * static_cast<float>(i);
+        shrink[i] = 1.0f - 0.05f * static_cast<float>(i);
       }
       float scale[2][kCount], zero[2][kCount], errors[2][kCount];
-      portable::table.choices(encoding, kCount, low, high, shrink, shrink, scale[0], zero[0]);
-      portable::table.errors(encoding, w.data(), n, kCount, scale[0], zero[0], errors[0]);
+      SpanFits fits[2];
+      const auto run = [&](const KernelTable& k, int to) {
+        k.choices(encoding, kCount, low, high, shrink, shrink, scale[to], zero[to]);
+        k.errors(encoding, block.data(), n, 1, scale[to], zero[to], errors[to]);
+        fits[to] = {};
+        k.fit(encoding, block.data(), n, scale[to], zero[to], &fits[to]);
+      };
+      run(portable::table, 0);
       for (const InstructionSet* isa : wide_sets()) {
-        isa->table->choices(encoding, kCount, low, high, shrink, shrink, scale[1], zero[1]);
-        isa->table->errors(encoding, w.data(), n, kCount, scale[1], zero[1], errors[1]);
+        run(*isa->table, 1);
         for (int i = 0; i < kCount; ++i) {
           EXPECT_EQ(scale[1][i], scale[0][i]) << isa->name;
           EXPECT_EQ(zero[1][i], zero[0][i]) << isa->name;
           EXPECT_EQ(errors[1][i], errors[0][i]) << isa->name;
-          const ScaleChoice choice{scale[0][i], zero[0][i]};
-          const SpanFit a = portable::table.fit(encoding, w.data(), n, choice);
-          const SpanFit b = isa->table->fit(encoding, w.data(), n, choice);
-          EXPECT_TRUE(a.error == b.error && a.wd == b.wd && a.dd == b.dd && a.w == b.w &&
-                      a.d == b.d)
-              << isa->name;
+          EXPECT_EQ(fits[1].error[i], fits[0].error[i]) << isa->name;
+          EXPECT_EQ(fits[1].wd[i], fits[0].wd[i]) << isa->name;
+          EXPECT_EQ(fits[1].dd[i], fits[0].dd[i]) << isa->name;
+          EXPECT_EQ(fits[1].w[i], fits[0].w[i]) << isa->name;
+          EXPECT_EQ(fits[1].d[i], fits[0].d[i]) << isa->name;
         }
       }
     }

@@ -114,63 +114,104 @@ TEST(Stats, ExtremesAndFiniteness) {
   }
 }
 
-TEST(Fit, SumsOverExactlyTheSpan) {
-  const KernelTable& k = active_kernels();
-  for (int64_t n : kSizes) {
-    const std::vector<float> w = random_weights(n, static_cast<unsigned>(n));
-    // Mid-rise: no code decodes to zero, so an absent lane would show.
-    const Encoding encoding{2, Zero::kFloat, nullptr};
-    std::vector<uint8_t> codes(static_cast<size_t>(n));
-    reference::encode_grid(w.data(), n, 2.0f, 1.5f, 3.0f, codes.data());
-    double error = 0.0, wd = 0.0, dd = 0.0, sum_w = 0.0, sum_d = 0.0;
-    for (int64_t i = 0; i < n; ++i) {
-      const double d = codes[static_cast<size_t>(i)] - 1.5, v = w[static_cast<size_t>(i)];
-      error += (v - d * 0.5) * (v - d * 0.5);
-      wd += v * d;
-      dd += d * d;
-      sum_w += v;
-      sum_d += d;
+// Sixteen random spans and their interleaved block.
+struct Spans {
+  std::vector<std::vector<float>> w;
+  std::vector<float> block;
+  explicit Spans(int64_t n) : block(static_cast<size_t>(16 * n + 1), 77.0f) {
+    const float* pointers[16];
+    for (unsigned lane = 0; lane < 16; ++lane) {
+      w.push_back(random_weights(n, static_cast<unsigned>(n) + 1000 * lane));
+      pointers[lane] = w.back().data();
     }
-    const SpanFit fit = k.fit(encoding, w.data(), n, {0.5f, 1.5f});
-    EXPECT_NEAR(fit.error, error, error * 1e-5 + 1e-6);
-    EXPECT_NEAR(fit.wd, wd, std::fabs(wd) * 1e-5 + 1e-5);
-    EXPECT_NEAR(fit.dd, dd, dd * 1e-6);
-    EXPECT_NEAR(fit.w, sum_w, 1e-4);
-    EXPECT_NEAR(fit.d, sum_d, 1e-4);
+    active_kernels().interleave(pointers, n, block.data());
+  }
+};
+
+TEST(Interleave, PutsEachSpanInItsLane) {
+  for (int64_t n : kSizes) {
+    const Spans spans(n);
+    for (size_t lane = 0; lane < 16; ++lane) {
+      for (size_t j = 0; j < static_cast<size_t>(n); ++j)
+        ASSERT_EQ(spans.block[16 * j + lane], spans.w[lane][j]);
+    }
+    EXPECT_EQ(spans.block.back(), 77.0f) << "wrote past the end";
   }
 }
 
-TEST(Errors, AreThoseOfEachChoice) {
+TEST(Fit, SumsOverExactlyTheSpan) {
+  for (int64_t n : kSizes) {
+    const Spans spans(n);
+    // Mid-rise: no code decodes to zero, so a weight too many would show.
+    const Encoding encoding{2, Zero::kFloat, nullptr};
+    const std::vector<float> scale(16, 0.5f), zero(16, 1.5f);
+    SpanFits fits;
+    active_kernels().fit(encoding, spans.block.data(), n, scale.data(), zero.data(), &fits);
+    for (size_t lane = 0; lane < 16; ++lane) {
+      std::vector<uint8_t> codes(static_cast<size_t>(n));
+      reference::encode_grid(spans.w[lane].data(), n, 2.0f, 1.5f, 3.0f, codes.data());
+      double error = 0.0, wd = 0.0, dd = 0.0, sum_w = 0.0, sum_d = 0.0;
+      for (size_t i = 0; i < static_cast<size_t>(n); ++i) {
+        const double d = codes[i] - 1.5, v = spans.w[lane][i];
+        error += (v - d * 0.5) * (v - d * 0.5);
+        wd += v * d;
+        dd += d * d;
+        sum_w += v;
+        sum_d += d;
+      }
+      EXPECT_NEAR(fits.error[lane], error, error * 1e-5 + 1e-6);
+      EXPECT_NEAR(fits.wd[lane], wd, std::fabs(wd) * 1e-5 + 1e-5);
+      EXPECT_NEAR(fits.dd[lane], dd, dd * 1e-6);
+      EXPECT_NEAR(fits.w[lane], sum_w, 1e-4);
+      EXPECT_NEAR(fits.d[lane], sum_d, 1e-4);
+    }
+  }
+}
+
+TEST(Errors, AreThoseOfEachChoiceAndLane) {
   const KernelTable& k = active_kernels();
   for (int64_t n : kSizes) {
-    const std::vector<float> w = random_weights(n, static_cast<unsigned>(n));
+    const Spans spans(n);
     for (const Encoding& encoding :
          {Encoding{4, Zero::kInt, nullptr}, Encoding{8, Zero::kNone, nullptr},
           Encoding{3, Zero::kNone, &kNf3}}) {
-      for (int64_t count : {1, 3, 4, 25, 32}) {
-        std::vector<float> scale(32), zero(32), errors(33, 77.0f);
-        for (int i = 0; i < 32; ++i) {
-          scale[static_cast<size_t>(i)] = 0.02f * static_cast<float>(i + 1);
-          zero[static_cast<size_t>(i)] = static_cast<float>(i % 15);
+      for (int64_t count : {1, 3, 4, 25}) {
+        const auto values = static_cast<size_t>(16 * count);
+        std::vector<float> scale(values), zero(values), errors(values + 1, 77.0f);
+        for (size_t i = 0; i < values; ++i) {
+          scale[i] = 0.003f * static_cast<float>(i + 1);
+          zero[i] = static_cast<float>(i % 15);
         }
-        k.errors(encoding, w.data(), n, count, scale.data(), zero.data(), errors.data());
-        for (size_t i = 0; i < static_cast<size_t>(count); ++i)
-          EXPECT_EQ(errors[i], k.fit(encoding, w.data(), n, {scale[i], zero[i]}).error);
-        EXPECT_EQ(errors[static_cast<size_t>(count)], 77.0f);
+        k.errors(encoding, spans.block.data(), n, count, scale.data(), zero.data(), errors.data());
+        for (size_t at = 0; at < values; at += 16) {
+          SpanFits fits;
+          k.fit(encoding, spans.block.data(), n, &scale[at], &zero[at], &fits);
+          for (size_t lane = 0; lane < 16; ++lane) EXPECT_EQ(errors[at + lane], fits.error[lane]);
+        }
+        EXPECT_EQ(errors.back(), 77.0f);
       }
     }
   }
 }
 
 TEST(Errors, AreInfiniteWhereThereIsNoChoice) {
-  const KernelTable& k = active_kernels();
-  const std::vector<float> w = random_weights(64, 5);
-  const float scale[] = {0.1f, 0.0f, -1.0f, INFINITY, NAN, 0.1f, 0.1f};
-  const float zero[] = {3.0f, 3.0f, 3.0f, 3.0f, 3.0f, 2049.0f, -2049.0f};
-  float errors[7];
-  k.errors({4, Zero::kFloat, nullptr}, w.data(), 64, 7, scale, zero, errors);
-  EXPECT_LT(errors[0], 1e3f);
-  for (int i = 1; i < 7; ++i) EXPECT_EQ(errors[i], INFINITY) << i;
+  const Spans spans(64);
+  std::vector<float> scale(16, 0.1f), zero(16, 3.0f), errors(16);
+  scale[1] = 0.0f;
+  scale[2] = -1.0f;
+  scale[3] = INFINITY;
+  scale[4] = NAN;
+  zero[5] = 2049.0f;
+  zero[6] = -2049.0f;
+  active_kernels().errors({4, Zero::kFloat, nullptr}, spans.block.data(), 64, 1, scale.data(),
+                          zero.data(), errors.data());
+  for (size_t i = 0; i < 16; ++i) {
+    if (i >= 1 && i <= 6) {
+      EXPECT_EQ(errors[i], INFINITY) << i;
+    } else {
+      EXPECT_LT(errors[i], 1e3f) << i;
+    }
+  }
 }
 
 }  // namespace

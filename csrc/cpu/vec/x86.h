@@ -1,5 +1,16 @@
-// Sixteen codes, a byte each, to packed bytes: one SSE body for every x86 target, which brings
-// bytes_of. See portable.h for what each name means. Included inside the target's namespace.
+// What 128-bit registers do best, one body for every x86 target: sixteen codes to packed bytes (the
+// target brings bytes_of), and four rows to four columns. See portable.h for what each name means.
+// Included inside the target's namespace.
+
+static inline void transpose4(const float* const* from, int64_t at, float* out) {
+  __m128 a = _mm_loadu_ps(from[0] + at), b = _mm_loadu_ps(from[1] + at);
+  __m128 c = _mm_loadu_ps(from[2] + at), d = _mm_loadu_ps(from[3] + at);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(out, a);
+  _mm_storeu_ps(out + 16, b);
+  _mm_storeu_ps(out + 32, c);
+  _mm_storeu_ps(out + 48, d);
+}
 
 static inline void pack8(uint8_t* p, I code) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes_of(code));
