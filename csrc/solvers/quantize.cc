@@ -9,18 +9,13 @@
 #include "core/bitpack.h"
 #include "core/float16.h"
 #include "core/scale_coding.h"
+#include "solvers/group_search.h"
 #include "solvers/kmeans.h"
 #include "solvers/row_reader.h"
 #include "solvers/scale_search.h"
 
 namespace bitfold {
 namespace {
-
-constexpr int64_t kGrainWeights = 1 << 15;
-
-int64_t row_grain(int64_t cols) {
-  return std::max<int64_t>(1, kGrainWeights / std::max<int64_t>(1, cols));
-}
 
 class Quantizer {
  public:
@@ -109,42 +104,47 @@ class Quantizer {
   // hope that they need no common power of two. Returns whether all is encoded.
   bool choose_by_row() {
     const bool at_once = encodes_exactly() || !format_.double_quant;
-    // As few rows as have a multiple of sixteen spans.
+    // For a search as few rows as have a multiple of sixteen spans.
     const int64_t rows = method_ == Method::kRound ? 1 : kSpanLanes / std::gcd(kSpanLanes, groups_);
     std::vector<MagnitudeRange> ranges(static_cast<size_t>(w_.rows));
-    const int64_t blocks = (w_.rows + rows - 1) / rows;
-    parallel_(blocks, row_grain(w_.cols * rows), [&](int64_t begin, int64_t end) {
-      std::vector<RowReader> readers(static_cast<size_t>(rows), RowReader(k_, w_));
-      std::vector<const float*> sources(readers.size());
-      std::vector<float> low(static_cast<size_t>(rows * groups_)), high(low.size());
-      SpanSearch search(*this);
-      for (int64_t block = begin; block < end; ++block) {
-        const int64_t first = block * rows, last = std::min(first + rows, w_.rows);
-        bool finite = true;
-        for (int64_t r = first; r < last; ++r) {
-          const int64_t i = r - first;
-          const float* row = sources[static_cast<size_t>(i)] = readers[static_cast<size_t>(i)](r);
-          if (k_.stats(row, w_.cols, group_size_, &low[static_cast<size_t>(i * groups_)],
-                       &high[static_cast<size_t>(i * groups_)]))
-            continue;
-          finite = false;
-          note_bad_row(r);
-        }
-        if (!finite) continue;
-        const int64_t groups = (last - first) * groups_;
-        if (method_ == Method::kRound) {
-          round_scales(k_, encoding_, groups, low.data(), high.data(), scales_of(first),
-                       zeros_of(first));
-        } else {
-          search.run(sources.data(), groups, low.data(), high.data(), scales_of(first),
-                     zeros_of(first));
-        }
-        for (int64_t r = first; at_once && r < last; ++r)
-          ranges[static_cast<size_t>(r)] = finish_row(r, sources[static_cast<size_t>(r - first)]);
-      }
-    });
+    parallel_((w_.rows + rows - 1) / rows, row_grain(w_.cols * rows),
+              [&](int64_t begin, int64_t end) {
+                std::vector<RowReader> readers(static_cast<size_t>(rows), RowReader(k_, w_));
+                std::vector<const float*> sources(readers.size());
+                SpanSearch search(k_, encoding_, w_.cols, group_size_);
+                for (int64_t block = begin; block < end; ++block) {
+                  const int64_t first = block * rows;
+                  const int64_t count = std::min(rows, w_.rows - first);
+                  for (size_t i = 0; i < static_cast<size_t>(count); ++i)
+                    sources[i] = readers[i](first + static_cast<int64_t>(i));
+                  if (!choose_for_rows(first, count, sources.data(), &search) || !at_once) continue;
+                  for (int64_t i = 0; i < count; ++i)
+                    ranges[static_cast<size_t>(first + i)] =
+                        finish_row(first + i, sources[static_cast<size_t>(i)]);
+                }
+              });
     for (const MagnitudeRange& range : ranges) scale_range_.add(range);
     return at_once && !(stores_halves() && choose_exponent(scale_range_) != 0);
+  }
+
+  // Scales and zero points of the rows [first, first + count); false if a weight is not finite.
+  bool choose_for_rows(int64_t first, int64_t count, const float* const* rows, SpanSearch* search) {
+    std::vector<float> low(static_cast<size_t>(count * groups_)), high(low.size());
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto at = static_cast<size_t>(i * groups_);
+      if (k_.stats(rows[i], w_.cols, group_size_, &low[at], &high[at])) continue;
+      note_bad_row(first + i);
+      finite = false;
+    }
+    if (!finite) return false;
+    if (method_ == Method::kRound) {
+      round_scales(k_, encoding_, count * groups_, low.data(), high.data(), scales_of(first),
+                   zeros_of(first));
+    } else {
+      search->run(rows, count, low.data(), high.data(), scales_of(first), zeros_of(first));
+    }
+    return true;
   }
 
   // Stores and encodes a row by itself; the range of its scales if they are stored as fp16.
@@ -177,7 +177,8 @@ class Quantizer {
     if (method_ == Method::kRound) {
       round_scales(k_, encoding_, 1, least, most, scale, zero);
     } else {
-      search_scales(k_, encoding_, WholeTensor(*this), least, most, scale, zero);
+      search_scales(k_, encoding_, WholeTensor(k_, encoding_, w_, parallel_), least, most, scale,
+                    zero);
     }
     scales_[0] = scale[0];
     zeros_[0] = zero[0];
@@ -294,152 +295,6 @@ class Quantizer {
       std::copy(found.begin(), found.end(), books->begin() + r * levels);
     });
   }
-
-  // Sixteen spans of equal size, interleaved.
-  class SpanBlock : public GroupProbe {
-   public:
-    explicit SpanBlock(const Quantizer& q) : q_(q) {}
-    // Absent ones are copies of the first.
-    void fill(const float* const* spans, int64_t count, int64_t n) {
-      const float* all[kSpanLanes];
-      for (int64_t i = 0; i < kSpanLanes; ++i) all[i] = spans[i < count ? i : 0];
-      block_.resize(static_cast<size_t>(kSpanLanes * n));
-      n_ = n;
-      q_.k_.interleave(all, n, block_.data());
-    }
-    int64_t size() const override { return n_; }
-    void errors(int64_t count, const float* scale, const float* zero,
-                float* errors) const override {
-      q_.k_.errors(q_.encoding_, block_.data(), n_, count, scale, zero, errors);
-    }
-    void fit(const float* scale, const float* zero, SpanFits* fits) const override {
-      q_.k_.fit(q_.encoding_, block_.data(), n_, scale, zero, fits);
-    }
-
-   private:
-    const Quantizer& q_;
-    std::vector<float> block_;
-    int64_t n_ = 0;
-  };
-
-  // Searches the scales of some rows, sixteen spans of equal size at a time.
-  class SpanSearch {
-   public:
-    explicit SpanSearch(const Quantizer& q) : q_(q), block_(q) {}
-
-    void run(const float* const* rows, int64_t groups, const float* low, const float* high,
-             float* scale, float* zero) {
-      const int64_t tail = q_.w_.cols % q_.group_size_;
-      for (int64_t size : {q_.group_size_, tail}) {  // the last span of a row may be shorter
-        int64_t chosen[kSpanLanes], count = 0;
-        for (int64_t g = 0; size > 0 && g < groups; ++g) {
-          const int64_t at = g % q_.groups_ * q_.group_size_;
-          if (std::min(q_.group_size_, q_.w_.cols - at) == size) {
-            spans_[count] = rows[g / q_.groups_] + at;
-            chosen[count++] = g;
-          }
-          if (count == kSpanLanes || (count > 0 && g + 1 == groups)) {
-            block_.fill(spans_, count, size);
-            search(chosen, count, low, high, scale, zero);
-            count = 0;
-          }
-        }
-      }
-    }
-
-   private:
-    void search(const int64_t* chosen, int64_t count, const float* low, const float* high,
-                float* scale, float* zero) const {
-      float lows[kSpanLanes], highs[kSpanLanes], scales[kSpanLanes], zeros[kSpanLanes];
-      for (int64_t i = 0; i < kSpanLanes; ++i) {
-        lows[i] = low[chosen[i < count ? i : 0]];
-        highs[i] = high[chosen[i < count ? i : 0]];
-      }
-      search_scales(q_.k_, q_.encoding_, block_, lows, highs, scales, zeros);
-      for (int64_t i = 0; i < count; ++i) {
-        scale[chosen[i]] = scales[i];
-        zero[chosen[i]] = zeros[i];
-      }
-    }
-
-    const Quantizer& q_;
-    SpanBlock block_;
-    const float* spans_[kSpanLanes] = {};
-  };
-
-  // All rows as one group, the same in every lane: sums per row first, then over rows in order, the
-  // same for every number of threads.
-  class WholeTensor : public GroupProbe {
-   public:
-    explicit WholeTensor(const Quantizer& q) : q_(q) {}
-    int64_t size() const override { return q_.w_.rows * q_.w_.cols; }
-
-    void errors(int64_t count, const float* scale, const float* zero,
-                float* errors) const override {
-      std::vector<double> totals(static_cast<size_t>(count));
-      std::vector<float> of_rows(static_cast<size_t>(padded_rows() * count));
-      each_block([&](int64_t first, const SpanBlock& block) {
-        block.errors(count, scale, zero, of_rows.data() + first * count);
-      });
-      for (int64_t r = 0; r < q_.w_.rows; ++r) {
-        const int64_t lane = r % kSpanLanes, first = r - lane;
-        for (int64_t c = 0; c < count; ++c) {
-          totals[static_cast<size_t>(c)] +=
-              of_rows[static_cast<size_t>(first * count + c * kSpanLanes + lane)];
-        }
-      }
-      for (int64_t c = 0; c < count; ++c) {
-        std::fill_n(errors + c * kSpanLanes, kSpanLanes,
-                    static_cast<float>(totals[static_cast<size_t>(c)]));
-      }
-    }
-
-    void fit(const float* scale, const float* zero, SpanFits* fits) const override {
-      std::vector<SpanFits> of_rows(static_cast<size_t>(padded_rows() / kSpanLanes));
-      each_block([&](int64_t first, const SpanBlock& block) {
-        block.fit(scale, zero, &of_rows[static_cast<size_t>(first / kSpanLanes)]);
-      });
-      double error = 0.0, wd = 0.0, dd = 0.0, w = 0.0, d = 0.0;
-      for (int64_t r = 0; r < q_.w_.rows; ++r) {
-        const SpanFits& block = of_rows[static_cast<size_t>(r / kSpanLanes)];
-        const int64_t lane = r % kSpanLanes;
-        error += block.error[lane];
-        wd += block.wd[lane];
-        dd += block.dd[lane];
-        w += block.w[lane];
-        d += block.d[lane];
-      }
-      std::fill_n(fits->error, kSpanLanes, static_cast<float>(error));
-      std::fill_n(fits->wd, kSpanLanes, static_cast<float>(wd));
-      std::fill_n(fits->dd, kSpanLanes, static_cast<float>(dd));
-      std::fill_n(fits->w, kSpanLanes, static_cast<float>(w));
-      std::fill_n(fits->d, kSpanLanes, static_cast<float>(d));
-    }
-
-   private:
-    int64_t padded_rows() const { return (q_.w_.rows + kSpanLanes - 1) / kSpanLanes * kSpanLanes; }
-
-    // body(first row, sixteen rows)
-    template <class Body>
-    void each_block(const Body& body) const {
-      q_.parallel_(padded_rows() / kSpanLanes, row_grain(q_.w_.cols * kSpanLanes),
-                   [&](int64_t begin, int64_t end) {
-                     std::vector<RowReader> readers(kSpanLanes, RowReader(q_.k_, q_.w_));
-                     SpanBlock block(q_);
-                     for (int64_t b = begin; b < end; ++b) {
-                       const int64_t first = b * kSpanLanes;
-                       const int64_t count = std::min<int64_t>(kSpanLanes, q_.w_.rows - first);
-                       const float* rows[kSpanLanes] = {};
-                       for (int64_t i = 0; i < count; ++i)
-                         rows[i] = readers[static_cast<size_t>(i)](first + i);
-                       block.fill(rows, count, q_.w_.cols);
-                       body(first, block);
-                     }
-                   });
-    }
-
-    const Quantizer& q_;
-  };
 
   const KernelTable& k_;
   const Format& format_;

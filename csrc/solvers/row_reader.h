@@ -1,12 +1,19 @@
 // Rows of a float matrix of any dtype and strides, one after the other.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "core/view.h"
 #include "cpu/kernel_table.h"
 
 namespace bitfold {
+
+// Rows of a range handed to one thread, at least.
+inline int64_t row_grain(int64_t cols) {
+  constexpr int64_t kGrainWeights = 1 << 15;
+  return std::max<int64_t>(1, kGrainWeights / std::max<int64_t>(1, cols));
+}
 
 // Rows of the source as float32; contiguous float32 rows are read in place.
 class RowReader {
