@@ -90,6 +90,7 @@ static void choices(const Encoding& encoding, int64_t n, const float* low, const
 template <int Bits>
 struct GridEncoder {
   static constexpr int kBits = Bits;
+  static constexpr bool kUnroll = true;  // 3 % faster in search-inl.h
   F inverse, zero_point, top;
   GridEncoder() = default;
   explicit GridEncoder(const Encoding& /*encoding*/)
@@ -107,6 +108,7 @@ struct GridEncoder {
 template <int Bits>
 struct CodebookEncoder {
   static constexpr int kBits = Bits;
+  static constexpr bool kUnroll = false;  // would be 25 % slower
   F inverse, pivots[Bits], levels;
   I codes;
   CodebookEncoder() = default;

@@ -25,7 +25,7 @@ static inline F sum_of_parts(F* part) {
 
 // take(part, weights) for each weight of the spans. Four weights of a part follow each other, so
 // that sums stay in registers for a while.
-template <class Begin, class Take, class End>
+template <bool kUnroll, class Begin, class Take, class End>
 __attribute__((always_inline)) static inline void for_each_part(const float* block, int64_t n,
                                                                 const Begin& begin,
                                                                 const Take& take, const End& end) {
@@ -35,7 +35,7 @@ __attribute__((always_inline)) static inline void for_each_part(const float* blo
     for (int part = 0; part < kParts && first + part < last; ++part) {
       begin(part);
       const float* w = block + 16 * (first + part);
-      if (last - first == kAtOnce) {
+      if (kUnroll && last - first == kAtOnce) {
         take(load(w));
         take(load(w + 16 * kParts));
         take(load(w + 32 * kParts));
@@ -64,7 +64,7 @@ static inline void sum_errors(const float* block, int64_t n, const Encoder& enco
     encoders[c].use(div(set1(1.0f), max(scales[c], set1(1e-38f))), load(zero_point + 16 * c));
     for (F& part : parts[c]) part = zero();
   }
-  for_each_part(
+  for_each_part<Encoder::kUnroll>(
       block, n,
       [&](int part) __attribute__((always_inline)) {
         for (int c = 0; c < Count; ++c) sum[c] = parts[c][part];
@@ -107,7 +107,7 @@ static inline void fit_with(const float* block, int64_t n, F scale, const Encode
   for (auto& of_sum : parts) {
     for (F& part : of_sum) part = zero();
   }
-  for_each_part(
+  for_each_part<Encoder::kUnroll>(
       block, n,
       [&](int part) __attribute__((always_inline)) {
         for (int s = 0; s < kSums; ++s) sum[s] = parts[s][part];
