@@ -3,10 +3,6 @@
 #include <algorithm>
 #include <atomic>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace bitfold {
 namespace {
 
@@ -25,27 +21,12 @@ void* advance(void* data, FloatType dtype, int64_t elements) {
   return static_cast<char*>(data) + elements * (dtype == FloatType::kFloat32 ? 4 : 2);
 }
 
-// Fresh memory costs a page fault and the zeroing of a page at its first touch, for small pages
-// several times what decoding costs. A hint only: failure leaves small pages.
-void prefer_huge_pages(void* data, int64_t bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = 1 << 21;
-  const auto begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const auto end =
-      (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) & ~(kHugePage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)bytes;
-#endif
-}
-
 }  // namespace
 
 void dequantize(const KernelTable& k, const PackedView& w, FloatType dtype, void* out,
                 const Parallel& parallel) {
   const int64_t out_bytes = w.rows * w.cols * (dtype == FloatType::kFloat32 ? 4 : 2);
   const bool stream = out_bytes >= kStreamBytes;
-  if (stream) prefer_huge_pages(out, out_bytes);
   parallel(w.rows, row_grain(w.cols), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       k.decode_row(w, r, dtype, advance(out, dtype, r * w.cols), stream);
