@@ -23,6 +23,7 @@ set(BITFOLD_CPU_SOURCES
 )
 
 set(BITFOLD_SOLVER_SOURCES
+  csrc/solvers/group_search.cc
   csrc/solvers/kmeans.cc
   csrc/solvers/quantize.cc
   csrc/solvers/scale_search.cc

@@ -1,9 +1,35 @@
 #include "core/codebook.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace bitfold {
 namespace {
+
+// The lowest rank that the first `steps` decisions of a path leave possible.
+int rank_of_path(int path, int steps, int all_steps) {
+  int rank = 0;
+  for (int k = 0; k < steps; ++k) rank |= (path >> k & 1) << (all_steps - 1 - k);
+  return rank;
+}
+
+void plant_tree(Codebook* book) {
+  int steps = 0;
+  while (1 << steps < book->count) ++steps;
+  for (int k = 0; k < kMaxSteps; ++k) {
+    for (int path = 0; path < kMaxLevels; ++path) book->pivot_of_path[k][path] = INFINITY;
+    for (int path = 0; k < steps && path < 1 << k; ++path) {
+      const int pivot = rank_of_path(path, k, steps) + (1 << (steps - 1 - k)) - 1;
+      if (pivot < book->pivot_count) book->pivot_of_path[k][path] = book->pivots[pivot];
+    }
+  }
+  for (int path = 0; path < 1 << steps; ++path) {
+    const int rank = rank_of_path(path, steps, steps);
+    if (rank > book->pivot_count) continue;
+    book->code_of_path[path] = book->code_of_rank[rank];
+    book->level_of_path[path] = book->levels[book->code_of_rank[rank]];
+  }
+}
 
 // Sorts distinct levels and separates neighbours at their midpoint, computed in float32 as
 // bitsandbytes computes it.
@@ -25,6 +51,7 @@ Codebook from_levels(const float* levels, int count) {
     // otherwise.
     book.pivots[i] = levels[book.code_of_rank[i]] / 2 + levels[book.code_of_rank[i + 1]] / 2;
   }
+  plant_tree(&book);
   return book;
 }
 

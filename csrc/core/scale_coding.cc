@@ -16,8 +16,9 @@ constexpr float kLargestHalf = 65504.0f;
 // The entry of kDynamicMap nearest to x in [-1, 1], taken at the nearest of 65536 equidistant
 // points: a look-up, and the very decision that bitsandbytes makes on the CPU (an exact search
 // differs from it in 0.2 % of the scales).
-uint8_t nearest_code(float x) {
-  constexpr int kPoints = 65536;
+constexpr int kPoints = 65536;
+
+const uint8_t* nearest_codes() {
   static const std::vector<uint8_t> table = [] {
     std::vector<uint8_t> codes(kPoints);
     int code = 0;
@@ -30,9 +31,24 @@ uint8_t nearest_code(float x) {
     }
     return codes;
   }();
+  return table.data();
+}
+
+uint8_t nearest_code(const uint8_t* table, float x) {
   const float at = (x + 1.0f) * 0.5f * (kPoints - 1) + 0.5f;
-  if (!(at > 0.0f)) return table[0];  // also NaN: scales so large that their difference overflowed
-  return table[static_cast<size_t>(std::min(at, static_cast<float>(kPoints - 1)))];
+  // Also NaN: scales so large that their difference overflowed.
+  const float inside = at > 0.0f ? std::min(at, static_cast<float>(kPoints - 1)) : 0.0f;
+  return table[static_cast<int>(inside)];
+}
+
+// One block of double quantization; returns its absmax.
+float quantize_block(const float* scales, int64_t n, float mean, const uint8_t* table,
+                     uint8_t* codes) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, std::fabs(scales[i] - mean));
+  const float inverse = largest > 0.0f ? 1.0f / std::max(largest, 1e-38f) : 0.0f;
+  for (int64_t i = 0; i < n; ++i) codes[i] = nearest_code(table, (scales[i] - mean) * inverse);
+  return largest;
 }
 
 }  // namespace
@@ -44,39 +60,50 @@ float inverse_of(float scale) {
   return 1.0f / (scale < 0.0f ? std::min(scale, -1e-38f) : std::max(scale, 1e-38f));
 }
 
-int choose_exponent(const float* values, int64_t n) {
-  float largest = 0.0f, smallest = INFINITY;
+void MagnitudeRange::add(const float* values, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
     const float magnitude = std::fabs(values[i]);
     largest = std::max(largest, magnitude);
     if (magnitude > 0.0f) smallest = std::min(smallest, magnitude);
   }
-  if (largest == 0.0f || (smallest >= kSmallestNormalHalf && largest <= kLargestHalf)) return 0;
+}
+
+void MagnitudeRange::add(const MagnitudeRange& other) {
+  largest = std::max(largest, other.largest);
+  smallest = std::min(smallest, other.smallest);
+}
+
+int choose_exponent(const MagnitudeRange& range) {
+  if (range.largest == 0.0f ||
+      (range.smallest >= kSmallestNormalHalf && range.largest <= kLargestHalf))
+    return 0;
   // The largest lands in [2^14, 2^15): 28 binades of normals below it, and no overflow. Kept where
   // 2^e is itself a normal float.
-  return std::clamp(std::ilogb(largest) - 14, -126, 127);
+  return std::clamp(std::ilogb(range.largest) - 14, -126, 127);
 }
 
 void encode_halves(const float* values, int64_t n, int exponent, uint16_t* halves) {
   for (int64_t i = 0; i < n; ++i) halves[i] = float_to_half(std::ldexp(values[i], -exponent));
 }
 
-void double_quantize(const float* scales, int64_t n, uint8_t* codes, float* absmax, float* offset) {
+void double_quantize(const float* scales, int64_t n, uint8_t* codes, float* absmax, float* offset,
+                     const Parallel& parallel) {
+  // Serial, in order: an addition a scale, the 64th part of what reading the weights takes.
   double sum = 0.0;
   for (int64_t i = 0; i < n; ++i) sum += scales[i];
-  *offset = n > 0 ? static_cast<float>(sum / static_cast<double>(n)) : 0.0f;
+  const float mean = n > 0 ? static_cast<float>(sum / static_cast<double>(n)) : 0.0f;
+  *offset = mean;
 
-  for (int64_t begin = 0; begin < n; begin += kDoubleQuantBlock) {
-    const int64_t end = std::min(begin + kDoubleQuantBlock, n);
-    float largest = 0.0f;
-    for (int64_t i = begin; i < end; ++i)
-      largest = std::max(largest, std::fabs(scales[i] - *offset));
-    absmax[begin / kDoubleQuantBlock] = largest;
-    const float inverse = largest > 0.0f ? 1.0f / std::max(largest, 1e-38f) : 0.0f;
-    for (int64_t i = begin; i < end; ++i) {
-      codes[i] = nearest_code((scales[i] - *offset) * inverse);
+  constexpr int64_t kGrainBlocks = 64;
+  const int64_t blocks = (n + kDoubleQuantBlock - 1) / kDoubleQuantBlock;
+  const uint8_t* table = nearest_codes();
+  parallel(blocks, kGrainBlocks, [=](int64_t first, int64_t last) {
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * kDoubleQuantBlock;
+      absmax[block] = quantize_block(scales + begin, std::min(kDoubleQuantBlock, n - begin), mean,
+                                     table, codes + begin);
     }
-  }
+  });
 }
 
 void double_dequantize(const uint8_t* codes, const float* absmax, float offset, int64_t n,

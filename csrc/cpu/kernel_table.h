@@ -7,40 +7,63 @@
 #include <cstdint>
 
 #include "core/codebook.h"
+#include "core/format.h"
 #include "core/scale_coding.h"
 #include "core/view.h"
 #include "cpu/activations.h"
 
 namespace bitfold {
 
-struct SpanStats {
-  float min, max, sum;
-  bool finite;
+// How a format turns a weight into a code, once a scale (and zero point) is chosen:
+//   integer grid  code = clamp(round(w / scale + zero), 0, 2^bits - 1), unit decode = code - zero
+//   codebook      code = the nearest level of w / scale,                unit decode = level
+struct Encoding {
+  int bits;
+  Zero zero;             // integer grids: what kind of zero point
+  const Codebook* book;  // null for integer grids
 };
 
-// Sums for a least-squares scale: w is approximated by d * scale, d the unit decode (code - zero,
-// or the level).
-struct SpanFit {
-  float wd, dd;  // sum w * d, sum d * d
-  float d;       // sum d
+// Spans of weights are tried sixteen at a time, each in a lane of its own.
+inline constexpr int kSpanLanes = 16;
+
+// Sums over each span: the squared error, and what least squares need; w is approximated by
+// d * scale, d the unit decode. w and d are summed for real zero points only.
+struct SpanFits {
+  float error[kSpanLanes], wd[kSpanLanes], dd[kSpanLanes];  // sum (w - d * scale)^2, w * d, d * d
+  float w[kSpanLanes], d[kSpanLanes];                       // sum w, d
 };
 
-struct Grid {  // code = clamp(round(w / scale + zero), 0, top)
-  float scale, zero, top;
-};
-
+// A row is cut in spans of `group` weights (a multiple of 16, or the whole row), each with its own
+// scale.
 struct KernelTable {
-  SpanStats (*stats)(const float* w, int64_t n);
-  float (*error_grid)(const float* w, int64_t n, const Grid& grid);  // sum (w - decoded)^2
-  float (*error_codebook)(const float* w, int64_t n, float scale, const Codebook& book);
-  SpanFit (*fit_grid)(const float* w, int64_t n, const Grid& grid);
-  SpanFit (*fit_codebook)(const float* w, int64_t n, float scale, const Codebook& book);
-  void (*encode_grid)(const float* w, int64_t n, const Grid& grid, uint8_t* codes);
-  void (*encode_codebook)(const float* w, int64_t n, float scale, const Codebook& book,
-                          uint8_t* codes);
+  // low[g], high[g] = extremes of span g. False if any weight is NaN or infinite.
+  bool (*stats)(const float* w, int64_t n, int64_t group, float* low, float* high);
+
+  // scale[i], zero[i] for the range [low[i], high[i]], its ends drawn in by the factors
+  // shrink_low[i] and shrink_high[i].
+  void (*choices)(const Encoding& encoding, int64_t n, const float* low, const float* high,
+                  const float* shrink_low, const float* shrink_high, float* scale, float* zero);
+
+  // block[16 * j + lane] = spans[lane][j], j < n.
+  void (*interleave)(const float* const* spans, int64_t n, float* block);
+  // errors[16 * c + lane] = squared error of the lane's span for the choice (scale, zero) in the
+  // same place, c < count; infinite where that is none (scale not positive and finite, zero point
+  // beyond 2048).
+  void (*errors)(const Encoding& encoding, const float* block, int64_t n, int64_t count,
+                 const float* scale, const float* zero, float* errors);
+  // One choice for each lane.
+  void (*fit)(const Encoding& encoding, const float* block, int64_t n, const float* scale,
+              const float* zero, SpanFits* fits);
+
+  // One packed row from scale[g] and zero[g] (null for codebooks).
+  void (*encode)(const Encoding& encoding, const float* w, int64_t n, int64_t group,
+                 const float* scale, const float* zero, uint8_t* row);
 
   // out[n] = w[row, col .. col + n); col a multiple of 16.
   void (*decode)(const PackedView& view, int64_t row, int64_t col, int64_t n, float* out);
+
+  // The whole row in `dtype`; `stream` writes around the caches (others see it after a fence).
+  void (*decode_row)(const PackedView& view, int64_t row, FloatType dtype, void* out, bool stream);
 
   // Contiguous spans between float and half / bfloat16 bits (or a copy for float32).
   void (*to_float)(const void* source, FloatType dtype, int64_t n, float* out);

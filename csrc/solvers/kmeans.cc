@@ -1,8 +1,10 @@
 #include "solvers/kmeans.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "core/float16.h"
 
@@ -53,12 +55,46 @@ double lloyd(const WeightedPoints& points, const Prefix& prefix, std::vector<dou
   return before;
 }
 
+// Ascends with the value: negative floats descend with their bits, so those are flipped.
+uint32_t ascending_key(float v) {
+  const uint32_t bits = bits_from_float(v);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+float value_of_key(uint32_t key) {
+  return float_from_bits(key & 0x80000000u ? key & 0x7fffffffu : ~key);
+}
+
+// Three passes over 11 bits each; many times faster than std::sort on a row.
+std::vector<float> sorted_copy(const float* w, int64_t n) {
+  // Zeros of both signs are equal, and which comes first shows in the levels of a row of few
+  // values: std::sort's order stays what it was.
+  if (std::any_of(w, w + n, [](float v) { return v == 0.0f && std::signbit(v); })) {
+    std::vector<float> sorted(w, w + n);
+    std::sort(sorted.begin(), sorted.end());
+    return sorted;
+  }
+  constexpr int kBits = 11, kBuckets = 1 << kBits;
+  std::vector<uint32_t> from(static_cast<size_t>(n)), to(from.size());
+  std::transform(w, w + n, from.begin(), ascending_key);
+  for (int shift = 0; shift < 32; shift += kBits) {
+    std::array<uint32_t, kBuckets + 1> start{};
+    for (uint32_t key : from) ++start[(key >> shift & (kBuckets - 1)) + 1];
+    std::partial_sum(start.begin(), start.end(), start.begin());
+    for (uint32_t key : from) to[start[key >> shift & (kBuckets - 1)]++] = key;
+    from.swap(to);
+  }
+  std::vector<float> sorted(from.size());
+  std::transform(from.begin(), from.end(), sorted.begin(), value_of_key);
+  return sorted;
+}
+
 }  // namespace
 
 WeightedPoints points_of(const float* w, int64_t n) {
-  std::vector<float> sorted(w, w + n);
-  std::sort(sorted.begin(), sorted.end());
+  const std::vector<float> sorted = sorted_copy(w, n);
   WeightedPoints points;
+  points.value.reserve(sorted.size());
+  points.weight.reserve(sorted.size());
   for (float v : sorted) {
     if (!points.value.empty() && points.value.back() == v) {
       points.weight.back() += 1.0;
@@ -74,9 +110,7 @@ PointHistogram::PointHistogram() : count_(1 << 16), sum_(1 << 16) {}
 
 void PointHistogram::add(const float* w, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    const uint32_t bits = bits_from_float(w[i]);
-    // Negative floats descend with their bits: flipping makes the bin index ascend with the value.
-    const uint32_t bin = (bits & 0x80000000u ? ~bits : bits | 0x80000000u) >> 16;
+    const uint32_t bin = ascending_key(w[i]) >> 16;
     count_[bin] += 1.0;
     sum_[bin] += w[i];
   }

@@ -3,56 +3,19 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <numeric>
 #include <vector>
 
 #include "core/bitpack.h"
 #include "core/float16.h"
 #include "core/scale_coding.h"
+#include "solvers/group_search.h"
 #include "solvers/kmeans.h"
+#include "solvers/row_reader.h"
 #include "solvers/scale_search.h"
 
 namespace bitfold {
 namespace {
-
-constexpr int64_t kGrainWeights = 1 << 15;
-
-int64_t row_grain(int64_t cols) {
-  return std::max<int64_t>(1, kGrainWeights / std::max<int64_t>(1, cols));
-}
-
-// Rows of the source as float32; contiguous float32 rows are read in place.
-class RowReader {
- public:
-  RowReader(const KernelTable& k, const MatrixView& w) : k_(k), w_(w) {
-    if (w.dtype != FloatType::kFloat32 || w.col_stride != 1)
-      row_.resize(static_cast<size_t>(w.cols));
-    if (w.col_stride != 1 && w.dtype != FloatType::kFloat32) gathered_.resize(row_.size());
-  }
-
-  const float* operator()(int64_t r) {
-    if (w_.dtype == FloatType::kFloat32) {
-      const float* source = static_cast<const float*>(w_.data) + r * w_.row_stride;
-      if (w_.col_stride == 1) return source;
-      for (int64_t c = 0; c < w_.cols; ++c)
-        row_[static_cast<size_t>(c)] = source[c * w_.col_stride];
-      return row_.data();
-    }
-    const uint16_t* source = static_cast<const uint16_t*>(w_.data) + r * w_.row_stride;
-    if (w_.col_stride != 1) {
-      for (int64_t c = 0; c < w_.cols; ++c)
-        gathered_[static_cast<size_t>(c)] = source[c * w_.col_stride];
-      source = gathered_.data();
-    }
-    k_.to_float(source, w_.dtype, w_.cols, row_.data());
-    return row_.data();
-  }
-
- private:
-  const KernelTable& k_;
-  const MatrixView& w_;
-  std::vector<float> row_;
-  std::vector<uint16_t> gathered_;
-};
 
 class Quantizer {
  public:
@@ -60,6 +23,8 @@ class Quantizer {
             void* const* buffers, const Parallel& parallel)
       : k_(k),
         format_(format),
+        encoding_{format.bits(), format.family() == Family::kInteger ? format.zero : Zero::kNone,
+                  format.element().codebook},
         method_(method),
         w_(w),
         parallel_(parallel),
@@ -74,16 +39,17 @@ class Quantizer {
   }
 
   Status run() {
-    if (format_.family() == Family::kLearnedCodebook) {
-      learn_codebooks();
-    } else {
-      scales_.resize(static_cast<size_t>(scale_rows_ * groups_));
-      zeros_.resize(scales_.size());
-      format_.grouping == Grouping::kTensor ? choose_for_tensor() : choose_for_groups();
-    }
+    if (format_.family() == Family::kLearnedCodebook) return run_learned();
+    scales_.resize(static_cast<size_t>(scale_rows_ * groups_));
+    zeros_.resize(scales_.size());
+    const bool done = format_.grouping == Grouping::kTensor ? choose_for_tensor() : choose_by_row();
     if (bad_row_ < w_.rows) return describe_bad_row();
-    format_.family() == Family::kLearnedCodebook ? store_codebooks() : store_scales();
-    parallel_rows([&](int64_t r, const float* row, uint8_t* codes) { encode_row(r, row, codes); });
+    store_scales(done);
+    if (done) return Status::success();
+    parallel_rows([&](int64_t r, const float* row) {
+      if (format_.grouping != Grouping::kTensor) store_zeros(r);
+      encode_row(r, row, scales_of(r));
+    });
     return Status::success();
   }
 
@@ -92,29 +58,19 @@ class Quantizer {
   T* buffer(BufferRole role) const {
     return static_cast<T*>(buffer_[static_cast<size_t>(role)]);
   }
+  int64_t first_scale(int64_t r) const {
+    return format_.grouping == Grouping::kTensor ? 0 : r * groups_;
+  }
+  float* scales_of(int64_t r) { return scales_.data() + first_scale(r); }
+  float* zeros_of(int64_t r) { return zeros_.data() + first_scale(r); }
 
-  // body(row index, float row [cols], scratch for cols codes)
+  // body(row index, float row [cols])
   template <class Body>
   void parallel_rows(const Body& body) const {
     parallel_(w_.rows, row_grain(w_.cols), [&](int64_t begin, int64_t end) {
       RowReader row(k_, w_);
-      std::vector<uint8_t> codes(static_cast<size_t>(w_.cols));
-      for (int64_t r = begin; r < end; ++r) body(r, row(r), codes.data());
+      for (int64_t r = begin; r < end; ++r) body(r, row(r));
     });
-  }
-
-  Grid grid(float scale, float zero) const {
-    return {scale, zero, static_cast<float>((1 << format_.bits()) - 1)};
-  }
-
-  float error(const float* w, int64_t n, const ScaleChoice& c) const {
-    if (format_.family() == Family::kInteger) return k_.error_grid(w, n, grid(c.scale, c.zero));
-    return k_.error_codebook(w, n, c.scale, *format_.element().codebook);
-  }
-
-  SpanFit fit(const float* w, int64_t n, const ScaleChoice& c) const {
-    if (format_.family() == Family::kInteger) return k_.fit_grid(w, n, grid(c.scale, c.zero));
-    return k_.fit_codebook(w, n, c.scale, *format_.element().codebook);
   }
 
   void note_bad_row(int64_t r) {
@@ -134,183 +90,222 @@ class Quantizer {
                                                      "; every weight must be finite");
   }
 
-  void choose_for_groups() {
-    parallel_rows([&](int64_t r, const float* row, uint8_t*) {
-      for (int64_t g = 0; g < groups_; ++g) {
-        const float* w = row + g * group_size_;
-        const int64_t n = std::min(group_size_, w_.cols - g * group_size_);
-        const SpanStats stats = k_.stats(w, n);
-        if (!stats.finite) return note_bad_row(r);
-        set(r * groups_ + g, choose(stats, n,
-                                    {[&](const ScaleChoice& c) { return error(w, n, c); },
-                                     [&](const ScaleChoice& c) { return fit(w, n, c); }}));
-      }
-    });
+  // A codebook with absmax scales is encoded against the exact absmax, as bitsandbytes does; all
+  // else against what a reader will decode.
+  bool encodes_exactly() const {
+    return format_.family() == Family::kFixedCodebook && method_ == Method::kRound;
+  }
+  bool stores_halves() const {
+    return format_.family() == Family::kInteger && !format_.double_quant;
   }
 
-  void choose_for_tensor() {
-    // Sums per row first, then over rows in order: the same result for every number of threads.
-    std::vector<SpanStats> row_stats(static_cast<size_t>(w_.rows));
-    parallel_rows([&](int64_t r, const float* row, uint8_t*) {
-      row_stats[static_cast<size_t>(r)] = k_.stats(row, w_.cols);
-      if (!row_stats[static_cast<size_t>(r)].finite) note_bad_row(r);
-    });
-    if (bad_row_ < w_.rows) return;
-    SpanStats stats = row_stats[0];
-    double sum = 0.0;
-    for (const SpanStats& one : row_stats) {
-      stats.min = std::min(stats.min, one.min);
-      stats.max = std::max(stats.max, one.max);
-      sum += one.sum;
+  // Chooses scales (and zero points) a few rows at a time. A row is encoded at once, while it is in
+  // cache, where that needs no other row: not with double quantization, and for fp16 scales in the
+  // hope that they need no common power of two. Returns whether all is encoded.
+  bool choose_by_row() {
+    const bool at_once = encodes_exactly() || !format_.double_quant;
+    // For a search as few rows as have a multiple of sixteen spans.
+    const int64_t rows = method_ == Method::kRound ? 1 : kSpanLanes / std::gcd(kSpanLanes, groups_);
+    std::vector<MagnitudeRange> ranges(static_cast<size_t>(w_.rows));
+    parallel_((w_.rows + rows - 1) / rows, row_grain(w_.cols * rows),
+              [&](int64_t begin, int64_t end) {
+                std::vector<RowReader> readers(static_cast<size_t>(rows), RowReader(k_, w_));
+                std::vector<const float*> sources(readers.size());
+                SpanSearch search(k_, encoding_, w_.cols, group_size_);
+                for (int64_t block = begin; block < end; ++block) {
+                  const int64_t first = block * rows;
+                  const int64_t count = std::min(rows, w_.rows - first);
+                  for (size_t i = 0; i < static_cast<size_t>(count); ++i)
+                    sources[i] = readers[i](first + static_cast<int64_t>(i));
+                  if (!choose_for_rows(first, count, sources.data(), &search) || !at_once) continue;
+                  for (int64_t i = 0; i < count; ++i)
+                    ranges[static_cast<size_t>(first + i)] =
+                        finish_row(first + i, sources[static_cast<size_t>(i)]);
+                }
+              });
+    for (const MagnitudeRange& range : ranges) scale_range_.add(range);
+    return at_once && !(stores_halves() && choose_exponent(scale_range_) != 0);
+  }
+
+  // Scales and zero points of the rows [first, first + count); false if a weight is not finite.
+  bool choose_for_rows(int64_t first, int64_t count, const float* const* rows, SpanSearch* search) {
+    std::vector<float> low(static_cast<size_t>(count * groups_)), high(low.size());
+    bool finite = true;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto at = static_cast<size_t>(i * groups_);
+      if (k_.stats(rows[i], w_.cols, group_size_, &low[at], &high[at])) continue;
+      note_bad_row(first + i);
+      finite = false;
     }
-    stats.sum = static_cast<float>(sum);
-    GroupProbe probe;
-    std::vector<float> row_errors(row_stats.size());
-    probe.error = [&](const ScaleChoice& c) {
-      parallel_rows([&](int64_t r, const float* row, uint8_t*) {
-        row_errors[static_cast<size_t>(r)] = error(row, w_.cols, c);
-      });
-      double total = 0.0;
-      for (float one : row_errors) total += one;
-      return static_cast<float>(total);
-    };
-    std::vector<SpanFit> row_fits(row_stats.size());
-    probe.fit = [&](const ScaleChoice& c) {
-      parallel_rows([&](int64_t r, const float* row, uint8_t*) {
-        row_fits[static_cast<size_t>(r)] = fit(row, w_.cols, c);
-      });
-      double wd = 0.0, dd = 0.0, d = 0.0;
-      for (const SpanFit& one : row_fits) {
-        wd += one.wd;
-        dd += one.dd;
-        d += one.d;
-      }
-      return SpanFit{static_cast<float>(wd), static_cast<float>(dd), static_cast<float>(d)};
-    };
-    set(0, choose(stats, w_.rows * w_.cols, probe));
+    if (!finite) return false;
+    if (method_ == Method::kRound) {
+      round_scales(k_, encoding_, count * groups_, low.data(), high.data(), scales_of(first),
+                   zeros_of(first));
+    } else {
+      search->run(rows, count, low.data(), high.data(), scales_of(first), zeros_of(first));
+    }
+    return true;
   }
 
-  ScaleChoice choose(const SpanStats& stats, int64_t n, const GroupProbe& probe) const {
-    return method_ == Method::kRound ? round_scale(format_, stats)
-                                     : search_scale(format_, stats, n, probe);
+  // Stores and encodes a row by itself; the range of its scales if they are stored as fp16.
+  MagnitudeRange finish_row(int64_t r, const float* row) {
+    MagnitudeRange range;
+    store_zeros(r);
+    if (!stores_halves()) {
+      encode_row(r, row, scales_of(r));
+      return range;
+    }
+    range.add(scales_of(r), groups_);
+    uint16_t* halves = buffer<uint16_t>(BufferRole::kScale) + r * groups_;
+    std::vector<float> stored(static_cast<size_t>(groups_));
+    k_.from_float(scales_of(r), groups_, FloatType::kFloat16, halves);
+    k_.to_float(halves, FloatType::kFloat16, groups_, stored.data());
+    encode_row(r, row, stored.data());
+    return range;
   }
 
-  void set(int64_t at, const ScaleChoice& choice) {
-    scales_[static_cast<size_t>(at)] = choice.scale;
-    zeros_[static_cast<size_t>(at)] = choice.zero;
+  bool choose_for_tensor() {
+    std::vector<float> low(static_cast<size_t>(w_.rows)), high(low.size());
+    parallel_rows([&](int64_t r, const float* row) {
+      const auto at = static_cast<size_t>(r);
+      if (!k_.stats(row, w_.cols, w_.cols, &low[at], &high[at])) note_bad_row(r);
+    });
+    if (bad_row_ < w_.rows) return false;
+    float least[kSpanLanes], most[kSpanLanes], scale[kSpanLanes], zero[kSpanLanes];
+    std::fill_n(least, kSpanLanes, *std::min_element(low.begin(), low.end()));
+    std::fill_n(most, kSpanLanes, *std::max_element(high.begin(), high.end()));
+    if (method_ == Method::kRound) {
+      round_scales(k_, encoding_, 1, least, most, scale, zero);
+    } else {
+      search_scales(k_, encoding_, WholeTensor(k_, encoding_, w_, parallel_), least, most, scale,
+                    zero);
+    }
+    scales_[0] = scale[0];
+    zeros_[0] = zero[0];
+    scale_range_.add(scale, 1);
+    return false;
   }
 
-  // Writes scales and zero points, and replaces those in memory by what a reader will decode, so
-  // that codes are chosen against the stored values. The exception: a codebook with absmax scales
-  // keeps the exact absmax, as bitsandbytes does.
-  void store_scales() {
+  // Writes the scales, and replaces those in memory by what a reader will decode, unless all codes
+  // are chosen (`done`).
+  void store_scales(bool done) {
     const auto n = static_cast<int64_t>(scales_.size());
-    const bool exact = format_.family() == Family::kFixedCodebook && method_ == Method::kRound;
-    const std::vector<float> chosen = exact ? scales_ : std::vector<float>();
-    if (format_.double_quant) {
+    if (stores_halves()) {
+      const int exponent = choose_exponent(scale_range_);
+      *buffer<int8_t>(BufferRole::kExponent) = static_cast<int8_t>(exponent);
+      if (!done) store_halves(exponent, &scales_, buffer<uint16_t>(BufferRole::kScale));
+    } else if (!format_.double_quant) {
+      std::copy(scales_.begin(), scales_.end(), buffer<float>(BufferRole::kScale));
+    } else {
       auto* codes = buffer<uint8_t>(BufferRole::kScale);
       auto* absmax = buffer<float>(BufferRole::kScaleAbsmax);
       auto* offset = buffer<float>(BufferRole::kScaleOffset);
-      const std::vector<float> wanted =
-          format_.zero == Zero::kFloat ? scales_ : std::vector<float>();
-      double_quantize(scales_.data(), n, codes, absmax, offset);
+      double_quantize(scales_.data(), n, codes, absmax, offset, parallel_);
+      if (encodes_exactly()) return;
+      const std::vector<float> wanted = scales_;
       double_dequantize(codes, absmax, *offset, n, scales_.data());
-      // A real zero point may lie a thousand codes away (a group of equal weights), and would
-      // multiply what the scale lost: it moves so that the middle of the grid stays where it was.
-      const float middle = static_cast<float>((1 << format_.bits()) - 1) / 2;
-      for (size_t i = 0; i < wanted.size(); ++i) {
-        if (wanted[i] == 0.0f || scales_[i] == 0.0f) continue;  // all zeros: code 0 is zero
-        zeros_[i] = std::clamp(middle - (middle - zeros_[i]) * (wanted[i] / scales_[i]), -65504.0f,
-                               65504.0f);
-      }
-    } else if (format_.family() == Family::kInteger) {
-      store_halves(&scales_, buffer<uint16_t>(BufferRole::kScale));
-    } else {
-      std::copy(scales_.begin(), scales_.end(), buffer<float>(BufferRole::kScale));
+      if (format_.zero == Zero::kFloat) follow_scales(wanted);
     }
-    if (exact) scales_ = chosen;
+    if (format_.grouping == Grouping::kTensor) store_zeros(0);
+  }
 
-    if (format_.zero == Zero::kFloat) {
-      auto* halves = buffer<uint16_t>(BufferRole::kZero);
-      encode_halves(zeros_.data(), n, 0, halves);
-      for (size_t i = 0; i < zeros_.size(); ++i) zeros_[i] = half_to_float(halves[i]);
-    } else if (format_.zero == Zero::kInt) {
-      const int64_t bytes = packed_row_bytes(groups_, format_.bits());
-      std::vector<uint8_t> codes(static_cast<size_t>(groups_));
-      for (int64_t r = 0; r < scale_rows_; ++r) {
-        for (int64_t g = 0; g < groups_; ++g) {
-          codes[static_cast<size_t>(g)] =
-              static_cast<uint8_t>(zeros_[static_cast<size_t>(r * groups_ + g)]);
-        }
-        pack_row(codes.data(), groups_, format_.bits(),
-                 buffer<uint8_t>(BufferRole::kZero) + r * bytes);
-      }
+  // A real zero point may lie a thousand codes away (a group of equal weights), and would multiply
+  // what the 8-bit code of the scale lost: it moves so that the middle of the grid stays where it
+  // was.
+  void follow_scales(const std::vector<float>& wanted) {
+    const float middle = static_cast<float>((1 << format_.bits()) - 1) / 2;
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      if (wanted[i] == 0.0f || scales_[i] == 0.0f) continue;  // all zeros: code 0 is zero
+      zeros_[i] =
+          std::clamp(middle - (middle - zeros_[i]) * (wanted[i] / scales_[i]), -65504.0f, 65504.0f);
     }
   }
 
-  void store_halves(std::vector<float>* values, uint16_t* halves) const {
+  // Writes the zero points of a row, and replaces those in memory by what a reader will decode.
+  void store_zeros(int64_t r) {
+    float* zeros = zeros_of(r);
+    if (format_.zero == Zero::kFloat) {
+      uint16_t* halves = buffer<uint16_t>(BufferRole::kZero) + first_scale(r);
+      k_.from_float(zeros, groups_, FloatType::kFloat16, halves);
+      k_.to_float(halves, FloatType::kFloat16, groups_, zeros);
+    } else if (format_.zero == Zero::kInt) {
+      // Packed like the codes of a row of weights: an integer is its own code.
+      const Encoding integers{format_.bits(), Zero::kInt, nullptr};
+      const float one = 1.0f, none = 0.0f;
+      k_.encode(integers, zeros, groups_, groups_, &one, &none,
+                buffer<uint8_t>(BufferRole::kZero) + r * packed_row_bytes(groups_, format_.bits()));
+    }
+  }
+
+  static void store_halves(int exponent, std::vector<float>* values, uint16_t* halves) {
     const auto n = static_cast<int64_t>(values->size());
-    const int exponent = choose_exponent(values->data(), n);
-    *buffer<int8_t>(BufferRole::kExponent) = static_cast<int8_t>(exponent);
     encode_halves(values->data(), n, exponent, halves);
     const float factor = std::ldexp(1.0f, exponent);
     for (size_t i = 0; i < values->size(); ++i) (*values)[i] = half_to_float(halves[i]) * factor;
   }
 
-  void learn_codebooks() {
-    const int levels = 1 << format_.bits();
-    scales_.resize(static_cast<size_t>(scale_rows_ * levels));  // here: the levels of each codebook
-    if (format_.grouping == Grouping::kTensor) {
-      PointHistogram histogram;
-      RowReader row(k_, w_);
-      for (int64_t r = 0; r < w_.rows; ++r) {
-        const float* w = row(r);
-        if (!k_.stats(w, w_.cols).finite) return note_bad_row(r);
-        histogram.add(w, w_.cols);
-      }
-      scales_ = kmeans(histogram.points(), levels);
-      return;
-    }
-    parallel_rows([&](int64_t r, const float* row, uint8_t*) {
-      if (!k_.stats(row, w_.cols).finite) return note_bad_row(r);
-      const std::vector<float> found = kmeans(points_of(row, w_.cols), levels);
-      std::copy(found.begin(), found.end(), scales_.begin() + r * levels);
-    });
+  void encode_row(int64_t r, const float* row, const float* scale) {
+    k_.encode(encoding_, row, w_.cols, group_size_, scale, zeros_of(r),
+              buffer<uint8_t>(BufferRole::kCodes) + r * packed_row_bytes(w_.cols, format_.bits()));
   }
 
-  void store_codebooks() { store_halves(&scales_, buffer<uint16_t>(BufferRole::kCodebook)); }
+  // Learned codebooks, of one row each or of the tensor; their levels are stored as fp16.
+  Status run_learned() {
+    const int levels = 1 << format_.bits();
+    std::vector<float> books(static_cast<size_t>(scale_rows_ * levels));
+    format_.grouping == Grouping::kTensor ? learn_for_tensor(&books) : learn_by_row(&books);
+    if (bad_row_ < w_.rows) return describe_bad_row();
+    MagnitudeRange range;
+    range.add(books.data(), static_cast<int64_t>(books.size()));
+    const int exponent = choose_exponent(range);
+    *buffer<int8_t>(BufferRole::kExponent) = static_cast<int8_t>(exponent);
+    store_halves(exponent, &books, buffer<uint16_t>(BufferRole::kCodebook));
+    parallel_rows([&](int64_t r, const float* row) {
+      const int64_t at = format_.grouping == Grouping::kTensor ? 0 : r * levels;
+      const Codebook book = sorted_codebook(books.data() + at, levels);
+      const float one = 1.0f;
+      k_.encode(
+          {format_.bits(), Zero::kNone, &book}, row, w_.cols, w_.cols, &one, nullptr,
+          buffer<uint8_t>(BufferRole::kCodes) + r * packed_row_bytes(w_.cols, format_.bits()));
+    });
+    return Status::success();
+  }
 
-  void encode_row(int64_t r, const float* row, uint8_t* codes) const {
-    const int bits = format_.bits();
-    const int64_t scale_row = format_.grouping == Grouping::kTensor ? 0 : r;
-    if (format_.family() == Family::kLearnedCodebook) {
-      const float* levels = scales_.data() + (scale_row << bits);
-      k_.encode_codebook(row, w_.cols, 1.0f, sorted_codebook(levels, 1 << bits), codes);
-    } else {
-      for (int64_t g = 0; g < groups_; ++g) {
-        const int64_t at = g * group_size_;
-        const int64_t n = std::min(group_size_, w_.cols - at);
-        const float scale = scales_[static_cast<size_t>(scale_row * groups_ + g)];
-        if (format_.family() == Family::kInteger) {
-          const float zero = zeros_[static_cast<size_t>(scale_row * groups_ + g)];
-          k_.encode_grid(row + at, n, grid(scale, zero), codes + at);
-        } else {
-          k_.encode_codebook(row + at, n, scale, *format_.element().codebook, codes + at);
-        }
-      }
+  bool is_finite(const float* row) const {
+    float low, high;
+    return k_.stats(row, w_.cols, w_.cols, &low, &high);
+  }
+
+  void learn_for_tensor(std::vector<float>* book) {
+    PointHistogram histogram;
+    RowReader row(k_, w_);
+    for (int64_t r = 0; r < w_.rows; ++r) {
+      const float* w = row(r);
+      if (!is_finite(w)) return note_bad_row(r);
+      histogram.add(w, w_.cols);
     }
-    pack_row(codes, w_.cols, bits,
-             buffer<uint8_t>(BufferRole::kCodes) + r * packed_row_bytes(w_.cols, bits));
+    *book = kmeans(histogram.points(), 1 << format_.bits());
+  }
+
+  void learn_by_row(std::vector<float>* books) {
+    const int levels = 1 << format_.bits();
+    parallel_rows([&](int64_t r, const float* row) {
+      if (!is_finite(row)) return note_bad_row(r);
+      const std::vector<float> found = kmeans(points_of(row, w_.cols), levels);
+      std::copy(found.begin(), found.end(), books->begin() + r * levels);
+    });
   }
 
   const KernelTable& k_;
   const Format& format_;
+  const Encoding encoding_;
   const Method method_;
   const MatrixView& w_;
   const Parallel& parallel_;
   const int64_t groups_, group_size_, scale_rows_;
   std::array<void*, 7> buffer_{};
   std::vector<float> scales_, zeros_;
+  MagnitudeRange scale_range_;  // of what was chosen
   std::atomic<int64_t> bad_row_;
 };
 

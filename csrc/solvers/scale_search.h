@@ -1,31 +1,29 @@
-// Scale and zero point of one group: from its extremes, or by the squared error that rounding with
-// them leaves.
+// Scale and zero point of groups of weights: from their extremes, or by the squared error that
+// rounding with them leaves.
 #pragma once
 
-#include <functional>
-
-#include "core/format.h"
 #include "cpu/kernel_table.h"
 
 namespace bitfold {
 
-struct ScaleChoice {
-  float scale;
-  float zero;  // integer grids; a codebook has none
+// Up to sixteen groups of equally many weights, wherever they are, one to a lane.
+class GroupProbe {
+ public:
+  virtual ~GroupProbe() = default;
+  virtual int64_t size() const = 0;  // of a group
+  // As the kernels of the same names (cpu/kernel_table.h), over whole groups.
+  virtual void errors(int64_t count, const float* scale, const float* zero,
+                      float* errors) const = 0;
+  virtual void fit(const float* scale, const float* zero, SpanFits* fits) const = 0;
 };
 
-// The group at hand, which may be one span or a whole tensor: its squared error and its
-// least-squares sums for a choice.
-struct GroupProbe {
-  std::function<float(const ScaleChoice&)> error;
-  std::function<SpanFit(const ScaleChoice&)> fit;
-};
+// scale [groups] and zero [groups] from the extremes low [groups], high [groups].
+void round_scales(const KernelTable& k, const Encoding& encoding, int64_t groups, const float* low,
+                  const float* high, float* scale, float* zero);
 
-ScaleChoice round_scale(const Format& format, const SpanStats& stats);
-
-// Tries shrunken ranges, then alternates least squares for the scale with new codes, never
-// accepting a larger error. n is the number of weights in the group.
-ScaleChoice search_scale(const Format& format, const SpanStats& stats, int64_t n,
-                         const GroupProbe& probe);
+// The same for the lanes of a probe: tries shrunken ranges, then alternates least squares for the
+// scale with new codes, never accepting a larger error.
+void search_scales(const KernelTable& k, const Encoding& encoding, const GroupProbe& probe,
+                   const float* low, const float* high, float* scale, float* zero);
 
 }  // namespace bitfold

@@ -35,7 +35,8 @@ def quantize(weight: Tensor, fmt: Format | str, method: str | None = None) -> li
     """Folds a matrix into the buffers of a format.
 
     Args:
-        weight: ``[out, in]``, float32, float16 or bfloat16, any strides; read twice.
+        weight: ``[out, in]``, float32, float16 or bfloat16, any strides; read once, or twice where all scales
+            must be known before the first code (double quantization, learned codebooks).
         fmt: how to store it.
         method: ``"round"`` (scale from absmax or min-max), ``"search"`` (scale by squared error), or None
             for the format's default. Learned codebooks (kmeans) have no scale and come out the same.

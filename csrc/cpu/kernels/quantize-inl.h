@@ -1,142 +1,212 @@
-// Choosing codes: statistics of a span, the error of a scale on it, and the codes for a scale.
+// From floats to packed codes: extremes of each span, the scale of a range, codes for a scale.
 // Included by each target.
 
-static SpanStats stats(const float* w, int64_t n) {
-  F low = set1(w[0]), high = low, sum = zero(), poison = zero();
+static bool stats(const float* w, int64_t n, int64_t group, float* low, float* high) {
+  F poison = zero();
   const F nothing = zero();
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const F v = load(w + i);
-    low = min(v, low);
-    high = max(v, high);
-    sum = add(sum, v);
-    poison = add(poison, mul(v, nothing));  // NaN and infinity times zero are NaN, and stay
+  int64_t at = 0;
+  for (int64_t g = 0; at < n; ++g) {
+    const int64_t end = at + group < n ? at + group : n;
+    F least = set1(w[at]), most = least;
+    const auto take = [&](F v) {
+      least = min(v, least);
+      most = max(v, most);
+      poison = fma(v, nothing, poison);  // NaN and infinity times zero are NaN, and stay
+    };
+    for (; at + 16 <= end; at += 16) take(load(w + at));
+    if (at < end) {
+      float lane[16];
+      for (int64_t j = 0; j < 16; ++j) lane[j] = w[at + j < end ? at + j : at];
+      take(load(lane));
+      at = end;
+    }
+    low[g] = reduce_min(least);
+    high[g] = reduce_max(most);
   }
-  if (i < n) {
-    const F v = load_part(w + i, static_cast<int>(n - i));  // absent lanes read as zero
-    float lane[16];
-    store(lane, v);
-    for (int64_t j = n - i; j < 16; ++j) lane[j] = w[0];
-    const F filled = load(lane);
-    low = min(filled, low);
-    high = max(filled, high);
-    sum = add(sum, v);
-    poison = add(poison, mul(v, nothing));
+  return reduce_add(poison) == 0.0f;
+}
+
+constexpr float kLargestFloat = 3.402823466e38f;
+
+static inline F negative(F v) { return mul(v, set1(-1.0f)); }
+
+// A range [low, high] as scale and zero point, lane by lane.
+static inline void grid_of_range(const Encoding& encoding, F low, F high, F* scale, F* zero_point) {
+  const F top = set1(static_cast<float>((1 << encoding.bits) - 1)), none = zero();
+  F step = div(sub(high, low), top);
+  // The range of +-3e38 is no float.
+  step = select_above(step, set1(kLargestFloat), sub(div(high, top), div(low, top)), step);
+  if (encoding.zero == Zero::kInt) {
+    const F code = min(max(round_even(div(negative(low), step)), none), top);
+    *scale = select_above(step, none, step, none);
+    *zero_point = select_above(step, none, code, none);
+    return;
   }
-  float lows[16], highs[16];
-  store(lows, low);
-  store(highs, high);
-  SpanStats result{lows[0], highs[0], reduce_add(sum), reduce_add(poison) == 0.0f};
-  for (int j = 1; j < 16; ++j) {
-    result.min = lows[j] < result.min ? lows[j] : result.min;
-    result.max = highs[j] > result.max ? highs[j] : result.max;
+  // Real zero point: keep it below 2048, where fp16 still resolves whole codes, by not letting the
+  // step get too fine.
+  const F magnitude = max(abs(low), abs(high));
+  *scale = max(step, mul(magnitude, set1(1.0f / 1024)));
+  *zero_point = select_above(*scale, none, div(negative(low), *scale), none);
+}
+
+static inline void choose(const Encoding& encoding, F low, F high, F shrink_low, F shrink_high,
+                          F* scale, F* zero_point) {
+  const F absmax = max(abs(low), abs(high));
+  const float half = static_cast<float>(1 << (encoding.bits - 1));
+  *zero_point = zero();
+  if (encoding.book) {
+    *scale = mul(absmax, shrink_high);
+  } else if (encoding.zero == Zero::kNone || encoding.zero == Zero::kMidrise) {
+    const float reach = encoding.zero == Zero::kNone ? half - 1.0f : half - 0.5f;
+    *scale = div(mul(absmax, shrink_high), set1(reach));
+    *zero_point = set1(encoding.zero == Zero::kNone ? half : half - 0.5f);
+  } else if (encoding.zero == Zero::kInt) {
+    // The zero point is a code, so the range must hold zero.
+    grid_of_range(encoding, mul(min(low, zero()), shrink_low), mul(max(high, zero()), shrink_high),
+                  scale, zero_point);
+  } else {
+    const F middle = add(mul(low, set1(0.5f)), mul(high, set1(0.5f)));
+    grid_of_range(encoding, add(middle, mul(sub(low, middle), shrink_low)),
+                  add(middle, mul(sub(high, middle), shrink_high)), scale, zero_point);
   }
-  return result;
+}
+
+static void choices(const Encoding& encoding, int64_t n, const float* low, const float* high,
+                    const float* shrink_low, const float* shrink_high, float* scale,
+                    float* zero_point) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const int count = static_cast<int>(n - i < 16 ? n - i : 16);
+    const auto part = [&](const float* p) {
+      return count == 16 ? load(p + i) : load_part(p + i, count);
+    };
+    F s, z;
+    choose(encoding, part(low), part(high), part(shrink_low), part(shrink_high), &s, &z);
+    store_part(scale + i, s, count);
+    store_part(zero_point + i, z, count);
+  }
 }
 
 // Integer grid: clamp(round(w / scale + zero), 0, top), still as floats.
+template <int Bits>
 struct GridEncoder {
+  static constexpr int kBits = Bits;
+  static constexpr bool kUnroll = true;  // 3 % faster in search-inl.h
   F inverse, zero_point, top;
-  explicit GridEncoder(const Grid& grid)
-      : inverse(set1(inverse_of(grid.scale))), zero_point(set1(grid.zero)), top(set1(grid.top)) {}
-  F code(F w) const { return min(max(round_even(add(mul(w, inverse), zero_point)), zero()), top); }
-  F unit(F w) const { return sub(code(w), zero_point); }
+  GridEncoder() = default;
+  explicit GridEncoder(const Encoding& /*encoding*/)
+      : inverse(zero()), zero_point(zero()), top(set1(static_cast<float>((1 << Bits) - 1))) {}
+  void use(F inverse_scale, F zero_point_of_span) {
+    inverse = inverse_scale;
+    zero_point = zero_point_of_span;
+  }
+  F level(F w) const { return clamp_code(round_even(add(mul(w, inverse), zero_point)), top); }
+  F unit(F w) const { return sub(level(w), zero_point); }
+  I code(F w) const { return to_int(level(w)); }
 };
 
-// Codebook: the rank of w / scale among the pivots.
+// Codebook: binary search for the level of w / scale (core/codebook.h).
+template <int Bits>
 struct CodebookEncoder {
-  F inverse;
-  F pivots[kMaxLevels];
-  int pivot_count;
-  float level_of_rank[kMaxLevels];
-  float code_of_rank[kMaxLevels];
-  CodebookEncoder(float scale, const Codebook& book)
-      : inverse(set1(inverse_of(scale))), pivot_count(book.pivot_count) {
-    for (int i = 0; i < kMaxLevels; ++i) {
-      const bool used = i <= book.pivot_count;
-      pivots[i] = set1(i < book.pivot_count ? book.pivots[i] : 0.0f);
-      level_of_rank[i] = used ? book.levels[book.code_of_rank[i]] : 0.0f;
-      code_of_rank[i] = used ? static_cast<float>(book.code_of_rank[i]) : 0.0f;
+  static constexpr int kBits = Bits;
+  static constexpr bool kUnroll = false;  // would be 25 % slower
+  F inverse, pivots[Bits], levels;
+  I codes;
+  CodebookEncoder() = default;
+  explicit CodebookEncoder(const Encoding& encoding)
+      : inverse(zero()),
+        levels(load(encoding.book->level_of_path)),
+        codes(load_int(encoding.book->code_of_path)) {
+    pivots[0] = set1(encoding.book->pivot_of_path[0][0]);
+    for (int k = 1; k < Bits; ++k) pivots[k] = load(encoding.book->pivot_of_path[k]);
+  }
+  void use(F inverse_scale, F /*zero_point*/) { inverse = inverse_scale; }
+  I path(F w) const {
+    const F scaled = mul(w, inverse);
+    I at = set_bit_above(zero_i(), scaled, pivots[0], 1);
+    for (int k = 1; k < Bits; ++k) at = set_bit_above(at, scaled, lookup8(pivots[k], at), 1 << k);
+    return at;
+  }
+  F unit(F w) const { return lookup(levels, path(w)); }
+  I code(F w) const { return lookup_int(codes, path(w)); }
+};
+
+// job(encoder) with the encoder of a format, its bits known to the compiler.
+template <class Job>
+static inline void with_encoder(const Encoding& encoding, const Job& job) {
+  const bool grid = !encoding.book;
+  switch (encoding.bits) {
+    case 8:
+      return job(GridEncoder<8>(encoding));
+    case 4:
+      return grid ? job(GridEncoder<4>(encoding)) : job(CodebookEncoder<4>(encoding));
+    case 3:
+      return grid ? job(GridEncoder<3>(encoding)) : job(CodebookEncoder<3>(encoding));
+    case 2:
+      return grid ? job(GridEncoder<2>(encoding)) : job(CodebookEncoder<2>(encoding));
+    default:
+      return;
+  }
+}
+
+// Sixteen codes to column `col` (a multiple of 16) of a packed row.
+template <int Bits>
+static inline void pack(I code, int64_t col, uint8_t* row, int64_t plane_bytes) {
+  if constexpr (Bits == 8) pack8(row + col, code);
+  if constexpr (Bits == 4) pack4(row + col / 2, code);
+  if constexpr (Bits == 2) pack2(row + col / 4, code);
+  if constexpr (Bits == 3) {
+    pack2(row + col / 4, code);
+    pack_bit2(row + plane_bytes + col / 8, code);
+  }
+}
+
+// The first n codes; the bits after them are zero to the end of their byte.
+template <int Bits>
+static inline void pack_tail(I code, int n, int64_t col, uint8_t* row, int64_t plane_bytes) {
+  uint8_t codes[16], packed[32];
+  pack8(codes, code);
+  for (int i = n; i < 16; ++i) codes[i] = 0;
+  pack<Bits>(unpack8(codes), 0, packed, 16);
+  const auto bytes = [&](int bits) { return static_cast<size_t>((n * bits + 7) / 8); };
+  if constexpr (Bits == 3) {
+    memcpy(row + col / 4, packed, bytes(2));
+    memcpy(row + plane_bytes + col / 8, packed + 16, bytes(1));
+  } else {
+    memcpy(row + col * Bits / 8, packed, bytes(Bits));
+  }
+}
+
+template <class Encoder>
+static inline void encode_row(const float* w, int64_t n, int64_t group, const float* scale,
+                              const float* zero_point, Encoder encoder, uint8_t* row) {
+  constexpr int Bits = Encoder::kBits;
+  const int64_t plane_bytes = Bits == 3 ? (n + 3) / 4 : 0;
+  constexpr int64_t kAhead = 64;  // a call inside the loop over weights would empty its registers
+  float inverse[kAhead];
+  int64_t at = 0;
+  for (int64_t g = 0; at < n; ++g) {
+    if (g % kAhead == 0) {
+      for (int64_t i = 0; i < kAhead && (g + i) * group < n; ++i)
+        inverse[i] = inverse_of(scale[g + i]);
+    }
+    encoder.use(set1(inverse[g % kAhead]), set1(zero_point ? zero_point[g] : 0.0f));
+    const int64_t end = at + group < n ? at + group : n;
+    for (; at + 16 <= end; at += 16) {
+      // The next row is on its way while this one, in cache since its statistics, is encoded.
+      __builtin_prefetch(w + at + n);
+      pack<Bits>(encoder.code(load(w + at)), at, row, plane_bytes);
+    }
+    if (at < end) {
+      const int rest = static_cast<int>(end - at);
+      pack_tail<Bits>(encoder.code(load_part(w + at, rest)), rest, at, row, plane_bytes);
+      at = end;
     }
   }
-  I rank(F w) const {
-    const F scaled = mul(w, inverse);
-    I r = zero_i();
-    for (int p = 0; p < pivot_count; ++p) r = count_above(r, scaled, pivots[p]);
-    return r;
-  }
-  F code(F w) const { return lookup(load(code_of_rank), rank(w)); }
-  F unit(F w) const { return lookup(load(level_of_rank), rank(w)); }
-};
-
-// take(values, unit decode) for each vector of the span; absent lanes of the last one are zero in
-// both, so that they do not count (a mid-rise grid has no zero of its own).
-template <class Encoder, class Take>
-static inline void for_each_vector(const float* w, int64_t n, const Encoder& encoder,
-                                   const Take& take) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const F v = load(w + i);
-    take(v, encoder.unit(v));
-  }
-  if (i < n) {
-    const int rest = static_cast<int>(n - i);
-    const F v = load_part(w + i, rest);
-    float d[16];
-    store(d, encoder.unit(v));
-    take(v, load_part(d, rest));
-  }
 }
 
-template <class Encoder>
-static inline float error(const float* w, int64_t n, float scale, const Encoder& encoder) {
-  const F s = set1(scale);
-  F sum = zero();
-  for_each_vector(w, n, encoder, [&](F v, F d) {
-    const F off = sub(v, mul(d, s));
-    sum = add(sum, mul(off, off));
+static void encode(const Encoding& encoding, const float* w, int64_t n, int64_t group,
+                   const float* scale, const float* zero_point, uint8_t* row) {
+  with_encoder(encoding, [&](const auto& encoder) {
+    encode_row(w, n, group, scale, zero_point, encoder, row);
   });
-  return reduce_add(sum);
-}
-
-template <class Encoder>
-static inline SpanFit fit(const float* w, int64_t n, const Encoder& encoder) {
-  F wd = zero(), dd = zero(), sum = zero();
-  for_each_vector(w, n, encoder, [&](F v, F d) {
-    wd = add(wd, mul(v, d));
-    dd = add(dd, mul(d, d));
-    sum = add(sum, d);
-  });
-  return {reduce_add(wd), reduce_add(dd), reduce_add(sum)};
-}
-
-template <class Encoder>
-static inline void encode(const float* w, int64_t n, const Encoder& encoder, uint8_t* codes) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store_bytes(codes + i, to_int(encoder.code(load(w + i))));
-  if (i < n) {
-    uint8_t tail[16];
-    store_bytes(tail, to_int(encoder.code(load_part(w + i, static_cast<int>(n - i)))));
-    memcpy(codes + i, tail, static_cast<size_t>(n - i));
-  }
-}
-
-static float error_grid(const float* w, int64_t n, const Grid& grid) {
-  return error(w, n, grid.scale, GridEncoder(grid));
-}
-static float error_codebook(const float* w, int64_t n, float scale, const Codebook& book) {
-  return error(w, n, scale, CodebookEncoder(scale, book));
-}
-static SpanFit fit_grid(const float* w, int64_t n, const Grid& grid) {
-  return fit(w, n, GridEncoder(grid));
-}
-static SpanFit fit_codebook(const float* w, int64_t n, float scale, const Codebook& book) {
-  return fit(w, n, CodebookEncoder(scale, book));
-}
-static void encode_grid(const float* w, int64_t n, const Grid& grid, uint8_t* codes) {
-  encode(w, n, GridEncoder(grid), codes);
-}
-static void encode_codebook(const float* w, int64_t n, float scale, const Codebook& book,
-                            uint8_t* codes) {
-  encode(w, n, CodebookEncoder(scale, book), codes);
 }

@@ -1,57 +1,5 @@
 // Scales and zero points per unit of columns, sixteen at a time. Included by each target.
 
-// Scales of up to sixteen groups from the `at`-th on; lanes beyond are finite.
-static inline F scales_of(const PackedView& view, int64_t at, int n) {
-  switch (view.scale_kind) {
-    case ScaleKind::kFp32:
-      return n == 16 ? load(static_cast<const float*>(view.scale) + at)
-                     : load_part(static_cast<const float*>(view.scale) + at, n);
-    case ScaleKind::kFp16:
-      return mul(halves_at(static_cast<const uint16_t*>(view.scale) + at, n), set1(view.factor));
-    case ScaleKind::kDoubleQuant: {
-      const uint8_t* codes = static_cast<const uint8_t*>(view.scale) + at;
-      uint8_t copy[16] = {};
-      if (n < 16) memcpy(copy, codes, static_cast<size_t>(n));
-      const F value = pick(kDynamicMap, n < 16 ? copy : codes);
-      const int64_t block = at / kDoubleQuantBlock;
-      F absmax = set1(view.scale_absmax[block]);
-      if ((at + n - 1) / kDoubleQuantBlock != block) {
-        float each[16] = {};
-        for (int i = 0; i < n; ++i) each[i] = view.scale_absmax[(at + i) / kDoubleQuantBlock];
-        absmax = load(each);
-      }
-      return add(mul(value, absmax), set1(view.scale_offset));
-    }
-    case ScaleKind::kNone:
-      break;
-  }
-  return set1(1.0f);
-}
-
-// Zero points of up to sixteen groups of a row from `group`, a multiple of 16.
-template <int Bits>
-static inline F zeros_of(const PackedView& view, int64_t row, int64_t group, int n) {
-  constexpr float kMiddle = static_cast<float>(1 << (Bits - 1));
-  if (view.family != Family::kInteger) return zero();
-  switch (view.zero_kind) {
-    case Zero::kFloat:
-      return halves_at(
-          static_cast<const uint16_t*>(view.zero) + row * view.scale_row_stride + group, n);
-    case Zero::kInt: {
-      const uint8_t* packed = static_cast<const uint8_t*>(view.zero) + row * view.zero_row_bytes;
-      const int64_t plane = Bits == 3 ? (view.groups + 3) / 4 : 0;
-      const I code = n == 16 ? codes_at<Bits>(packed, plane, group)
-                             : codes_at_tail<Bits>(packed, plane, group, n);
-      return Bits == 8 ? to_float(code) : lookup(load(kCodes), code);
-    }
-    case Zero::kMidrise:
-      return set1(kMiddle - 0.5f);
-    case Zero::kNone:
-      break;
-  }
-  return set1(kMiddle);
-}
-
 // Whether operands with this offset leave anything to subtract.
 template <int Bits>
 static inline bool has_shift(const PackedView& view, float offset) {

@@ -11,11 +11,15 @@ namespace bitfold::avx2 {
 
 // Order matters: names first, bodies in terms of them, then the table of the bodies.
 #include "cpu/vec/avx2.h"
+#include "cpu/vec/x86.h"
 #include "cpu/vec/avx2_dot.h"
+
+#include "cpu/kernels/parameters-inl.h"
 
 #include "cpu/kernels/decode-inl.h"
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/quantize-inl.h"
+#include "cpu/kernels/search-inl.h"
 
 #include "cpu/kernels/activations-inl.h"
 #include "cpu/kernels/codecs-inl.h"

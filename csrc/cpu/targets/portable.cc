@@ -10,9 +10,12 @@ namespace bitfold::portable {
 #include "cpu/vec/portable.h"
 #include "cpu/vec/portable_dot.h"
 
+#include "cpu/kernels/parameters-inl.h"
+
 #include "cpu/kernels/decode-inl.h"
 #include "cpu/kernels/gemm-inl.h"
 #include "cpu/kernels/quantize-inl.h"
+#include "cpu/kernels/search-inl.h"
 
 #include "cpu/kernels/activations-inl.h"
 #include "cpu/kernels/codecs-inl.h"

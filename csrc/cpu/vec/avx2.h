@@ -34,8 +34,10 @@ static inline F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x
 static inline F fma(F x, F y, F z) {
   return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
+static inline F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
 static inline F min(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
 static inline F max(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+static inline F clamp_code(F x, F top) { return min(max(x, zero()), top); }
 static inline F round_even(F x) {
   constexpr int kMode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(x.a, kMode), _mm256_round_ps(x.b, kMode)};
@@ -47,11 +49,38 @@ static inline float reduce_add(F x) {
   const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
+static inline float reduce_min(F x) {
+  const __m256 a = _mm256_min_ps(x.a, x.b);
+  const __m128 b = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_min_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_min_ss(c, _mm_movehdup_ps(c)));
+}
+static inline float reduce_max(F x) {
+  const __m256 a = _mm256_max_ps(x.a, x.b);
+  const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
+static inline F abs(F x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+static inline F select_above(F x, F y, F yes, F no) {
+  return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)),
+          _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))};
+}
 static inline I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-static inline I count_above(I n, F x, F pivot) {
-  // A true comparison is -1 in every bit, so subtracting it counts.
-  return {_mm256_sub_epi32(n.a, _mm256_castps_si256(_mm256_cmp_ps(x.a, pivot.a, _CMP_GT_OQ))),
-          _mm256_sub_epi32(n.b, _mm256_castps_si256(_mm256_cmp_ps(x.b, pivot.b, _CMP_GT_OQ)))};
+static inline __m256i bit_above(__m256 x, __m256 y, int bit) {
+  return _mm256_and_si256(_mm256_castps_si256(_mm256_cmp_ps(x, y, _CMP_GT_OQ)),
+                          _mm256_set1_epi32(bit));
+}
+static inline I set_bit_above(I n, F x, F y, int bit) {
+  return {_mm256_or_si256(n.a, bit_above(x.a, y.a, bit)),
+          _mm256_or_si256(n.b, bit_above(x.b, y.b, bit))};
+}
+static inline I load_int(const int* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
 }
 static inline I to_int(F x) { return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)}; }
 static inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
@@ -64,11 +93,17 @@ static inline __m256 lookup_half(__m256 low, __m256 high, __m256i at) {
 static inline F lookup(F table, I at) {
   return {lookup_half(table.a, table.b, at.a), lookup_half(table.a, table.b, at.b)};
 }
-static inline void store_bytes(uint8_t* p, I x) {
+static inline F lookup8(F table, I at) {
+  return {_mm256_permutevar8x32_ps(table.a, at.a), _mm256_permutevar8x32_ps(table.a, at.b)};
+}
+static inline I lookup_int(I table, I at) {
+  const F found = lookup({_mm256_castsi256_ps(table.a), _mm256_castsi256_ps(table.b)}, at);
+  return {_mm256_castps_si256(found.a), _mm256_castps_si256(found.b)};
+}
+
+static inline __m128i bytes_of(I x) {
   const __m256i words = _mm256_permute4x64_epi64(_mm256_packus_epi32(x.a, x.b), 0xd8);
-  const __m128i bytes =
-      _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), bytes);
+  return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 }
 
 static inline uint32_t big_endian32(const uint8_t* p) {
@@ -109,10 +144,12 @@ static inline F load_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
+static inline __m256i half_bits(F x) {
+  return _mm256_set_m128i(_mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT),
+                          _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
+}
 static inline void store_half(uint16_t* p, F x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8),
-                   _mm256_cvtps_ph(x.b, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half_bits(x));
 }
 
 static inline __m256 widen_bfloat16(const uint16_t* p) {
@@ -130,7 +167,21 @@ static inline __m256i narrow_bfloat16(__m256 x) {
   const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
   return _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
 }
-static inline void store_bfloat16(uint16_t* p, F x) {
+static inline __m256i bfloat16_bits(F x) {
   const __m256i words = _mm256_packus_epi32(narrow_bfloat16(x.a), narrow_bfloat16(x.b));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
+  return _mm256_permute4x64_epi64(words, 0xd8);
+}
+static inline void store_bfloat16(uint16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+}
+
+static inline void stream(float* p, F x) {
+  _mm256_stream_ps(p, x.a);
+  _mm256_stream_ps(p + 8, x.b);
+}
+static inline void stream_half(uint16_t* p, F x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half_bits(x));
+}
+static inline void stream_bfloat16(uint16_t* p, F x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
 }

@@ -144,10 +144,6 @@ static inline void transpose_eight(const __m256i* x, __m256i* t) {
   }
 }
 static inline I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
-static inline F abs(F x) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
-}
 [[gnu::always_inline]] static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
 [[gnu::always_inline]] static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 // Loads and inserts: a gather takes half as long again.

@@ -15,8 +15,15 @@ static inline F add(F x, F y) { return _mm512_add_ps(x, y); }
 static inline F sub(F x, F y) { return _mm512_sub_ps(x, y); }
 static inline F mul(F x, F y) { return _mm512_mul_ps(x, y); }
 static inline F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }
+static inline F div(F x, F y) { return _mm512_div_ps(x, y); }
 static inline F min(F x, F y) { return _mm512_min_ps(x, y); }
 static inline F max(F x, F y) { return _mm512_max_ps(x, y); }
+static inline F clamp_code(F x, F top) {
+  // As integers: the bits of positive floats ascend as they do, those of negative ones are below
+  // zero, and the float adders have enough to do (measured on Zen 4).
+  const I positive = _mm512_max_epi32(_mm512_castps_si512(x), _mm512_setzero_si512());
+  return _mm512_castsi512_ps(_mm512_min_epi32(positive, _mm512_castps_si512(top)));
+}
 static inline F round_even(F x) {
   return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
@@ -27,17 +34,24 @@ static inline float reduce_add(F x) {
   const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
 }
-static inline I zero_i() { return _mm512_setzero_si512(); }
-static inline I count_above(I n, F x, F pivot) {
-  return _mm512_mask_add_epi32(n, _mm512_cmp_ps_mask(x, pivot, _CMP_GT_OQ), n,
-                               _mm512_set1_epi32(1));
+static inline float reduce_min(F x) { return _mm512_reduce_min_ps(x); }
+static inline float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
+static inline F abs(F x) { return _mm512_abs_ps(x); }
+static inline F select_above(F x, F y, F yes, F no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), no, yes);
 }
+static inline I zero_i() { return _mm512_setzero_si512(); }
+static inline I set_bit_above(I n, F x, F y, int bit) {
+  return _mm512_mask_or_epi32(n, _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), n, _mm512_set1_epi32(bit));
+}
+static inline I load_int(const int* p) { return _mm512_loadu_si512(p); }
 static inline I to_int(F x) { return _mm512_cvttps_epi32(x); }
 static inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 static inline F lookup(F table, I at) { return _mm512_permutexvar_ps(at, table); }
-static inline void store_bytes(uint8_t* p, I x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
-}
+static inline F lookup8(F table, I at) { return lookup(table, at); }
+static inline I lookup_int(I table, I at) { return _mm512_permutexvar_epi32(at, table); }
+
+static inline __m128i bytes_of(I x) { return _mm512_cvtepi32_epi8(x); }
 
 // Every 32-bit lane gets the byte that holds its code (broadcast, then a byte shuffle that zeroes
 // the rest), shifted to the end.
@@ -74,8 +88,9 @@ static inline I add_bit2(I code, const uint8_t* p) {
 static inline F load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+static inline __m256i half_bits(F x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 static inline void store_half(uint16_t* p, F x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half_bits(x));
 }
 
 static inline F load_bfloat16(const uint16_t* p) {
@@ -83,12 +98,26 @@ static inline F load_bfloat16(const uint16_t* p) {
       _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
-static inline void store_bfloat16(uint16_t* p, F x) {
+static inline __m256i bfloat16_bits(F x) {
   const __m512i bits = _mm512_castps_si512(x);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  const __m512i quiet = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16)));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff));
+  rounded = _mm512_mask_add_epi32(rounded, odd, bits, _mm512_set1_epi32(0x8000));
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i upper_half =
+      _mm512_setr_epi32(0x00030001, 0x00070005, 0x000b0009, 0x000f000d, 0x00130011, 0x00170015,
+                        0x001b0019, 0x001f001d, 0, 0, 0, 0, 0, 0, 0, 0);
+  return _mm512_castsi512_si256(_mm512_permutexvar_epi16(upper_half, rounded));
+}
+static inline void store_bfloat16(uint16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
+}
+
+static inline void stream(float* p, F x) { _mm512_stream_ps(p, x); }
+static inline void stream_half(uint16_t* p, F x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half_bits(x));
+}
+static inline void stream_bfloat16(uint16_t* p, F x) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
 }

@@ -125,7 +125,6 @@ static inline I dot_bytes_with(I sum, I w, const void* p) {
   }
 }
 static inline I bits_of(F x) { return _mm512_castps_si512(x); }
-static inline F abs(F x) { return _mm512_abs_ps(x); }
 [[gnu::always_inline]] static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
 [[gnu::always_inline]] static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 // Loads and inserts: a gather takes half as long again.

@@ -45,6 +45,10 @@ static inline F fma(F a, F b, F c) {
   BITFOLD_LANES c.lane[i] += a.lane[i] * b.lane[i];
   return c;
 }
+static inline F div(F a, F b) {
+  BITFOLD_LANES a.lane[i] /= b.lane[i];
+  return a;
+}
 // The second operand wins where one is NaN, as on x86.
 static inline F min(F a, F b) {
   BITFOLD_LANES a.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
@@ -54,6 +58,8 @@ static inline F max(F a, F b) {
   BITFOLD_LANES a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
   return a;
 }
+// min(max(a, 0), top), for no NaN.
+static inline F clamp_code(F a, F top) { return min(max(a, zero()), top); }
 static inline F round_even(F a) {
   // Adding 1.5 * 2^23 leaves no fraction bits; larger magnitudes are clamped by the callers before
   // they matter.
@@ -71,14 +77,43 @@ static inline float reduce_add(F a) {
   }
   return a.lane[0];
 }
+static inline float reduce_min(F a) {
+  for (int step = 8; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i)
+      a.lane[i] = a.lane[i] < a.lane[i + step] ? a.lane[i] : a.lane[i + step];
+  }
+  return a.lane[0];
+}
+static inline float reduce_max(F a) {
+  for (int step = 8; step > 0; step /= 2) {
+    for (int i = 0; i < step; ++i)
+      a.lane[i] = a.lane[i] > a.lane[i + step] ? a.lane[i] : a.lane[i + step];
+  }
+  return a.lane[0];
+}
+static inline F abs(F a) {
+  BITFOLD_LANES a.lane[i] = __builtin_fabsf(a.lane[i]);
+  return a;
+}
+// a > b ? yes : no
+static inline F select_above(F a, F b, F yes, F no) {
+  BITFOLD_LANES yes.lane[i] = a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i];
+  return yes;
+}
 static inline I zero_i() {
   I r;
   BITFOLD_LANES r.lane[i] = 0;
   return r;
 }
-static inline I count_above(I n, F a, F pivot) {
-  BITFOLD_LANES n.lane[i] += a.lane[i] > pivot.lane[i];
+// n | bit where a > b.
+static inline I set_bit_above(I n, F a, F b, int bit) {
+  BITFOLD_LANES n.lane[i] |= a.lane[i] > b.lane[i] ? bit : 0;
   return n;
+}
+static inline I load_int(const int* p) {
+  I r;
+  memcpy(r.lane, p, sizeof r.lane);
+  return r;
 }
 static inline I to_int(F a) {
   I r;
@@ -95,8 +130,29 @@ static inline F lookup(F table, I at) {
   BITFOLD_LANES r.lane[i] = table.lane[at.lane[i] & 15];
   return r;
 }
-static inline void store_bytes(uint8_t* p, I a) {
-  BITFOLD_LANES p[i] = static_cast<uint8_t>(a.lane[i]);
+// The same for tables of which only the first eight entries are asked for.
+static inline F lookup8(F table, I at) { return lookup(table, at); }
+static inline I lookup_int(I table, I at) {
+  I r;
+  BITFOLD_LANES r.lane[i] = table.lane[at.lane[i] & 15];
+  return r;
+}
+
+// Sixteen codes to 16, 8, 4 and 2 bytes, first element in the high bits: the inverse of unpack8,
+// unpack4 (codes below 16), unpack2 (of the low two bits) and add_bit2 (of bit 2).
+static inline void pack8(uint8_t* p, I a) { BITFOLD_LANES p[i] = static_cast<uint8_t>(a.lane[i]); }
+static inline void pack4(uint8_t* p, I a) {
+  for (int i = 0; i < 8; ++i) p[i] = static_cast<uint8_t>(a.lane[2 * i] << 4 | a.lane[2 * i + 1]);
+}
+static inline void pack2(uint8_t* p, I a) {
+  for (int i = 0; i < 4; ++i) {
+    p[i] = static_cast<uint8_t>((a.lane[4 * i] & 3) << 6 | (a.lane[4 * i + 1] & 3) << 4 |
+                                (a.lane[4 * i + 2] & 3) << 2 | (a.lane[4 * i + 3] & 3));
+  }
+}
+static inline void pack_bit2(uint8_t* p, I a) {
+  p[0] = p[1] = 0;
+  BITFOLD_LANES p[i / 8] |= static_cast<uint8_t>((a.lane[i] >> 2 & 1) << (7 - i % 8));
 }
 
 // Sixteen codes from 16, 8 and 4 bytes, first element in the high bits; add_bit2 adds 4 where one
@@ -136,5 +192,17 @@ static inline F load_bfloat16(const uint16_t* p) {
 static inline void store_bfloat16(uint16_t* p, F a) {
   BITFOLD_LANES p[i] = float_to_bfloat16(a.lane[i]);
 }
+
+// out[16 * i + lane] = from[lane][at + i] for i, lane < 4.
+static inline void transpose4(const float* const* from, int64_t at, float* out) {
+  for (int lane = 0; lane < 4; ++lane) {
+    for (int i = 0; i < 4; ++i) out[16 * i + lane] = from[lane][at + i];
+  }
+}
+
+// Stores around the caches, where a target has them; p on a multiple of the vector's size.
+static inline void stream(float* p, F a) { store(p, a); }
+static inline void stream_half(uint16_t* p, F a) { store_half(p, a); }
+static inline void stream_bfloat16(uint16_t* p, F a) { store_bfloat16(p, a); }
 
 #undef BITFOLD_LANES

@@ -177,10 +177,6 @@ static inline I bits_of(F x) {
   memcpy(r.lane, x.lane, sizeof r.lane);
   return r;
 }
-static inline F abs(F x) {
-  BITFOLD_LANES x.lane[i] = x.lane[i] < 0.0f ? -x.lane[i] : x.lane[i];
-  return x;
-}
 // Inlined by force: g++ drops calls to what does nothing but prefetch.
 [[gnu::always_inline]] static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 [[gnu::always_inline]] static inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }

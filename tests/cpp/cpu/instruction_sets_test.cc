@@ -57,33 +57,52 @@ TEST(InstructionSets, DecodeToTheSameFloats) {
   }
 }
 
-TEST(InstructionSets, StatisticsAndFitsAreTheSameBits) {
+TEST(InstructionSets, StatisticsChoicesAndFitsAreTheSameBits) {
+  const std::vector<Encoding> encodings = {
+      {8, Zero::kNone, nullptr},    {4, Zero::kInt, nullptr}, {3, Zero::kFloat, nullptr},
+      {2, Zero::kMidrise, nullptr}, {4, Zero::kNone, &kNf4},  {3, Zero::kNone, &kNf3},
+      {2, Zero::kNone, &kNf2},      {4, Zero::kNone, &kFp4},  {4, Zero::kNone, &kLog4}};
   for (int64_t n : {1, 2, 15, 16, 17, 63, 64, 65, 300}) {
     std::vector<float> w =
         testing::random_weights(n, static_cast<unsigned>(n), testing::Shape::kOutliers);
-    const SpanStats base = portable::table.stats(w.data(), n);
+    float base[2], other[2];
+    portable::table.stats(w.data(), n, n, &base[0], &base[1]);
     for (const InstructionSet* isa : wide_sets()) {
-      const SpanStats other = isa->table->stats(w.data(), n);
-      EXPECT_EQ(other.min, base.min);
-      EXPECT_EQ(other.max, base.max);
-      EXPECT_EQ(other.sum, base.sum);
-      EXPECT_EQ(other.finite, base.finite);
-      const auto equal = [](const SpanFit& a, const SpanFit& b) {
-        return a.wd == b.wd && a.dd == b.dd && a.d == b.d;
+      isa->table->stats(w.data(), n, n, &other[0], &other[1]);
+      EXPECT_EQ(other[0], base[0]);
+      EXPECT_EQ(other[1], base[1]);
+    }
+    std::vector<const float*> spans(16, w.data());
+    std::vector<float> block(static_cast<size_t>(16 * n));
+    portable::table.interleave(spans.data(), n, block.data());
+    for (const Encoding& encoding : encodings) {
+      constexpr int kCount = 16;
+      float low[kCount], high[kCount], shrink[kCount];
+      for (int i = 0; i < kCount; ++i) {
+        low[i] = base[0];
+        high[i] = base[1];
+        shrink[i] = 1.0f - 0.05f * static_cast<float>(i);
+      }
+      float scale[2][kCount], zero[2][kCount], errors[2][kCount];
+      SpanFits fits[2];
+      const auto run = [&](const KernelTable& k, int to) {
+        k.choices(encoding, kCount, low, high, shrink, shrink, scale[to], zero[to]);
+        k.errors(encoding, block.data(), n, 1, scale[to], zero[to], errors[to]);
+        fits[to] = {};
+        k.fit(encoding, block.data(), n, scale[to], zero[to], &fits[to]);
       };
-      for (float scale : {0.1f, 0.37f, 1e-30f, 5.0f}) {
-        for (float top : {3.0f, 7.0f, 15.0f, 255.0f}) {
-          const Grid grid{scale, top / 2, top};
-          EXPECT_TRUE(equal(isa->table->fit_grid(w.data(), n, grid),
-                            portable::table.fit_grid(w.data(), n, grid)));
-          EXPECT_EQ(isa->table->error_grid(w.data(), n, grid),
-                    portable::table.error_grid(w.data(), n, grid));
-        }
-        for (const Codebook* book : {&kNf4, &kNf3, &kNf2, &kFp4, &kLog4}) {
-          EXPECT_TRUE(equal(isa->table->fit_codebook(w.data(), n, scale, *book),
-                            portable::table.fit_codebook(w.data(), n, scale, *book)));
-          EXPECT_EQ(isa->table->error_codebook(w.data(), n, scale, *book),
-                    portable::table.error_codebook(w.data(), n, scale, *book));
+      run(portable::table, 0);
+      for (const InstructionSet* isa : wide_sets()) {
+        run(*isa->table, 1);
+        for (int i = 0; i < kCount; ++i) {
+          EXPECT_EQ(scale[1][i], scale[0][i]) << isa->name;
+          EXPECT_EQ(zero[1][i], zero[0][i]) << isa->name;
+          EXPECT_EQ(errors[1][i], errors[0][i]) << isa->name;
+          EXPECT_EQ(fits[1].error[i], fits[0].error[i]) << isa->name;
+          EXPECT_EQ(fits[1].wd[i], fits[0].wd[i]) << isa->name;
+          EXPECT_EQ(fits[1].dd[i], fits[0].dd[i]) << isa->name;
+          EXPECT_EQ(fits[1].w[i], fits[0].w[i]) << isa->name;
+          EXPECT_EQ(fits[1].d[i], fits[0].d[i]) << isa->name;
         }
       }
     }

@@ -1,3 +1,4 @@
+#include "core/bitpack.h"
 #include "support.h"
 
 namespace bitfold {
@@ -8,95 +9,208 @@ using testing::random_weights;
 
 constexpr int64_t kSizes[] = {1, 2, 15, 16, 17, 63, 64, 65, 197};
 
-TEST(EncodeGrid, EqualsTheReference) {
-  const KernelTable& k = active_kernels();
+// Codes of a packed row, and a check that no byte after it was touched and padding bits are zero.
+std::vector<uint8_t> encoded(const Encoding& encoding, const std::vector<float>& w, int64_t n,
+                             int64_t group, const std::vector<float>& scale,
+                             const std::vector<float>& zero) {
+  const int64_t bytes = packed_row_bytes(n, encoding.bits);
+  std::vector<uint8_t> row(static_cast<size_t>(bytes) + 1, 0xee), codes(static_cast<size_t>(n));
+  active_kernels().encode(encoding, w.data(), n, group, scale.data(),
+                          zero.empty() ? nullptr : zero.data(), row.data());
+  EXPECT_EQ(row.back(), 0xee);
+  row.pop_back();
+  unpack_row(row.data(), n, encoding.bits, codes.data());
+  std::vector<uint8_t> again(row.size());
+  pack_row(codes.data(), n, encoding.bits, again.data());
+  EXPECT_EQ(row, again) << "padding bits";
+  return codes;
+}
+
+TEST(Encode, GridsEqualTheReference) {
   for (int64_t n : kSizes) {
     std::vector<float> w =
         random_weights(n + 1, static_cast<unsigned>(n), testing::Shape::kOutliers);
     w[0] = 0.125f;  // with the steps below: exactly half way between codes
-    for (float scale : {0.25f, 0.1f, 0.013f, 3.0f, 1e-30f, 0.0f, 1e30f}) {
-      for (float top : {3.0f, 7.0f, 15.0f, 255.0f}) {
+    for (int bits : {2, 3, 4, 8}) {
+      const float top = static_cast<float>((1 << bits) - 1);
+      for (float scale : {0.25f, 0.1f, 0.013f, 3.0f, 1e-30f, 0.0f, 1e30f}) {
         for (float zero : {0.0f, std::floor(top / 2), top / 2, top, -1.375f, 1000.0f}) {
-          std::vector<uint8_t> got(static_cast<size_t>(n) + 1, 0xee),
-              expected(static_cast<size_t>(n));
-          k.encode_grid(w.data(), n, Grid{scale, zero, top}, got.data());
+          std::vector<uint8_t> expected(static_cast<size_t>(n));
           reference::encode_grid(w.data(), n, inverse_of(scale), zero, top, expected.data());
-          EXPECT_EQ(got.back(), 0xee);
-          got.pop_back();
-          EXPECT_EQ(got, expected)
-              << "n " << n << " scale " << scale << " zero " << zero << " top " << top;
+          EXPECT_EQ(encoded({bits, Zero::kFloat, nullptr}, w, n, n, {scale}, {zero}), expected)
+              << "n " << n << " scale " << scale << " zero " << zero << " bits " << bits;
         }
       }
     }
   }
 }
 
-TEST(EncodeCodebook, EqualsTheReference) {
-  const KernelTable& k = active_kernels();
-  for (const Codebook* book : {&kNf4, &kNf3, &kNf2, &kFp4, &kLog4}) {
+TEST(Encode, CodebooksEqualTheReference) {
+  const float few[] = {-1.0f, -1.0f, 0.5f, 0.5f};  // repeated levels leave pivots unused
+  const Codebook learned = sorted_codebook(few, 4);
+  for (const Codebook* book : {&kNf4, &kNf3, &kNf2, &kFp4, &kLog4, &learned}) {
+    const int bits = book->count == 16 ? 4 : book->count == 8 ? 3 : 2;
     for (int64_t n : kSizes) {
       std::vector<float> w = random_weights(n, static_cast<unsigned>(n), testing::Shape::kUniform);
       for (int p = 0; p < book->pivot_count && p < n; ++p)
         w[static_cast<size_t>(p)] = book->pivots[p];
       for (float scale : {1.0f, 0.77f, 0.0f, 1e-38f, 1e30f}) {
-        std::vector<uint8_t> got(static_cast<size_t>(n) + 1, 0xee),
-            expected(static_cast<size_t>(n));
-        k.encode_codebook(w.data(), n, scale, *book, got.data());
+        std::vector<uint8_t> expected(static_cast<size_t>(n));
         reference::encode_codebook(w.data(), n, inverse_of(scale), *book, expected.data());
-        EXPECT_EQ(got.back(), 0xee);
-        got.pop_back();
-        EXPECT_EQ(got, expected) << book->count << " levels, n " << n << ", scale " << scale;
+        EXPECT_EQ(encoded({bits, Zero::kNone, book}, w, n, n, {scale}, {}), expected)
+            << book->count << " levels, n " << n << ", scale " << scale;
       }
     }
   }
 }
 
-TEST(Stats, ExtremesSumAndFiniteness) {
+TEST(Encode, EachGroupHasItsScale) {
+  const int64_t group = 48;
+  for (int64_t n : {int64_t{197}, 100 * group + 7}) {
+    const std::vector<float> w = random_weights(n, 3);
+    std::vector<float> scale, zero;
+    std::vector<uint8_t> expected(static_cast<size_t>(n));
+    for (int64_t at = 0; at < n; at += group) {
+      scale.push_back(0.01f * static_cast<float>(1 + at % 31));
+      zero.push_back(static_cast<float>(at % 15));
+      reference::encode_grid(w.data() + at, std::min(group, n - at), inverse_of(scale.back()),
+                             zero.back(), 15.0f, expected.data() + at);
+    }
+    EXPECT_EQ(encoded({4, Zero::kInt, nullptr}, w, n, group, scale, zero), expected) << n;
+  }
+}
+
+TEST(Stats, ExtremesAndFiniteness) {
   const KernelTable& k = active_kernels();
   for (int64_t n : kSizes) {
     std::vector<float> w = random_weights(n, static_cast<unsigned>(n));
-    const SpanStats stats = k.stats(w.data(), n);
-    double sum = 0.0, magnitude = 0.0;
-    for (float v : w) sum += v, magnitude += std::fabs(v);
-    EXPECT_EQ(stats.min, *std::min_element(w.begin(), w.end()));
-    EXPECT_EQ(stats.max, *std::max_element(w.begin(), w.end()));
-    EXPECT_NEAR(stats.sum, sum, magnitude * 1e-6);
-    EXPECT_TRUE(stats.finite);
+    for (int64_t group : {int64_t{16}, int64_t{64}, n}) {
+      const auto groups = static_cast<size_t>((n + group - 1) / group);
+      std::vector<float> low(groups + 1, 77.0f), high(groups + 1, 77.0f);
+      EXPECT_TRUE(k.stats(w.data(), n, group, low.data(), high.data()));
+      for (size_t g = 0; g < groups; ++g) {
+        const auto begin = w.begin() + static_cast<int64_t>(g) * group;
+        const auto end = std::min(begin + group, w.end());
+        EXPECT_EQ(low[g], *std::min_element(begin, end));
+        EXPECT_EQ(high[g], *std::max_element(begin, end));
+      }
+      EXPECT_EQ(low[groups], 77.0f);
+      EXPECT_EQ(high[groups], 77.0f);
+    }
+    float low, high;
     for (float bad : {NAN, INFINITY, -INFINITY}) {
       for (int64_t at = 0; at < n; ++at) {
         std::vector<float> broken = w;
         broken[static_cast<size_t>(at)] = bad;
-        EXPECT_FALSE(k.stats(broken.data(), n).finite) << bad << " at " << at << " of " << n;
+        EXPECT_FALSE(k.stats(broken.data(), n, n, &low, &high))
+            << bad << " at " << at << " of " << n;
       }
     }
     const std::vector<float> positive(static_cast<size_t>(n), 2.5f),
         huge(static_cast<size_t>(n), 3e38f);
-    EXPECT_EQ(k.stats(positive.data(), n).min, 2.5f) << "absent lanes must not count as zeros";
-    EXPECT_TRUE(k.stats(huge.data(), n).finite) << "a sum that overflows is not an infinite weight";
+    EXPECT_TRUE(k.stats(positive.data(), n, n, &low, &high));
+    EXPECT_EQ(low, 2.5f) << "absent lanes must not count as zeros";
+    EXPECT_TRUE(k.stats(huge.data(), n, n, &low, &high)) << "huge is not infinite";
+  }
+}
+
+// Sixteen random spans and their interleaved block.
+struct Spans {
+  std::vector<std::vector<float>> w;
+  std::vector<float> block;
+  explicit Spans(int64_t n) : block(static_cast<size_t>(16 * n + 1), 77.0f) {
+    const float* pointers[16];
+    for (unsigned lane = 0; lane < 16; ++lane) {
+      w.push_back(random_weights(n, static_cast<unsigned>(n) + 1000 * lane));
+      pointers[lane] = w.back().data();
+    }
+    active_kernels().interleave(pointers, n, block.data());
+  }
+};
+
+TEST(Interleave, PutsEachSpanInItsLane) {
+  for (int64_t n : kSizes) {
+    const Spans spans(n);
+    for (size_t lane = 0; lane < 16; ++lane) {
+      for (size_t j = 0; j < static_cast<size_t>(n); ++j)
+        ASSERT_EQ(spans.block[16 * j + lane], spans.w[lane][j]);
+    }
+    EXPECT_EQ(spans.block.back(), 77.0f) << "wrote past the end";
   }
 }
 
 TEST(Fit, SumsOverExactlyTheSpan) {
+  for (int64_t n : kSizes) {
+    const Spans spans(n);
+    // Mid-rise: no code decodes to zero, so a weight too many would show.
+    const Encoding encoding{2, Zero::kFloat, nullptr};
+    const std::vector<float> scale(16, 0.5f), zero(16, 1.5f);
+    SpanFits fits;
+    active_kernels().fit(encoding, spans.block.data(), n, scale.data(), zero.data(), &fits);
+    for (size_t lane = 0; lane < 16; ++lane) {
+      std::vector<uint8_t> codes(static_cast<size_t>(n));
+      reference::encode_grid(spans.w[lane].data(), n, 2.0f, 1.5f, 3.0f, codes.data());
+      double error = 0.0, wd = 0.0, dd = 0.0, sum_w = 0.0, sum_d = 0.0;
+      for (size_t i = 0; i < static_cast<size_t>(n); ++i) {
+        const double d = codes[i] - 1.5, v = spans.w[lane][i];
+        error += (v - d * 0.5) * (v - d * 0.5);
+        wd += v * d;
+        dd += d * d;
+        sum_w += v;
+        sum_d += d;
+      }
+      EXPECT_NEAR(fits.error[lane], error, error * 1e-5 + 1e-6);
+      EXPECT_NEAR(fits.wd[lane], wd, std::fabs(wd) * 1e-5 + 1e-5);
+      EXPECT_NEAR(fits.dd[lane], dd, dd * 1e-6);
+      EXPECT_NEAR(fits.w[lane], sum_w, 1e-4);
+      EXPECT_NEAR(fits.d[lane], sum_d, 1e-4);
+    }
+  }
+}
+
+TEST(Errors, AreThoseOfEachChoiceAndLane) {
   const KernelTable& k = active_kernels();
   for (int64_t n : kSizes) {
-    const std::vector<float> w = random_weights(n, static_cast<unsigned>(n));
-    const Grid grid{0.5f, 1.5f,
-                    3.0f};  // mid-rise: no code decodes to zero, so an absent lane would show
-    std::vector<uint8_t> codes(static_cast<size_t>(n));
-    reference::encode_grid(w.data(), n, 2.0f, 1.5f, 3.0f, codes.data());
-    double error = 0.0, wd = 0.0, dd = 0.0, sum = 0.0;
-    for (int64_t i = 0; i < n; ++i) {
-      const double d = codes[static_cast<size_t>(i)] - 1.5, v = w[static_cast<size_t>(i)];
-      error += (v - d * 0.5) * (v - d * 0.5);
-      wd += v * d;
-      dd += d * d;
-      sum += d;
+    const Spans spans(n);
+    for (const Encoding& encoding :
+         {Encoding{4, Zero::kInt, nullptr}, Encoding{8, Zero::kNone, nullptr},
+          Encoding{3, Zero::kNone, &kNf3}}) {
+      for (int64_t count : {1, 3, 4, 25}) {
+        const auto values = static_cast<size_t>(16 * count);
+        std::vector<float> scale(values), zero(values), errors(values + 1, 77.0f);
+        for (size_t i = 0; i < values; ++i) {
+          scale[i] = 0.003f * static_cast<float>(i + 1);
+          zero[i] = static_cast<float>(i % 15);
+        }
+        k.errors(encoding, spans.block.data(), n, count, scale.data(), zero.data(), errors.data());
+        for (size_t at = 0; at < values; at += 16) {
+          SpanFits fits;
+          k.fit(encoding, spans.block.data(), n, &scale[at], &zero[at], &fits);
+          for (size_t lane = 0; lane < 16; ++lane) EXPECT_EQ(errors[at + lane], fits.error[lane]);
+        }
+        EXPECT_EQ(errors.back(), 77.0f);
+      }
     }
-    const SpanFit fit = k.fit_grid(w.data(), n, grid);
-    EXPECT_NEAR(k.error_grid(w.data(), n, grid), error, error * 1e-5 + 1e-6);
-    EXPECT_NEAR(fit.wd, wd, std::fabs(wd) * 1e-5 + 1e-5);
-    EXPECT_NEAR(fit.dd, dd, dd * 1e-6);
-    EXPECT_NEAR(fit.d, sum, 1e-4);
+  }
+}
+
+TEST(Errors, AreInfiniteWhereThereIsNoChoice) {
+  const Spans spans(64);
+  std::vector<float> scale(16, 0.1f), zero(16, 3.0f), errors(16);
+  scale[1] = 0.0f;
+  scale[2] = -1.0f;
+  scale[3] = INFINITY;
+  scale[4] = NAN;
+  zero[5] = 2049.0f;
+  zero[6] = -2049.0f;
+  active_kernels().errors({4, Zero::kFloat, nullptr}, spans.block.data(), 64, 1, scale.data(),
+                          zero.data(), errors.data());
+  for (size_t i = 0; i < 16; ++i) {
+    if (i >= 1 && i <= 6) {
+      EXPECT_EQ(errors[i], INFINITY) << i;
+    } else {
+      EXPECT_LT(errors[i], 1e3f) << i;
+    }
   }
 }
 
