@@ -20,18 +20,15 @@ static inline I dot_block(const Codec& codec, const Stored& codes, const uint8_t
   return kOperand == Operand::kTwoBytes ? add_i(shift_left_i(sum, 8), low) : sum;
 }
 
-// The CPU follows a stream by itself, but not over the end of a page: what lies there must be asked
-// for, long enough before for the page table to be walked. Two streams in turn, the planes of 3-bit
-// codes, it does not follow at all.
+// The CPU follows a stream by itself, but not over the end of a page, nor two streams in turn (the
+// planes of 3-bit codes). A page ahead is time enough for the page table to be walked.
 template <class Codec>
-[[gnu::always_inline]] static inline void ask_ahead(const PackedView& w, const uint8_t* row, int64_t block) {
+[[gnu::always_inline]] static inline void ask_ahead(const PackedView& w, const uint8_t* row,
+                                                    int64_t block) {
   constexpr int64_t kPage = 4096;
-  if constexpr (Codec::kBits == 3) {
-    prefetch_far(row + 64 * block + kPage);
-    if (block % 2 == 0) prefetch_far(row + w.plane_bytes + 32 * block + kPage);
-  } else {
-    if (block % 8 == 0) prefetch_far(row + 64 * block + 2 * kPage);
-  }
+  prefetch_far(row + 64 * block + kPage);
+  if (Codec::kBits == 3 && block % 2 == 0)
+    prefetch_far(row + w.plane_bytes + 32 * block + kPage);
 }
 
 // y[r - begin] += for the rows [begin, end) of w. `factor`: units + 16 floats.
