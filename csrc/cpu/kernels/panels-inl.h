@@ -155,105 +155,142 @@ static inline int64_t multiply_largest_tile(const Panel& panel, const Tile& t, i
   return M;
 }
 
-// factors and shifts [units][16] of sixteen rows. `rows`: 2 * 16 * units floats.
-template <class Codec, bool kShifted>
-static inline void load_panel_units(const PackedView& w, const Activations& x, int64_t row,
-                                    const OperandRange* ranges, float* rows, float* factor,
-                                    float* shift) {
-  const int64_t units = x.units;
-  for (int64_t i = 0; i < 16; ++i) {
-    for_each_unit<Codec::kBits, kShifted>(
-        w, row + i < w.rows ? row + i : w.rows - 1, x.unit, units, ranges[i],
-        [&](int64_t u, F factors, F shifts) {
-          store(rows + i * units + u, factors);
-          if constexpr (kShifted) store(rows + (16 + i) * units + u, shifts);
-        });
-  }
-  const auto transpose_to = [&](const float* from, float* to) {
-    for (int64_t u = 0; u < units; u += 16) {
-      I block[16];
-      for (int i = 0; i < 16; ++i) block[i] = load_i(from + i * units + u);
-      transpose(block);
-      for (int i = 0; i < 16; ++i) store_i(to + (u + i) * 16, block[i]);
-    }
-  };
-  transpose_to(rows, factor);
-  if constexpr (kShifted) transpose_to(rows + 16 * units, shift);
-}
-
+// Sixteen rows of the weight on their way through the columns.
 template <class Codec, class Panel>
-static void multiply_panel_as(const PackedView& w, const Activations& x, int64_t row,
-                              const Codec* codecs, const OperandRange* ranges, void* scratch,
-                              float* y) {
-  constexpr int64_t kBlockCols = 16 * kColsPerLane<Codec::kBits>;
-  constexpr int64_t kCols = kPanelBlocks * kBlockCols;
-  uint8_t* weights = static_cast<uint8_t*>(scratch);
-  float* factor = reinterpret_cast<float*>(weights + 16 * kPanelBlocks * Panel::kLaneBytes);
-  float* shift = factor + 16 * x.units;
-  const bool shifted = has_shift<Codec::kBits>(w, ranges[0].offset);
-  (shifted ? load_panel_units<Codec, true> : load_panel_units<Codec, false>)(
-      w, x, row, ranges, shift + 16 * x.units, factor, shift);
-  const Panel panel{codecs[0]};
-  const int64_t whole = whole_blocks<Codec>(w);
-  const int64_t slab_bytes = x.layout->block_bytes;
-  const int64_t blocks = (w.cols + kBlockCols - 1) / kBlockCols, row_end = 64 * blocks;
-  const uint8_t* rows[16];
-  for (int64_t i = 0; i < 16; ++i)
-    rows[i] = w.codes + (row + i < w.rows ? row + i : w.rows - 1) * w.row_bytes;
-  for (int64_t col = 0; col < w.cols; col += kCols) {
-    uint8_t* to = weights;
-    for (int64_t b = col / kBlockCols; b < (col + kCols) / kBlockCols && b * kBlockCols < w.cols;
-         ++b, to += 16 * Panel::kLaneBytes) {
-      // What comes next is asked for: into the first cache what the next turn takes, into the second
-      // the next panel. Neither need exist.
-      const int64_t far = 16 * w.row_bytes + 64 * b;
-      const int64_t near = 64 * (b + kPanelBlocks) < row_end ? 64 * (b + kPanelBlocks)
-                                                             : far - 64 * (blocks - kPanelBlocks);
-      if (b < whole) {
-        const auto load = [&](int i) {
-          prefetch(rows[i] + near);
-          prefetch_far(rows[i] + far);
-          return load_stored<Codec>(w, rows[i], b);
-        };
-        Panel::place(load, codecs, to);
+class PanelReader {
+ public:
+  static constexpr int64_t kBlockCols = 16 * kColsPerLane<Codec::kBits>;
+  static constexpr int64_t kCols = kPanelBlocks * kBlockCols;
+
+  // `next`: bytes to the panel that will be read after this one. `scratch`: a line's beginning.
+  void begin(const PackedView& w, const Activations& x, int64_t row, int64_t next, void* scratch) {
+    next_ = next;
+    const bool own_table = w.family == Family::kLearnedCodebook && w.scale_row_stride != 0;
+    OperandRange ranges[16];
+    for (int64_t i = 0; i < 16; ++i) {
+      const int64_t r = row + i < w.rows ? row + i : w.rows - 1;
+      rows_[i] = w.codes + r * w.row_bytes;
+      if (i == 0 || own_table) {
+        ranges[i] = codecs_[i].prepare(w, r);
       } else {
-        Panel::place([&](int i) { return load_stored_tail<Codec>(w, rows[i], b); }, codecs, to);
+        codecs_[i] = codecs_[0];
+        ranges[i] = ranges[0];
       }
     }
-    const int64_t first = col / x.unit;
-    Tile t{};
-    t.weights = weights;
-    t.factor = factor + 16 * first;
-    t.shift = shifted ? shift + 16 * first : nullptr;
-    t.x_stride = x.rows * slab_bytes;
-    t.x_units = x.units;
-    t.units = ((w.cols - col < kCols ? w.cols - col : kCols) + x.unit - 1) / x.unit;
-    t.unit = x.unit;
+    weights_ = static_cast<uint8_t*>(scratch);
+    factor_ = reinterpret_cast<float*>(weights_ + 16 * kPanelBlocks * Panel::kLaneBytes);
+    shift_ = factor_ + 16 * x.units;
+    shifted_ = has_shift<Codec::kBits>(w, ranges[0].offset);
+    shifted_ ? load_units<true>(w, x, row, ranges) : load_units<false>(w, x, row, ranges);
+  }
+
+  // Takes the codes of the columns [col, col + kCols).
+  void read(const PackedView& w, int64_t col) {
+    const int64_t whole = whole_blocks<Codec>(w);
+    const int64_t blocks = (w.cols + kBlockCols - 1) / kBlockCols;
+    const int64_t first = col / kBlockCols;
+    const int64_t end = first + kPanelBlocks < blocks ? first + kPanelBlocks : blocks;
+    uint8_t* to = weights_;
+    for (int64_t b = first; b < end; ++b, to += 16 * Panel::kLaneBytes) {
+      // What comes next is asked for: into the first cache what the next turn takes, into the second
+      // the next panel. Neither need exist.
+      const int64_t far = next_ + 64 * b;
+      const int64_t near =
+          b + kPanelBlocks < blocks ? 64 * (b + kPanelBlocks) : far - 64 * (blocks - kPanelBlocks);
+      if (b < whole) {
+        const auto load = [&](int i) {
+          prefetch(rows_[i] + near);
+          prefetch_far(rows_[i] + far);
+          return load_stored<Codec>(w, rows_[i], b);
+        };
+        Panel::place(load, codecs_, to);
+      } else {
+        Panel::place([&](int i) { return load_stored_tail<Codec>(w, rows_[i], b); }, codecs_, to);
+      }
+    }
+  }
+
+  // y[i, 0..16) += for rows [m, m + result) of x and the columns that were read.
+  int64_t multiply(const Activations& x, int64_t col, int64_t m, float* y) const {
+    const int64_t first = col / x.unit, slab_bytes = x.layout->block_bytes;
+    const Tile t = {
+        .weights = weights_,
+        .factor = factor_ + 16 * first,
+        .shift = shifted_ ? shift_ + 16 * first : nullptr,
+        .x = x.data + (col / 64 * x.rows + m) * slab_bytes,
+        .x_stride = x.rows * slab_bytes,
+        .scale = x.scale + m * x.units + first,
+        .sum = x.sum + m * x.units + first,
+        .x_units = x.units,
+        .units = ((x.cols - col < kCols ? x.cols - col : kCols) + x.unit - 1) / x.unit,
+        .unit = x.unit,
+        .y = y + 16 * m,
+    };
+    return multiply_largest_tile(Panel{codecs_[0]}, t, x.rows - m);
+  }
+
+ private:
+  // Factors and shifts [units][16].
+  template <bool kShifted>
+  void load_units(const PackedView& w, const Activations& x, int64_t row,
+                  const OperandRange* ranges) {
+    const int64_t units = x.units;
+    float* factors_of = shift_ + 16 * units;  // [16][units]
+    float* shifts_of = factors_of + 16 * units;
+    for (int64_t i = 0; i < 16; ++i) {
+      for_each_unit<Codec::kBits, kShifted>(
+          w, row + i < w.rows ? row + i : w.rows - 1, x.unit, units, ranges[i],
+          [&](int64_t u, F factors, F shifts) {
+            store(factors_of + i * units + u, factors);
+            if constexpr (kShifted) store(shifts_of + i * units + u, shifts);
+          });
+    }
+    const auto transpose_to = [&](const float* from, float* to) {
+      for (int64_t u = 0; u < units; u += 16) {
+        I block[16];
+        for (int i = 0; i < 16; ++i) block[i] = load_i(from + i * units + u);
+        transpose(block);
+        for (int i = 0; i < 16; ++i) store_i(to + (u + i) * 16, block[i]);
+      }
+    };
+    transpose_to(factors_of, factor_);
+    if constexpr (kShifted) transpose_to(shifts_of, shift_);
+  }
+
+  Codec codecs_[16];
+  const uint8_t* rows_[16];
+  int64_t next_;
+  uint8_t* weights_;
+  float *factor_, *shift_;
+  bool shifted_;
+};
+
+template <class Codec, class Panel>
+static void multiply_panels_as(const PackedView& w, const Activations& x, int64_t row,
+                               int64_t panels, void* scratch, float* y) {
+  PanelReader<Codec, Panel> reader[kMostPanels];
+  for (int64_t i = 0; i < panels; ++i) {
+    reader[i].begin(w, x, row + 16 * i, 16 * panels * w.row_bytes,
+                    static_cast<uint8_t*>(scratch) + i * panel_scratch_bytes(x));
+  }
+  for (int64_t col = 0; col < w.cols; col += PanelReader<Codec, Panel>::kCols) {
+    for (int64_t i = 0; i < panels; ++i) reader[i].read(w, col);
     for (int64_t m = 0; m < x.rows;) {
-      t.x = x.data + (col / 64 * x.rows + m) * slab_bytes;
-      t.scale = x.scale + m * x.units + first;
-      t.sum = x.sum + m * x.units + first;
-      t.y = y + 16 * m;
-      m += multiply_largest_tile(panel, t, x.rows - m);
+      int64_t taken = 0;  // the same for each
+      for (int64_t i = 0; i < panels; ++i)
+        taken = reader[i].multiply(x, col, m, y + i * x.rows * 16);
+      m += taken;
     }
   }
 }
 
-// y[i, r] += for every row of x and those of the rows [row, row + 16) of w that exist.
+// y[p, i, r] += for every row i of x and those of the rows [row + 16 p, row + 16 p + 16) of w that
+// exist, p < panels. Several panels share what it takes to bring activations into the first cache.
 template <class Codec>
-static void multiply_panel_with(const PackedView& w, const Activations& x, int64_t row,
-                                void* scratch, float* y) {
+static void multiply_panels_with(const PackedView& w, const Activations& x, int64_t row,
+                                 int64_t panels, void* scratch, float* y) {
   const bool own_table = w.family == Family::kLearnedCodebook && w.scale_row_stride != 0;
-  Codec codecs[16];
-  OperandRange ranges[16];
-  ranges[0] = codecs[0].prepare(w, row);
-  for (int64_t i = 1; i < 16; ++i) {
-    codecs[i] = codecs[0];
-    ranges[i] = own_table && row + i < w.rows ? codecs[i].prepare(w, row + i) : ranges[0];
-  }
-  if (own_table || (kExpandingCosts && x.rows > kTileRows)) {
-    multiply_panel_as<Codec, ExpandedPanel<Codec>>(w, x, row, codecs, ranges, scratch, y);
-  } else {
-    multiply_panel_as<Codec, PackedPanel<Codec>>(w, x, row, codecs, ranges, scratch, y);
-  }
+  const bool expand = own_table || (kExpandingCosts && x.rows > kTileRows);
+  (expand ? multiply_panels_as<Codec, ExpandedPanel<Codec>>
+          : multiply_panels_as<Codec, PackedPanel<Codec>>)(w, x, row, panels, scratch, y);
 }
