@@ -14,10 +14,7 @@ static inline bool quantize_unit(const float* x, int64_t unit, float limit, floa
     largest = max(v, largest);
     total = add(total, v);
   }
-  float lanes[16];
-  store(lanes, largest);
-  float absmax = 0.0f;
-  for (int i = 0; i < 16; ++i) absmax = lanes[i] > absmax ? lanes[i] : absmax;
+  const float absmax = reduce_max(largest);
   const float abssum = reduce_add(total);
   if (!(abssum < 1e38f)) return false;
   if (abssum == 0.0f) {
@@ -60,9 +57,7 @@ static bool quantize_activations(const void* source, FloatType dtype, int64_t m,
     }
     uint8_t* out = to->data + (b * to->rows + m) * layout.block_bytes;
     if (layout.operand == Operand::kWords) {
-      int16_t words[256];
-      for (int64_t i = 0; i < block; ++i) words[i] = static_cast<int16_t>(q[layout.order[i]]);
-      memcpy(out, words, sizeof(int16_t) * static_cast<size_t>(block));
+      place_words(q, layout.order, block, out);
     } else if (layout.operand == Operand::kBytes) {
       for (int64_t i = 0; i < block; ++i) out[i] = static_cast<uint8_t>(q[layout.order[i]]);
     } else {

@@ -143,7 +143,6 @@ static inline void transpose_eight(const __m256i* x, __m256i* t) {
     for (int i = 0; i < 8; ++i) (half ? x[8 + i].b : x[8 + i].a) = t[i];
   }
 }
-static inline I bits_of(F x) { return {_mm256_castps_si256(x.a), _mm256_castps_si256(x.b)}; }
 [[gnu::always_inline]] static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
 [[gnu::always_inline]] static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 // Loads and inserts: a gather takes half as long again.
@@ -157,4 +156,11 @@ static inline F pick(const float* table, const uint8_t* at) {
   const __m256 low = _mm256_set_m128(pick_four(table, at + 4), pick_four(table, at));
   const __m256 high = _mm256_set_m128(pick_four(table, at + 12), pick_four(table, at + 8));
   return {low, high};
+}
+
+static inline void place_words(const int32_t* q, const int16_t* order, int64_t n, uint8_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int16_t word = static_cast<int16_t>(q[order[i]]);
+    memcpy(out + 2 * i, &word, sizeof word);
+  }
 }

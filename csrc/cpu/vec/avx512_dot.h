@@ -124,7 +124,6 @@ static inline I dot_bytes_with(I sum, I w, const void* p) {
     x[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
   }
 }
-static inline I bits_of(F x) { return _mm512_castps_si512(x); }
 [[gnu::always_inline]] static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
 [[gnu::always_inline]] static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
 // Loads and inserts: a gather takes half as long again.
@@ -138,4 +137,21 @@ static inline F pick(const float* table, const uint8_t* at) {
   const __m256 low = _mm256_set_m128(pick_four(table, at + 4), pick_four(table, at));
   const __m256 high = _mm256_set_m128(pick_four(table, at + 12), pick_four(table, at + 8));
   return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+}
+
+static inline I narrow_words(const int32_t* q) {
+  const __m256i low = _mm512_cvtepi32_epi16(load_i(q)), high = _mm512_cvtepi32_epi16(load_i(q + 16));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+static inline void place_words(const int32_t* q, const int16_t* order, int64_t n, uint8_t* out) {
+  if (n == 64) {  // a slab: two vectors of words
+    const I low = narrow_words(q), high = narrow_words(q + 32);
+    for (int i = 0; i < 64; i += 32)
+      store_i(out + 2 * i, _mm512_permutex2var_epi16(low, load_i(order + i), high));
+    return;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const int16_t word = static_cast<int16_t>(q[order[i]]);
+    memcpy(out + 2 * i, &word, sizeof word);
+  }
 }

@@ -172,11 +172,6 @@ static inline void transpose(I* x) {
     }
   }
 }
-static inline I bits_of(F x) {
-  I r;
-  memcpy(r.lane, x.lane, sizeof r.lane);
-  return r;
-}
 // Inlined by force: g++ drops calls to what does nothing but prefetch.
 [[gnu::always_inline]] static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 [[gnu::always_inline]] static inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
@@ -185,6 +180,14 @@ static inline F pick(const float* table, const uint8_t* at) {
   F r;
   BITFOLD_LANES r.lane[i] = table[at[i]];
   return r;
+}
+
+// out[i] = q[order[i]] as 16-bit words; n a multiple of 64, the order within [0, n).
+static inline void place_words(const int32_t* q, const int16_t* order, int64_t n, uint8_t* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const int16_t word = static_cast<int16_t>(q[order[i]]);
+    memcpy(out + 2 * i, &word, sizeof word);
+  }
 }
 
 #undef BITFOLD_LANES
