@@ -8,9 +8,6 @@
 namespace bitfold {
 namespace {
 
-// Up to here activations stay in the first cache by themselves.
-constexpr int64_t kFewActivations = 16;
-
 // What a thread should have to do, in multiply-adds, or starting it costs more than it saves.
 constexpr int64_t kGrainWork = 1 << 18;
 
@@ -87,29 +84,19 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
     });
     return true;
   }
-  const int64_t panels = m > kFewActivations ? kMostPanels : 1;
-  const int64_t width = panels * kPanelRows;
-  parallel(
-      (w.rows + width - 1) / width, grain_for(m * width * w.cols), [&](int64_t begin, int64_t end) {
-        const int64_t scratch_bytes = panels * panel_scratch_bytes(xs);
-        const Scratch scratch(scratch_bytes + m * width * 4);
-        float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
-        for (int64_t group = begin; group < end; ++group) {
-          const int64_t first = group * width;
-          const auto for_each_panel = [&](const auto& body) {
-            for (int64_t r = first; r < std::min(first + width, w.rows); r += kPanelRows)
-              body(sums + (r - first) * m, r, std::min(kPanelRows, w.rows - r));
-          };
-          for_each_panel([&](float* to, int64_t r, int64_t n) {
-            begin_sums(bias ? bias_f + r : nullptr, m, n, to, kPanelRows);
-          });
-          const int64_t rows = std::min(width, w.rows - first);
-          k.multiply_panels(w, xs, first, (rows + kPanelRows - 1) / kPanelRows, scratch.data(),
-                            sums);
-          for_each_panel(
-              [&](const float* from, int64_t r, int64_t n) { finish(from, kPanelRows, r, n); });
-        }
-      });
+  parallel((w.rows + kPanelRows - 1) / kPanelRows, grain_for(m * kPanelRows * w.cols),
+           [&](int64_t begin, int64_t end) {
+             const int64_t scratch_bytes = panel_scratch_bytes(xs);
+             const Scratch scratch(scratch_bytes + m * kPanelRows * 4);
+             float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
+             for (int64_t panel = begin; panel < end; ++panel) {
+               const int64_t r = panel * kPanelRows;
+               const int64_t n = std::min(kPanelRows, w.rows - r);
+               begin_sums(bias ? bias_f + r : nullptr, m, n, sums, kPanelRows);
+               k.multiply_panel(w, xs, r, scratch.data(), sums);
+               finish(sums, kPanelRows, r, n);
+             }
+           });
   return true;
 }
 

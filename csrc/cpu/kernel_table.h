@@ -82,20 +82,22 @@ struct KernelTable {
   // y[r - begin] += x . w[r] for the rows [begin, end) of w; x is one row, laid out for Walk::kRows.
   void (*multiply_rows)(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
                         float* scratch, float* y);
-  // y[p, m, r] += x[m] . w[row + 16 p + r], p < panels, as far as such rows exist; y is [panels, rows
-  // of x, kPanelRows], x laid out for Walk::kPanels. `scratch`: panels * panel_scratch_bytes.
-  void (*multiply_panels)(const PackedView& w, const Activations& x, int64_t row, int64_t panels,
-                          void* scratch, float* y);
+  // y[m, r] += x[m] . w[row + r], as far as such rows exist; y is [rows of x, kPanelRows], x laid out
+  // for Walk::kPanels.
+  void (*multiply_panel)(const PackedView& w, const Activations& x, int64_t row, void* scratch,
+                         float* y);
 };
 
-inline constexpr int64_t kPanelRows = 16;  // lanes of a vector
-inline constexpr int64_t kMostPanels = 4;
+inline constexpr int64_t kPanelRows = 16;   // lanes of a vector
+inline constexpr int64_t kPanelBlocks = 4;  // vectors of a row that a panel reads at a time
 
-// Bytes of scratch, which begins with a cache line. A vector of factors may begin with a row's last.
+// Bytes of scratch, which begins with a cache line. The last vector of factors begins with the last
+// unit; operands of a vector fill at most eight.
 inline int64_t rows_scratch_bytes(const Activations& x) { return (x.units + 16) * 4; }
 inline int64_t panel_scratch_bytes(const Activations& x) {
-  constexpr int64_t kOperands = 4 * 16 * 8 * 64;  // blocks of lanes, parts of a vector
-  return kOperands + 4 * kPanelRows * x.units * 4;  // factors and shifts, of rows and transposed
+  const int64_t operands = kPanelBlocks * 8 * 64 * kPanelRows;
+  const int64_t factors_and_shifts = 2 * kPanelRows * x.units * 4;
+  return operands + 2 * factors_and_shifts;  // by rows, and transposed
 }
 
 namespace portable {

@@ -16,6 +16,11 @@ struct Count {
 template <int Bits>
 constexpr int kColsPerLane = Bits == 8 ? 4 : Bits == 4 ? 8 : 16;
 
+// Whether each row has levels of its own, so that codes of different rows mean different things.
+static inline bool has_own_levels(const PackedView& view) {
+  return view.family == Family::kLearnedCodebook && view.scale_row_stride != 0;
+}
+
 // An operand is a code plus `offset`, or a level over `factor` plus `offset`.
 struct OperandRange {
   float factor, offset;

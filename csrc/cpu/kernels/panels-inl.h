@@ -3,10 +3,6 @@
 // even a second and third look at them is free. Included by each target.
 
 static_assert(kPanelRows == 16);
-// Blocks of sixteen lanes of each row that are transposed at a time: what a tile of activations
-// multiplies with stays in the first cache.
-constexpr int kPanelBlocks = 4;
-
 // The codes of a panel, lane by lane of its rows: transposed, and expanded as they are used.
 template <class Codec>
 struct PackedPanel {
@@ -162,15 +158,12 @@ class PanelReader {
   static constexpr int64_t kBlockCols = 16 * kColsPerLane<Codec::kBits>;
   static constexpr int64_t kCols = kPanelBlocks * kBlockCols;
 
-  // `next`: bytes to the panel that will be read after this one. `scratch`: a line's beginning.
-  void begin(const PackedView& w, const Activations& x, int64_t row, int64_t next, void* scratch) {
-    next_ = next;
-    const bool own_table = w.family == Family::kLearnedCodebook && w.scale_row_stride != 0;
+  void begin(const PackedView& w, const Activations& x, int64_t row, void* scratch) {
     OperandRange ranges[16];
     for (int64_t i = 0; i < 16; ++i) {
       const int64_t r = row + i < w.rows ? row + i : w.rows - 1;
       rows_[i] = w.codes + r * w.row_bytes;
-      if (i == 0 || own_table) {
+      if (i == 0 || has_own_levels(w)) {
         ranges[i] = codecs_[i].prepare(w, r);
       } else {
         codecs_[i] = codecs_[0];
@@ -194,7 +187,7 @@ class PanelReader {
     for (int64_t b = first; b < end; ++b, to += 16 * Panel::kLaneBytes) {
       // What comes next is asked for: into the first cache what the next turn takes, into the second
       // the next panel. Neither need exist.
-      const int64_t far = next_ + 64 * b;
+      const int64_t far = 16 * w.row_bytes + 64 * b;
       const int64_t near =
           b + kPanelBlocks < blocks ? 64 * (b + kPanelBlocks) : far - 64 * (blocks - kPanelBlocks);
       if (b < whole) {
@@ -259,38 +252,26 @@ class PanelReader {
 
   Codec codecs_[16];
   const uint8_t* rows_[16];
-  int64_t next_;
   uint8_t* weights_;
   float *factor_, *shift_;
   bool shifted_;
 };
 
 template <class Codec, class Panel>
-static void multiply_panels_as(const PackedView& w, const Activations& x, int64_t row,
-                               int64_t panels, void* scratch, float* y) {
-  PanelReader<Codec, Panel> reader[kMostPanels];
-  for (int64_t i = 0; i < panels; ++i) {
-    reader[i].begin(w, x, row + 16 * i, 16 * panels * w.row_bytes,
-                    static_cast<uint8_t*>(scratch) + i * panel_scratch_bytes(x));
-  }
+static void multiply_panel_as(const PackedView& w, const Activations& x, int64_t row,
+                              void* scratch, float* y) {
+  PanelReader<Codec, Panel> panel;
+  panel.begin(w, x, row, scratch);
   for (int64_t col = 0; col < w.cols; col += PanelReader<Codec, Panel>::kCols) {
-    for (int64_t i = 0; i < panels; ++i) reader[i].read(w, col);
-    for (int64_t m = 0; m < x.rows;) {
-      int64_t taken = 0;  // the same for each
-      for (int64_t i = 0; i < panels; ++i)
-        taken = reader[i].multiply(x, col, m, y + i * x.rows * 16);
-      m += taken;
-    }
+    panel.read(w, col);
+    for (int64_t m = 0; m < x.rows;) m += panel.multiply(x, col, m, y);
   }
 }
 
-// y[p, i, r] += for every row i of x and those of the rows [row + 16 p, row + 16 p + 16) of w that
-// exist, p < panels. Several panels share what it takes to bring activations into the first cache.
 template <class Codec>
-static void multiply_panels_with(const PackedView& w, const Activations& x, int64_t row,
-                                 int64_t panels, void* scratch, float* y) {
-  const bool own_table = w.family == Family::kLearnedCodebook && w.scale_row_stride != 0;
-  const bool expand = own_table || (kExpandingCosts && x.rows > kTileRows);
-  (expand ? multiply_panels_as<Codec, ExpandedPanel<Codec>>
-          : multiply_panels_as<Codec, PackedPanel<Codec>>)(w, x, row, panels, scratch, y);
+static void multiply_panel_with(const PackedView& w, const Activations& x, int64_t row,
+                                void* scratch, float* y) {
+  (has_own_levels(w) || (kExpandingCosts && x.rows > kTileRows)
+       ? multiply_panel_as<Codec, ExpandedPanel<Codec>>
+       : multiply_panel_as<Codec, PackedPanel<Codec>>)(w, x, row, scratch, y);
 }

@@ -39,13 +39,12 @@ static void multiply_rows_with(const PackedView& w, const Activations& x, Codec 
   const int64_t units = x.units, units_per_block = x.layout->block_cols / x.unit;
   const int64_t block_bytes = x.layout->block_bytes;
   const int64_t whole = whole_blocks<Codec>(w), blocks = x.blocks;
-  const bool own_table = w.family == Family::kLearnedCodebook && w.scale_row_stride != 0;
   int32_t unit_of_lane[16];
   for (int64_t i = 0; i < 16; ++i)
     unit_of_lane[i] = static_cast<int32_t>(i * kColsPerLane<Codec::kBits> / x.unit);
   const I lanes = load_i(unit_of_lane);
   for (int64_t r = begin; r < end; ++r) {
-    if (own_table) range = codec.prepare(w, r);
+    if (has_own_levels(w)) range = codec.prepare(w, r);
     F sum = zero();
     for_each_unit<Codec::kBits, kShifted>(
         w, r, x.unit, units, range, [&](int64_t u, F factors, F shifts) {

@@ -43,10 +43,10 @@ static void multiply_rows(const PackedView& w, const Activations& x, int64_t beg
   });
 }
 
-static void multiply_panels(const PackedView& w, const Activations& x, int64_t row, int64_t panels,
-                            void* scratch, float* y) {
+static void multiply_panel(const PackedView& w, const Activations& x, int64_t row, void* scratch,
+                           float* y) {
   with_codec(w, x.layout->operand, [&](auto codec) {
-    multiply_panels_with<decltype(codec)>(w, x, row, panels, scratch, y);
+    multiply_panel_with<decltype(codec)>(w, x, row, scratch, y);
   });
 }
 
@@ -65,5 +65,5 @@ const KernelTable table = {
     .gemm_nn = gemm_nn,
     .quantize_activations = quantize_activations,
     .multiply_rows = multiply_rows,
-    .multiply_panels = multiply_panels,
+    .multiply_panel = multiply_panel,
 };
