@@ -2,6 +2,7 @@
 // core starts no thread.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
@@ -13,6 +14,12 @@ using RangeBody = std::function<void(int64_t begin, int64_t end)>;
 
 // run(n, grain, body): splits [0, n) in pieces of at least `grain`.
 using Parallel = std::function<void(int64_t n, int64_t grain, const RangeBody& body)>;
+
+// Items that a thread should be given at least, where each takes `work` and starting one is worth
+// `least`.
+inline int64_t grain(int64_t work, int64_t least) {
+  return std::max<int64_t>(1, least / std::max<int64_t>(1, work));
+}
 
 inline void run_serially(int64_t n, int64_t /*grain*/, const RangeBody& body) {
   if (n > 0) body(0, n);

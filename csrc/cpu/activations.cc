@@ -10,7 +10,7 @@ constexpr int kLanes = 16;
 
 ActivationLayout make_layout(int bits, Operand operand, Walk walk) {
   const bool words = operand == Operand::kWords;
-  const int per_byte = bits == 8 ? 1 : bits == 4 ? 2 : 4;  // 3 bits: two of them, as for 2
+  const int per_byte = bits == 8 ? 1 : bits == 4 ? 2 : 4;  // 3 bits: the plane of the low two
   const int per_lane = 4 * per_byte;
   const int elements = words ? 2 : 4;  // of a lane that meet in one dot product
   const int parts = per_lane / elements;
@@ -29,16 +29,16 @@ ActivationLayout make_layout(int bits, Operand operand, Walk walk) {
   if (walk == Walk::kRows) {
     for (int p = 0; p < parts; ++p)
       for (int j = 0; j < lanes; ++j)
-        for (int e = 0; e < elements; ++e) layout.order[at++] = static_cast<int16_t>(column(j, p, e));
+        for (int e = 0; e < elements; ++e)
+          layout.order[at++] = static_cast<int16_t>(column(j, p, e));
   } else {
     for (int j = 0; j < lanes; ++j)
       for (int p = 0; p < parts; ++p)
-        for (int e = 0; e < elements; ++e) layout.order[at++] = static_cast<int16_t>(column(j, p, e));
+        for (int e = 0; e < elements; ++e)
+          layout.order[at++] = static_cast<int16_t>(column(j, p, e));
   }
   return layout;
 }
-
-}  // namespace
 
 const ActivationLayout& activation_layout(int bits, Operand operand, Walk walk) {
   static const auto all = [] {
@@ -53,6 +53,7 @@ const ActivationLayout& activation_layout(int bits, Operand operand, Walk walk) 
   return all[(row * 3 + static_cast<size_t>(operand)) * 2 + static_cast<size_t>(walk)];
 }
 
+// Columns that share a scale: 64, or what divides the group size.
 int64_t activation_unit(const PackedView& w) {
   if (w.groups == 1) return 64;
   for (int64_t unit : {64, 32}) {
@@ -60,6 +61,8 @@ int64_t activation_unit(const PackedView& w) {
   }
   return 16;
 }
+
+}  // namespace
 
 Activations describe_activations(const PackedView& w, Operand operand, Walk walk, int64_t rows) {
   Activations x{};

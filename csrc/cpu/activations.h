@@ -1,6 +1,6 @@
-// Activations as integers. Every run of `unit` columns has one scale, x = scale * q, and integer dot
-// products over a unit are exact; what is lost is lost here, once per call, whatever the number of
-// weights.
+// Activations as integers. Every run of `unit` columns has one scale, x = scale * q, and integer
+// dot products over a unit are exact. What activations lose they lose here, once per call; levels
+// of codebooks become integers too (kernels/codecs-inl.h), codes of integer grids lose nothing.
 #pragma once
 
 #include <cstdint>
@@ -22,41 +22,39 @@ enum class Walk : uint8_t {
   kPanels,  // sixteen rows at once, one to a lane: for more
 };
 
+inline constexpr int kMaxBlockCols = 256;
+
 // Codes sit in a lane by bytes, and in a byte from high bits to low, so a vector of lanes yields
 // every n-th weight: `order[i]` is the column, within a block, of the i-th element of a row.
 struct ActivationLayout {
   Operand operand;
   int64_t block_cols;   // columns that lie together
   int64_t block_bytes;  // of one row
-  int16_t order[256];
+  int16_t order[kMaxBlockCols];
 };
-const ActivationLayout& activation_layout(int bits, Operand operand, Walk walk);
-
-// Columns that share a scale: 64, or what divides the group size.
-int64_t activation_unit(const PackedView& w);
-
 struct Activations {
   const ActivationLayout* layout;
   int64_t rows;
   int64_t cols;
   int64_t unit;
-  int64_t units;         // per row, a multiple of 16; the last ones may be empty
-  int64_t blocks;        // per row
-  float limit;           // largest |q|
-  float sum_limit;       // largest sum of |q| over a unit, so that a lane cannot overflow
-  uint8_t* data;         // [blocks][rows][block_bytes]
-  float* scale;          // [rows][units]
-  float* sum;            // [rows][units]: scale * sum of q
+  int64_t units;    // per row, a multiple of 16; the last ones may be empty
+  int64_t blocks;   // per row
+  float limit;      // largest |q|
+  float sum_limit;  // largest sum of |q| over a unit, so that a lane cannot overflow
+  uint8_t* data;    // [blocks][rows][block_bytes]
+  float* scale;     // [rows][units]
+  float* sum;       // [rows][units]: scale * sum of q
 };
 
 // Sizes and limits for `rows` rows; pointers stay null.
 Activations describe_activations(const PackedView& w, Operand operand, Walk walk, int64_t rows);
 
-// Largest magnitude of a codebook level as an integer, and of the sum of |q| over a unit, so that a
-// product stays below 2^31: near the middle weights and activations lose about the same. Of all
-// numbers there, this is the one at which the levels of nf4 are nearest to integers (4.8e-5 of
-// their size).
+// Largest magnitude of a codebook level as an integer, and of the sum of |q| over a unit: their
+// product must stay below 2^31. About 13 bits for levels leave about 18 for the sum, and both sides
+// lose about the same; of the numbers near there, this is the one at which the levels of nf4 are
+// nearest to integers (4.8e-5 of their size, RMS).
 inline constexpr int kLevelLimit = 7854;
-inline constexpr int kSumLimit = (INT32_MAX / kLevelLimit) - 32;  // rounding: half a step per column
+inline constexpr int kSumLimit =
+    (INT32_MAX / kLevelLimit) - 32;  // rounding: half a step per column
 
 }  // namespace bitfold

@@ -13,26 +13,23 @@ constexpr int64_t kStreamBytes = int64_t{1} << 24;
 // than it saves.
 constexpr int64_t kGrainWeights = 1 << 16;
 
-int64_t row_grain(int64_t cols) {
-  return std::max<int64_t>(1, kGrainWeights / std::max<int64_t>(1, cols));
-}
-
 }  // namespace
 
 void dequantize(const KernelTable& k, const PackedView& w, FloatType dtype, void* out,
                 const Parallel& parallel) {
   const int64_t out_bytes = w.rows * w.cols * size_of(dtype);
   const bool stream = out_bytes >= kStreamBytes;
-  parallel(w.rows, row_grain(w.cols), [&](int64_t begin, int64_t end) {
+  parallel(w.rows, grain(w.cols, kGrainWeights), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       k.decode_row(w, r, dtype, advance(out, dtype, r * w.cols), stream);
+    // Streamed stores are ordered by no ordinary hand-over between threads.
     if (stream) std::atomic_thread_fence(std::memory_order_seq_cst);
   });
 }
 
 void embedding(const KernelTable& k, const PackedView& w, const int64_t* indices, int64_t count,
                FloatType dtype, void* out, const Parallel& parallel) {
-  parallel(count, row_grain(w.cols), [&](int64_t begin, int64_t end) {
+  parallel(count, grain(w.cols, kGrainWeights), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       k.decode_row(w, indices[i], dtype, advance(out, dtype, i * w.cols), /*stream=*/false);
   });

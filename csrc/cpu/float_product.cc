@@ -20,10 +20,6 @@ constexpr int64_t kFewActivations = 16;
 // than it saves.
 constexpr int64_t kGrainWeights = 1 << 16;
 
-int64_t grain_for(int64_t weights_per_item) {
-  return std::max<int64_t>(1, kGrainWeights / std::max<int64_t>(1, weights_per_item));
-}
-
 // A float32 view of contiguous rows; copies only if they are narrower.
 class FloatRows {
  public:
@@ -34,7 +30,7 @@ class FloatRows {
       return;
     }
     copy_.resize(static_cast<size_t>(rows * cols));
-    parallel(rows, grain_for(cols), [&](int64_t begin, int64_t end) {
+    parallel(rows, grain(cols, kGrainWeights), [&](int64_t begin, int64_t end) {
       k.to_float(static_cast<const uint16_t*>(data) + begin * cols, dtype, (end - begin) * cols,
                  copy_.data() + begin * cols);
     });
@@ -56,7 +52,7 @@ void multiply_floats(const KernelTable& k, const PackedView& w, const void* x, i
   Tile tile = m < kFewActivations ? kStreamTile : kWideTile;
   tile.cols = std::min(tile.cols, w.cols);
   const int64_t tiles = (w.rows + tile.rows - 1) / tile.rows;
-  parallel(tiles, grain_for(tile.rows * w.cols), [&](int64_t begin, int64_t end) {
+  parallel(tiles, grain(tile.rows * w.cols, kGrainWeights), [&](int64_t begin, int64_t end) {
     std::vector<float> decoded(static_cast<size_t>(tile.rows * tile.cols));
     std::vector<float> sums(static_cast<size_t>(m * tile.rows));
     for (int64_t t = begin; t < end; ++t) {
@@ -81,13 +77,13 @@ void multiply_floats(const KernelTable& k, const PackedView& w, const void* x, i
   });
 }
 
-void multiply_floats_transposed(const KernelTable& k, const PackedView& w, const void* g,
-                                int64_t m, FloatType dtype, void* gx, const Parallel& parallel) {
+void multiply_floats_transposed(const KernelTable& k, const PackedView& w, const void* g, int64_t m,
+                                FloatType dtype, void* gx, const Parallel& parallel) {
   // Threads own column strips, so that no two of them add to the same gradient; narrow strips where
   // the matrix is small.
   const int64_t strip = w.cols >= 4 * kWideTile.cols ? kWideTile.cols : 128;
   const FloatRows g_f(k, g, dtype, m, w.rows, parallel);
-  parallel((w.cols + strip - 1) / strip, grain_for(strip * w.rows),
+  parallel((w.cols + strip - 1) / strip, grain(strip * w.rows, kGrainWeights),
            [&](int64_t begin, int64_t end) {
              std::vector<float> decoded(static_cast<size_t>(kWideTile.rows * strip));
              std::vector<float> sums(static_cast<size_t>(m * strip));

@@ -14,7 +14,7 @@ void multiply_floats(const KernelTable& k, const PackedView& w, const void* x, i
                      const void* bias, FloatType dtype, void* y, const Parallel& parallel);
 
 // gx [m, w.cols] = g [m, w.rows] * w.
-void multiply_floats_transposed(const KernelTable& k, const PackedView& w, const void* g,
-                                int64_t m, FloatType dtype, void* gx, const Parallel& parallel);
+void multiply_floats_transposed(const KernelTable& k, const PackedView& w, const void* g, int64_t m,
+                                FloatType dtype, void* gx, const Parallel& parallel);
 
 }  // namespace bitfold

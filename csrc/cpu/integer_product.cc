@@ -11,10 +11,6 @@ namespace {
 // What a thread should have to do, in multiply-adds, or starting it costs more than it saves.
 constexpr int64_t kGrainWork = 1 << 18;
 
-int64_t grain_for(int64_t work_per_item) {
-  return std::max<int64_t>(1, kGrainWork / std::max<int64_t>(1, work_per_item));
-}
-
 // Uninitialized memory that begins with a cache line.
 class Scratch {
  public:
@@ -47,6 +43,8 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
                        const void* bias, FloatType dtype, bool eight_bits, void* y,
                        const Parallel& parallel) {
   const Walk walk = m == 1 ? Walk::kRows : Walk::kPanels;
+  // Codes as bytes need no table and no widening; in panels a product of words costs no more and
+  // needs half the sums.
   const bool codes_suffice = walk == Walk::kRows && w.family == Family::kInteger;
   const Operand operand = eight_bits      ? Operand::kBytes
                           : codes_suffice ? Operand::kTwoBytes
@@ -61,7 +59,7 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
   if (bias) k.to_float(bias, dtype, w.rows, bias_f);
 
   std::atomic<bool> fits{true};
-  parallel(m, grain_for(16 * w.cols), [&](int64_t begin, int64_t end) {
+  parallel(m, grain(16 * w.cols, kGrainWork), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       if (!k.quantize_activations(advance(x, dtype, i * w.cols), dtype, i, &xs)) fits = false;
     }
@@ -74,7 +72,7 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
       k.from_float(sums + i * ldy, n, dtype, advance(y, dtype, i * w.rows + r));
   };
   if (walk == Walk::kRows) {
-    parallel(w.rows, grain_for(w.cols), [&](int64_t begin, int64_t end) {
+    parallel(w.rows, grain(w.cols, kGrainWork), [&](int64_t begin, int64_t end) {
       const int64_t scratch_bytes = rows_scratch_bytes(xs);
       const Scratch scratch(scratch_bytes + (end - begin) * 4);
       float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
@@ -84,7 +82,7 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
     });
     return true;
   }
-  parallel((w.rows + kPanelRows - 1) / kPanelRows, grain_for(m * kPanelRows * w.cols),
+  parallel((w.rows + kPanelRows - 1) / kPanelRows, grain(m * kPanelRows * w.cols, kGrainWork),
            [&](int64_t begin, int64_t end) {
              const int64_t scratch_bytes = panel_scratch_bytes(xs);
              const Scratch scratch(scratch_bytes + m * kPanelRows * 4);

@@ -1,7 +1,7 @@
 // Products in integers, for which the weight is never decoded to floats: activations become 16-bit
 // (or, at the `int8` level, 8-bit) integers with a scale per 64 columns, codes become integers as
-// they are read, and float32 sums what is exact within those columns. kernels.md of the docs says
-// what each level loses.
+// they are read, and float32 sums what is exact within those columns. docs/kernels.md says what
+// each level loses.
 #pragma once
 
 #include "core/parallel.h"

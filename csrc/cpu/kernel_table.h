@@ -1,7 +1,8 @@
 // The only thing that an instruction set exports: pointers to its hot functions. Every body works
 // on sixteen lanes, whatever the register width, and none lets the compiler fuse a multiplication
 // with an addition unless it says so; so codes, scales and dequantized weights are the same bits on
-// every instruction set. Only dot products (gemm_*) differ, in the last bits.
+// every instruction set. Only products (gemm_*, multiply_*) differ, in the last
+// bits of their float sums.
 #pragma once
 
 #include <cstdint>
@@ -79,11 +80,12 @@ struct KernelTable {
   // Integer products. Row m of `to` from `source` [cols]; false where integers cannot stand for it
   // (infinite, NaN or tiny values).
   bool (*quantize_activations)(const void* source, FloatType dtype, int64_t m, Activations* to);
-  // y[r - begin] += x . w[r] for the rows [begin, end) of w; x is one row, laid out for Walk::kRows.
+  // y[r - begin] += x . w[r] for the rows [begin, end) of w; x is one row, laid out for
+  // Walk::kRows.
   void (*multiply_rows)(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
                         float* scratch, float* y);
-  // y[m, r] += x[m] . w[row + r], as far as such rows exist; y is [rows of x, kPanelRows], x laid out
-  // for Walk::kPanels.
+  // y[m, r] += x[m] . w[row + r], as far as such rows exist; y is [rows of x, kPanelRows], x laid
+  // out for Walk::kPanels.
   void (*multiply_panel)(const PackedView& w, const Activations& x, int64_t row, void* scratch,
                          float* y);
 };

@@ -8,7 +8,8 @@
 namespace bitfold {
 namespace {
 
-// Rows of x handled at a time: bounds what is held of a huge batch in another form.
+// Rows of x handled at a time: bounds what is held of a huge batch in another form, and how many go
+// the way of floats because one of them holds a NaN.
 constexpr int64_t kBatchRows = 512;
 
 }  // namespace

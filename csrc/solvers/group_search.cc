@@ -58,7 +58,7 @@ void SpanSearch::search(int64_t count, int64_t size, const float* low, const flo
 
 template <class Body>
 void WholeTensor::each_block(const Body& body) const {
-  parallel_(blocks(), row_grain(w_.cols * kSpanLanes), [&](int64_t begin, int64_t end) {
+  parallel_(blocks(), grain(w_.cols * kSpanLanes, kGrainWeights), [&](int64_t begin, int64_t end) {
     std::vector<RowReader> readers(kSpanLanes, RowReader(k_, w_));
     SpanBlock block(k_, encoding_);
     for (int64_t b = begin; b < end; ++b) {

@@ -67,7 +67,7 @@ class Quantizer {
   // body(row index, float row [cols])
   template <class Body>
   void parallel_rows(const Body& body) const {
-    parallel_(w_.rows, row_grain(w_.cols), [&](int64_t begin, int64_t end) {
+    parallel_(w_.rows, grain(w_.cols, kGrainWeights), [&](int64_t begin, int64_t end) {
       RowReader row(k_, w_);
       for (int64_t r = begin; r < end; ++r) body(r, row(r));
     });
@@ -107,7 +107,7 @@ class Quantizer {
     // For a search as few rows as have a multiple of sixteen spans.
     const int64_t rows = method_ == Method::kRound ? 1 : kSpanLanes / std::gcd(kSpanLanes, groups_);
     std::vector<MagnitudeRange> ranges(static_cast<size_t>(w_.rows));
-    parallel_((w_.rows + rows - 1) / rows, row_grain(w_.cols * rows),
+    parallel_((w_.rows + rows - 1) / rows, grain(w_.cols * rows, kGrainWeights),
               [&](int64_t begin, int64_t end) {
                 std::vector<RowReader> readers(static_cast<size_t>(rows), RowReader(k_, w_));
                 std::vector<const float*> sources(readers.size());

@@ -9,11 +9,7 @@
 
 namespace bitfold {
 
-// Rows of a range handed to one thread, at least.
-inline int64_t row_grain(int64_t cols) {
-  constexpr int64_t kGrainWeights = 1 << 15;
-  return std::max<int64_t>(1, kGrainWeights / std::max<int64_t>(1, cols));
-}
+inline constexpr int64_t kGrainWeights = 1 << 15;  // folded by a thread, at least
 
 // Rows of the source as float32; contiguous float32 rows are read in place.
 class RowReader {

@@ -17,10 +17,6 @@ void check_bits(int64_t bits, const char* op) {
   }
 }
 
-int64_t row_grain(int64_t cols) {
-  return std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, cols));
-}
-
 Tensor pack_bits(Tensor codes, int64_t bits) {
   constexpr const char* kOp = "pack_bits";
   check_bits(bits, kOp);
@@ -40,7 +36,7 @@ Tensor pack_bits(Tensor codes, int64_t bits) {
                     std::to_string(from[i]) + ", too large for " + std::to_string(bits) + " bits");
     }
   }
-  torch_parallel()(rows, row_grain(cols), [&](int64_t begin, int64_t end) {
+  torch_parallel()(rows, grain(cols, kGrainBytes), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       pack_row(from + r * cols, cols, static_cast<int>(bits), to + r * row_bytes);
   });
@@ -64,7 +60,7 @@ Tensor unpack_bits(Tensor packed, int64_t bits, int64_t rows, int64_t cols) {
   Tensor out = torch::stable::new_empty(packed, {rows, cols}, ScalarType::Byte);
   const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
-  torch_parallel()(rows, row_grain(cols), [&](int64_t begin, int64_t end) {
+  torch_parallel()(rows, grain(cols, kGrainBytes), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
       unpack_row(from + r * row_bytes, cols, static_cast<int>(bits), to + r * cols);
   });

@@ -1,8 +1,8 @@
-// Floats to integers with a scale per unit, in the order in which the weights will come. Included by
-// each target.
+// Floats to integers with a scale per unit, in the order in which the weights will come. Included
+// by each target.
 
-// Below this a scale's inverse overflows; such activations, and infinite or NaN ones, are left to
-// fp32 arithmetic.
+// Far above where the inverse of a scale overflows, so that its product with a weight's scale stays
+// a normal float too. What is smaller, infinite or NaN is left to fp32 arithmetic.
 constexpr float kLeastActivation = 1e-25f;
 
 // One unit: q[0, unit) and its scale. False where integers cannot stand for it.
@@ -42,8 +42,8 @@ static bool quantize_activations(const void* source, FloatType dtype, int64_t m,
   const ActivationLayout& layout = *to->layout;
   const int64_t width = dtype == FloatType::kFloat32 ? 4 : 2;
   const int64_t block = layout.block_cols;
-  float x[256];
-  int32_t q[256];
+  float x[kMaxBlockCols];
+  int32_t q[kMaxBlockCols];
   float* scale = to->scale + m * to->units;
   float* sum = to->sum + m * to->units;
   for (int64_t b = 0; b < to->blocks; ++b) {

@@ -1,8 +1,8 @@
 // Stored codes to integer operands: one vector of 32-bit lanes becomes `kParts` vectors of words or
 // bytes. Included by each target.
 
-// The codes of sixteen lanes as they are stored. The third bits of 3-bit codes, which are a plane of
-// their own, are spread so that each word (or byte) holds those of its codes in its low bits.
+// The codes of sixteen lanes as they are stored. The third bits of 3-bit codes, which are a plane
+// of their own, are spread so that each word (or byte) holds those of its codes in its low bits.
 struct Stored {
   I low, high;
 };
@@ -14,7 +14,9 @@ struct Count {
 };
 
 template <int Bits>
-constexpr int kColsPerLane = Bits == 8 ? 4 : Bits == 4 ? 8 : 16;
+constexpr int kColsPerLane = Bits == 8   ? 4
+                             : Bits == 4 ? 8
+                                         : 16;
 
 // Whether each row has levels of its own, so that codes of different rows mean different things.
 static inline bool has_own_levels(const PackedView& view) {
@@ -25,6 +27,16 @@ static inline bool has_own_levels(const PackedView& view) {
 struct OperandRange {
   float factor, offset;
 };
+
+template <int Bits>
+static inline float largest_level(const float* levels) {
+  float largest = 1e-30f;  // of a codebook of zeros
+  for (int i = 0; i < 1 << Bits; ++i) {
+    const float size = levels[i] < 0.0f ? -levels[i] : levels[i];
+    largest = size > largest ? size : largest;
+  }
+  return largest;
+}
 
 // Levels as 16-bit integers, or codes less the middle of the grid.
 template <int Bits>
@@ -49,11 +61,7 @@ struct WordCodec {
       if (view.family == Family::kInteger) {
         for (float& level : levels) level -= kMiddle;
       } else {
-        float largest = 1e-30f;
-        for (int i = 0; i < 1 << Bits; ++i) {
-          const float size = levels[i] < 0.0f ? -levels[i] : levels[i];
-          largest = size > largest ? size : largest;
-        }
+        const float largest = largest_level<Bits>(levels);
         inverse = static_cast<float>(kLevelLimit) / largest;
         range = {largest / static_cast<float>(kLevelLimit), 0.0f};
       }
@@ -72,8 +80,8 @@ struct WordCodec {
       const I code = p == 0 ? and_i(codes.low, set1_16(0xff)) : shift_right_16(codes.low, 8);
       return sub_16(code, set1_16(128));
     } else if constexpr (Bits == 3) {
-      // Part p holds weight 4 * (p / 4) + 3 - p % 4 of a word; its third bit is counted from the top
-      // of the byte.
+      // Part p holds weight 4 * (p / 4) + 3 - p % 4 of a word; its third bit is counted from the
+      // top of the byte.
       const int weight = 4 * (p / 4) + 3 - p % 4;
       const I high = shift_right_16(shift_left_16(codes.high, 2), 7 - weight);
       return lookup_words(table, select_bits(set1_16(3), shift_right_16(codes.low, 2 * p), high));
@@ -105,11 +113,7 @@ struct ByteCodec {
     } else {
       float levels[16];
       store(levels, levels_of_row<Bits>(view, row));
-      float largest = 1e-30f;
-      for (int i = 0; i < 1 << Bits; ++i) {
-        const float size = levels[i] < 0.0f ? -levels[i] : levels[i];
-        largest = size > largest ? size : largest;
-      }
+      const float largest = largest_level<Bits>(levels);
       float scaled[16];
       store(scaled, round_even(mul(load(levels), set1(127.0f / largest))));
       uint8_t entries[16];
@@ -127,8 +131,7 @@ struct ByteCodec {
       constexpr int kShift = Bits == 4 ? 4 : 2;
       I code = p == 0 ? codes.low : shift_right_16(codes.low, kShift * p);
       if constexpr (Bits == 3) {
-        code = select_bits(set1_16(0x0303), code,
-                           shift_right_16(shift_left_16(codes.high, 2), p));
+        code = select_bits(set1_16(0x0303), code, shift_right_16(shift_left_16(codes.high, 2), p));
       }
       code = and_i(code, set1_16(Bits == 4 ? 0x0f0f : Bits == 3 ? 0x0707 : 0x0303));
       return kTable ? lookup_bytes(table, code) : code;
@@ -151,7 +154,8 @@ static inline Stored load_stored_tail(const PackedView& view, const uint8_t* row
   const I low = load_bytes(row + 64 * block, low_bytes - 64 * block);
   if constexpr (Codec::kBits != 3) return {low, low};
   const int64_t rest = view.row_bytes - view.plane_bytes - 32 * block;
-  return {low, Codec::spread(load_bytes(row + view.plane_bytes + 32 * block, rest < 32 ? rest : 32))};
+  return {low,
+          Codec::spread(load_bytes(row + view.plane_bytes + 32 * block, rest < 32 ? rest : 32))};
 }
 
 // Blocks of a row that load_stored may read.

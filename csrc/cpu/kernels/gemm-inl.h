@@ -4,8 +4,8 @@
 // y[i, j] += dot(x[i], w[j]) for i < M, j < N. Both operands lie along k, so nothing needs packing;
 // M * N accumulators hide the latency of the multiply-adds.
 template <int M, int N>
-static inline void dot_block(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y,
-                             int64_t ldy, int64_t k) {
+static inline void dot_tile(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y,
+                            int64_t ldy, int64_t k) {
   F sum[M][N];
   for (int i = 0; i < M; ++i)
     for (int j = 0; j < N; ++j) sum[i][j] = zero();
@@ -34,8 +34,8 @@ template <int M>
 static inline void dot_rows(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y,
                             int64_t ldy, int64_t n, int64_t k) {
   int64_t j = 0;
-  for (; j + 4 <= n; j += 4) dot_block<M, 4>(x, ldx, w + j * ldw, ldw, y + j, ldy, k);
-  for (; j < n; ++j) dot_block<M, 1>(x, ldx, w + j * ldw, ldw, y + j, ldy, k);
+  for (; j + 4 <= n; j += 4) dot_tile<M, 4>(x, ldx, w + j * ldw, ldw, y + j, ldy, k);
+  for (; j < n; ++j) dot_tile<M, 1>(x, ldx, w + j * ldw, ldw, y + j, ldy, k);
 }
 
 static void gemm_nt(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y, int64_t ldy,

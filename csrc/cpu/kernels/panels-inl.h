@@ -1,8 +1,10 @@
-// Products of many activations with panels of a weight: sixteen rows at once, so that the lanes of a
-// vector are rows and activations are broadcast. Codes are expanded in the shadow of the products, so
-// even a second and third look at them is free. Included by each target.
+// Products of many activations with panels of a weight: sixteen rows at once, so that the lanes of
+// a vector are rows and activations are broadcast. Where the target can, codes are expanded in the
+// shadow of the products, so that even a second and third look at them is free; else once per panel
+// (kExpandingCosts). Included by each target.
 
 static_assert(kPanelRows == 16);
+
 // The codes of a panel, lane by lane of its rows: transposed, and expanded as they are used.
 template <class Codec>
 struct PackedPanel {
@@ -125,8 +127,7 @@ static void multiply_tile(const Panel& panel, const Tile& from) {
     if (t.shift) {
       const F shift = load(t.shift + 16 * u);
 #pragma GCC unroll 12
-      for (int i = 0; i < M; ++i)
-        y[i] = sub(y[i], mul(shift, set1(t.sum[i * t.x_units + u])));
+      for (int i = 0; i < M; ++i) y[i] = sub(y[i], mul(shift, set1(t.sum[i * t.x_units + u])));
     }
     col += t.unit;
     if (col == 64) {
@@ -144,8 +145,10 @@ static inline int64_t multiply_largest_tile(const Panel& panel, const Tile& t, i
   if constexpr (M > 1) {
     // 12, 8, 6 and 4 to 1: what remains is made up of these.
     if (rows < M)
-      return multiply_largest_tile<Panel, M == 12 ? 8 : M == 8 ? 6 : M == 6 ? 4 : M - 1>(panel, t,
-                                                                                         rows);
+      return multiply_largest_tile < Panel, M == 12  ? 8
+                                            : M == 8 ? 6
+                                            : M == 6 ? 4
+                                                     : M - 1 > (panel, t, rows);
   }
   multiply_tile<Panel, M>(panel, t);
   return M;
@@ -185,8 +188,8 @@ class PanelReader {
     const int64_t end = first + kPanelBlocks < blocks ? first + kPanelBlocks : blocks;
     uint8_t* to = weights_;
     for (int64_t b = first; b < end; ++b, to += 16 * Panel::kLaneBytes) {
-      // What comes next is asked for: into the first cache what the next turn takes, into the second
-      // the next panel. Neither need exist.
+      // What comes next is asked for: into the first cache what the next turn takes, into the
+      // second the next panel. Neither need exist.
       const int64_t far = 16 * w.row_bytes + 64 * b;
       const int64_t near =
           b + kPanelBlocks < blocks ? 64 * (b + kPanelBlocks) : far - 64 * (blocks - kPanelBlocks);
@@ -231,12 +234,12 @@ class PanelReader {
     float* factors_of = shift_ + 16 * units;  // [16][units]
     float* shifts_of = factors_of + 16 * units;
     for (int64_t i = 0; i < 16; ++i) {
-      for_each_unit<Codec::kBits, kShifted>(
-          w, row + i < w.rows ? row + i : w.rows - 1, x.unit, units, ranges[i],
-          [&](int64_t u, F factors, F shifts) {
-            store(factors_of + i * units + u, factors);
-            if constexpr (kShifted) store(shifts_of + i * units + u, shifts);
-          });
+      for_each_unit<Codec::kBits, kShifted>(w, row + i < w.rows ? row + i : w.rows - 1, x.unit,
+                                            units, ranges[i], [&](int64_t u, F factors, F shifts) {
+                                              store(factors_of + i * units + u, factors);
+                                              if constexpr (kShifted)
+                                                store(shifts_of + i * units + u, shifts);
+                                            });
     }
     const auto transpose_to = [&](const float* from, float* to) {
       for (int64_t u = 0; u < units; u += 16) {
@@ -258,8 +261,8 @@ class PanelReader {
 };
 
 template <class Codec, class Panel>
-static void multiply_panel_as(const PackedView& w, const Activations& x, int64_t row,
-                              void* scratch, float* y) {
+static void multiply_panel_as(const PackedView& w, const Activations& x, int64_t row, void* scratch,
+                              float* y) {
   PanelReader<Codec, Panel> panel;
   panel.begin(w, x, row, scratch);
   for (int64_t col = 0; col < w.cols; col += PanelReader<Codec, Panel>::kCols) {

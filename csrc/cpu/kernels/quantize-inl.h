@@ -115,7 +115,7 @@ struct CodebookEncoder {
   explicit CodebookEncoder(const Encoding& encoding)
       : inverse(zero()),
         levels(load(encoding.book->level_of_path)),
-        codes(load_int(encoding.book->code_of_path)) {
+        codes(load_i(encoding.book->code_of_path)) {
     pivots[0] = set1(encoding.book->pivot_of_path[0][0]);
     for (int k = 1; k < Bits; ++k) pivots[k] = load(encoding.book->pivot_of_path[k]);
   }

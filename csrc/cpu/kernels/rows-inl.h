@@ -1,9 +1,9 @@
-// The product of one row of activations with rows of a weight, one after another: a stream of memory.
-// Included by each target.
+// The product of one row of activations with rows of a weight, one after another: a stream of
+// memory. Included by each target.
 
 // The integer products of a block of a row; x as its layout has it.
 template <class Codec, Operand kOperand>
-static inline I dot_block(const Codec& codec, const Stored& codes, const uint8_t* x) {
+static inline I block_products(const Codec& codec, const Stored& codes, const uint8_t* x) {
   I sum = zero_i(), low = zero_i();
 #pragma GCC unroll 8
   for (int p = 0; p < Codec::kParts; ++p) {
@@ -27,8 +27,7 @@ template <class Codec>
                                                     int64_t block) {
   constexpr int64_t kPage = 4096;
   prefetch_far(row + 64 * block + kPage);
-  if (Codec::kBits == 3 && block % 2 == 0)
-    prefetch_far(row + w.plane_bytes + 32 * block + kPage);
+  if (Codec::kBits == 3 && block % 2 == 0) prefetch_far(row + w.plane_bytes + 32 * block + kPage);
 }
 
 // y[r - begin] += for the rows [begin, end) of w. `factor`: units + 16 floats.
@@ -46,14 +45,15 @@ static void multiply_rows_with(const PackedView& w, const Activations& x, Codec 
   for (int64_t r = begin; r < end; ++r) {
     if (has_own_levels(w)) range = codec.prepare(w, r);
     F sum = zero();
-    for_each_unit<Codec::kBits, kShifted>(
-        w, r, x.unit, units, range, [&](int64_t u, F factors, F shifts) {
-          store(factor + u, mul(factors, load(x.scale + u)));
-          if constexpr (kShifted) sum = sub(sum, mul(shifts, load(x.sum + u)));
-        });
+    for_each_unit<Codec::kBits, kShifted>(w, r, x.unit, units, range,
+                                          [&](int64_t u, F factors, F shifts) {
+                                            store(factor + u, mul(factors, load(x.scale + u)));
+                                            if constexpr (kShifted)
+                                              sum = sub(sum, mul(shifts, load(x.sum + u)));
+                                          });
     const uint8_t* row = w.codes + r * w.row_bytes;
     const auto take = [&](const Stored& codes, int64_t b) {
-      const I products = dot_block<Codec, kOperand>(codec, codes, x.data + b * block_bytes);
+      const I products = block_products<Codec, kOperand>(codec, codes, x.data + b * block_bytes);
       sum = fma(to_float(products), lookup(load(factor + b * units_per_block), lanes), sum);
     };
     int64_t b = 0;
@@ -71,7 +71,7 @@ static inline void multiply_rows_as(const PackedView& w, const Activations& x, i
                                     int64_t end, float* factor, float* y) {
   Codec codec;
   const OperandRange range = codec.prepare(w, begin);
-  (has_shift<Codec::kBits>(w, range.offset) ? multiply_rows_with<Codec, kOperand, true>
-                                            : multiply_rows_with<Codec, kOperand, false>)(
-      w, x, codec, range, begin, end, factor, y);
+  (has_shift<Codec::kBits>(w, range.offset)
+       ? multiply_rows_with<Codec, kOperand, true>
+       : multiply_rows_with<Codec, kOperand, false>)(w, x, codec, range, begin, end, factor, y);
 }

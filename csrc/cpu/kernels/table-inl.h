@@ -45,9 +45,8 @@ static void multiply_rows(const PackedView& w, const Activations& x, int64_t beg
 
 static void multiply_panel(const PackedView& w, const Activations& x, int64_t row, void* scratch,
                            float* y) {
-  with_codec(w, x.layout->operand, [&](auto codec) {
-    multiply_panel_with<decltype(codec)>(w, x, row, scratch, y);
-  });
+  with_codec(w, x.layout->operand,
+             [&](auto codec) { multiply_panel_with<decltype(codec)>(w, x, row, scratch, y); });
 }
 
 const KernelTable table = {

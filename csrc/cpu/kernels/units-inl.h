@@ -10,8 +10,8 @@ static inline bool has_shift(const PackedView& view, float offset) {
 }
 
 // For sixteen units of a row at a time, take(first unit, factors, shifts): a unit's share of the
-// product is factor * (integer product) - shift * (sum of its q). `kShifted` says whether shifts are
-// wanted. Lanes beyond the row's units hold anything finite.
+// product is factor * (integer product) - shift * (sum of its q). `kShifted` says whether shifts
+// are wanted. Lanes beyond the row's units hold anything finite.
 template <int Bits, bool kShifted, class Take>
 static inline void for_each_unit(const PackedView& view, int64_t row, int64_t unit, int64_t units,
                                  const OperandRange& range, const Take& take) {
@@ -37,6 +37,8 @@ static inline void for_each_unit(const PackedView& view, int64_t row, int64_t un
       take(group, factors, shifts);
       continue;
     }
+    // (u + lane + 0.5) / per_group, rounded down, is the group of each unit; the half keeps
+    // rounding away from the edges.
     const int64_t first = group * per_group;
     for (int64_t u = 0; u < 16 * per_group && first + u < units; u += 16) {
       const I of = to_int(mul(add(iota, set1(static_cast<float>(u))), inverse));

@@ -9,25 +9,11 @@
 
 namespace bitfold::avx512vnni {
 
-// Order matters: names first, bodies in terms of them, then the table of the bodies.
+// Order matters: names first, then bodies in terms of them.
 #include "cpu/vec/avx512.h"
-#include "cpu/vec/x86.h"
 #include "cpu/vec/avx512_dot.h"
+#include "cpu/vec/x86.h"
 
-#include "cpu/kernels/parameters-inl.h"
-
-#include "cpu/kernels/decode-inl.h"
-#include "cpu/kernels/gemm-inl.h"
-#include "cpu/kernels/quantize-inl.h"
-#include "cpu/kernels/search-inl.h"
-
-#include "cpu/kernels/activations-inl.h"
-#include "cpu/kernels/codecs-inl.h"
-#include "cpu/kernels/units-inl.h"
-
-#include "cpu/kernels/panels-inl.h"
-#include "cpu/kernels/rows-inl.h"
-
-#include "cpu/kernels/table-inl.h"
+#include "cpu/kernels/all-inl.h"
 
 }  // namespace bitfold::avx512vnni

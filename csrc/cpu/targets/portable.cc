@@ -6,24 +6,10 @@
 
 namespace bitfold::portable {
 
-// Order matters: names first, bodies in terms of them, then the table of the bodies.
+// Order matters: names first, then bodies in terms of them.
 #include "cpu/vec/portable.h"
 #include "cpu/vec/portable_dot.h"
 
-#include "cpu/kernels/parameters-inl.h"
-
-#include "cpu/kernels/decode-inl.h"
-#include "cpu/kernels/gemm-inl.h"
-#include "cpu/kernels/quantize-inl.h"
-#include "cpu/kernels/search-inl.h"
-
-#include "cpu/kernels/activations-inl.h"
-#include "cpu/kernels/codecs-inl.h"
-#include "cpu/kernels/units-inl.h"
-
-#include "cpu/kernels/panels-inl.h"
-#include "cpu/kernels/rows-inl.h"
-
-#include "cpu/kernels/table-inl.h"
+#include "cpu/kernels/all-inl.h"
 
 }  // namespace bitfold::portable

@@ -78,10 +78,6 @@ static inline I set_bit_above(I n, F x, F y, int bit) {
   return {_mm256_or_si256(n.a, bit_above(x.a, y.a, bit)),
           _mm256_or_si256(n.b, bit_above(x.b, y.b, bit))};
 }
-static inline I load_int(const int* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8))};
-}
 static inline I to_int(F x) { return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)}; }
 static inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
 static inline __m256 lookup_half(__m256 low, __m256 high, __m256i at) {

@@ -1,5 +1,5 @@
-// Integer lanes for dot products as two AVX2 registers; see portable_dot.h for what each name
-// means. Included inside the target's namespace, after avx2.h.
+// Integer lanes: what codes and integer products need, as two AVX2 registers; see portable_dot.h
+// for what each name means. Included inside the target's namespace, after avx2.h.
 
 constexpr int kTileRows = 4;  // 4 x 2 sums, 2 weights, a broadcast and products fill 16 registers
 constexpr bool kExpandingCosts = true;  // about as much as the products of four rows
@@ -30,17 +30,12 @@ static inline I broadcast_i(const void* p) {
   return set1_i(v);
 }
 static inline I set1_16(int v) { return both(_mm256_set1_epi16(static_cast<int16_t>(v))); }
-static inline I and_i(I x, I y) {
-  return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)};
-}
+static inline I and_i(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
 static inline I or_i(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
 static inline I select_bits(I mask, I x, I y) {
-  return or_i(and_i(mask, x),
-              {_mm256_andnot_si256(mask.a, y.a), _mm256_andnot_si256(mask.b, y.b)});
+  return or_i(and_i(mask, x), {_mm256_andnot_si256(mask.a, y.a), _mm256_andnot_si256(mask.b, y.b)});
 }
-static inline I add_i(I x, I y) {
-  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
-}
+static inline I add_i(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 static inline I sub_16(I x, I y) {
   return {_mm256_sub_epi16(x.a, y.a), _mm256_sub_epi16(x.b, y.b)};
 }
@@ -98,10 +93,9 @@ template <bool kSmall>
 static inline __m256i dot_bytes_half(__m256i w, __m256i x) {
   if constexpr (kSmall)  // two products of 15 and 128 fit 16 bits; of 255 and 128 they would not
     return _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1));
-  return _mm256_add_epi32(
-      _mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)),
-                        _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8)),
-      _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8)));
+  return _mm256_add_epi32(_mm256_madd_epi16(_mm256_and_si256(w, _mm256_set1_epi16(0xff)),
+                                            _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8)),
+                          _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8)));
 }
 template <bool kSmall>
 static inline I dot_bytes(I sum, I w, I x) {
@@ -142,15 +136,6 @@ static inline void transpose_eight(const __m256i* x, __m256i* t) {
     transpose_eight(right + 8 * half, t);
     for (int i = 0; i < 8; ++i) (half ? x[8 + i].b : x[8 + i].a) = t[i];
   }
-}
-[[gnu::always_inline]] static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
-[[gnu::always_inline]] static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
-// Loads and inserts: a gather takes half as long again.
-static inline __m128 pick_four(const float* table, const uint8_t* at) {
-  __m128 v = _mm_load_ss(table + at[0]);
-  v = _mm_insert_ps(v, _mm_load_ss(table + at[1]), 0x10);
-  v = _mm_insert_ps(v, _mm_load_ss(table + at[2]), 0x20);
-  return _mm_insert_ps(v, _mm_load_ss(table + at[3]), 0x30);
 }
 static inline F pick(const float* table, const uint8_t* at) {
   const __m256 low = _mm256_set_m128(pick_four(table, at + 4), pick_four(table, at));

@@ -44,7 +44,6 @@ static inline I zero_i() { return _mm512_setzero_si512(); }
 static inline I set_bit_above(I n, F x, F y, int bit) {
   return _mm512_mask_or_epi32(n, _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), n, _mm512_set1_epi32(bit));
 }
-static inline I load_int(const int* p) { return _mm512_loadu_si512(p); }
 static inline I to_int(F x) { return _mm512_cvttps_epi32(x); }
 static inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
 static inline F lookup(F table, I at) { return _mm512_permutexvar_ps(at, table); }

@@ -1,5 +1,5 @@
-// Integer lanes for dot products as AVX-512 registers; see portable_dot.h for what each name means.
-// Included inside the target's namespace, after avx512.h.
+// Integer lanes: what codes and integer products need, as AVX-512 registers; see portable_dot.h for
+// what each name means. Included inside the target's namespace, after avx512.h.
 
 constexpr int kTileRows = 12;  // their integer and float sums leave 8 of 32 registers
 constexpr bool kExpandingCosts = false;
@@ -17,7 +17,6 @@ static inline I broadcast_i(const void* p) {
   memcpy(&v, p, 4);
   return _mm512_set1_epi32(v);
 }
-static inline I set1_i(int v) { return _mm512_set1_epi32(v); }
 static inline I set1_16(int v) { return _mm512_set1_epi16(static_cast<int16_t>(v)); }
 static inline I and_i(I x, I y) { return _mm512_and_si512(x, y); }
 static inline I or_i(I x, I y) { return _mm512_or_si512(x, y); }
@@ -26,12 +25,8 @@ static inline I select_bits(I mask, I x, I y) {
 }
 static inline I add_i(I x, I y) { return _mm512_add_epi32(x, y); }
 static inline I sub_16(I x, I y) { return _mm512_sub_epi16(x, y); }
-static inline I shift_left_i(I x, int n) {
-  return _mm512_slli_epi32(x, static_cast<unsigned>(n));
-}
-static inline I shift_left_16(I x, int n) {
-  return _mm512_slli_epi16(x, static_cast<unsigned>(n));
-}
+static inline I shift_left_i(I x, int n) { return _mm512_slli_epi32(x, static_cast<unsigned>(n)); }
+static inline I shift_left_16(I x, int n) { return _mm512_slli_epi16(x, static_cast<unsigned>(n)); }
 static inline I shift_right_16(I x, int n) {
   return _mm512_srli_epi16(x, static_cast<unsigned>(n));
 }
@@ -67,11 +62,11 @@ static inline I dot_bytes(I sum, I w, I x) {
   return sum;
 #else
   if constexpr (kSmall) {
-    return _mm512_add_epi32(
-        sum, _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
+    return _mm512_add_epi32(sum,
+                            _mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
   }
-  const I even = _mm512_madd_epi16(and_i(w, set1_16(0xff)),
-                                   _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+  const I even =
+      _mm512_madd_epi16(and_i(w, set1_16(0xff)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
   const I odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
   return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
 #endif
@@ -124,15 +119,6 @@ static inline I dot_bytes_with(I sum, I w, const void* p) {
     x[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
   }
 }
-[[gnu::always_inline]] static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
-[[gnu::always_inline]] static inline void prefetch_far(const void* p) { _mm_prefetch(p, _MM_HINT_T1); }
-// Loads and inserts: a gather takes half as long again.
-static inline __m128 pick_four(const float* table, const uint8_t* at) {
-  __m128 v = _mm_load_ss(table + at[0]);
-  v = _mm_insert_ps(v, _mm_load_ss(table + at[1]), 0x10);
-  v = _mm_insert_ps(v, _mm_load_ss(table + at[2]), 0x20);
-  return _mm_insert_ps(v, _mm_load_ss(table + at[3]), 0x30);
-}
 static inline F pick(const float* table, const uint8_t* at) {
   const __m256 low = _mm256_set_m128(pick_four(table, at + 4), pick_four(table, at));
   const __m256 high = _mm256_set_m128(pick_four(table, at + 12), pick_four(table, at + 8));
@@ -140,7 +126,8 @@ static inline F pick(const float* table, const uint8_t* at) {
 }
 
 static inline I narrow_words(const int32_t* q) {
-  const __m256i low = _mm512_cvtepi32_epi16(load_i(q)), high = _mm512_cvtepi32_epi16(load_i(q + 16));
+  const __m256i low = _mm512_cvtepi32_epi16(load_i(q)),
+                high = _mm512_cvtepi32_epi16(load_i(q + 16));
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 static inline void place_words(const int32_t* q, const int16_t* order, int64_t n, uint8_t* out) {

@@ -110,11 +110,6 @@ static inline I set_bit_above(I n, F a, F b, int bit) {
   BITFOLD_LANES n.lane[i] |= a.lane[i] > b.lane[i] ? bit : 0;
   return n;
 }
-static inline I load_int(const int* p) {
-  I r;
-  memcpy(r.lane, p, sizeof r.lane);
-  return r;
-}
 static inline I to_int(F a) {
   I r;
   BITFOLD_LANES r.lane[i] = static_cast<int32_t>(a.lane[i]);

@@ -1,6 +1,6 @@
-// Integer lanes for dot products in plain C++. A vector I is sixteen 32-bit lanes, and as many
-// bytes and 16-bit words as fit in them, little-endian. Included inside the target's namespace,
-// after portable.h.
+// Integer lanes: what codes and integer products need, in plain C++. A vector I is sixteen 32-bit
+// lanes, and as many bytes and 16-bit words as fit in them, little-endian. Included inside the
+// target's namespace, after portable.h.
 
 // Rows of activations in the register tile of a panel's product, and whether expanding codes again
 // for each tile slows it down.
@@ -174,7 +174,9 @@ static inline void transpose(I* x) {
 }
 // Inlined by force: g++ drops calls to what does nothing but prefetch.
 [[gnu::always_inline]] static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
-[[gnu::always_inline]] static inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+[[gnu::always_inline]] static inline void prefetch_far(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+}
 // Sixteen entries of a table, by bytes.
 static inline F pick(const float* table, const uint8_t* at) {
   F r;

@@ -1,6 +1,6 @@
 // What 128-bit registers do best, one body for every x86 target: sixteen codes to packed bytes (the
-// target brings bytes_of), and four rows to four columns. See portable.h for what each name means.
-// Included inside the target's namespace.
+// target brings bytes_of), four rows to four columns, entries of a table; and prefetching. See
+// portable.h for what each name means. Included inside the target's namespace.
 
 static inline void transpose4(const float* const* from, int64_t at, float* out) {
   __m128 a = _mm_loadu_ps(from[0] + at), b = _mm_loadu_ps(from[1] + at);
@@ -34,4 +34,18 @@ static inline void pack_bit2(uint8_t* p, I code) {
   const __m128i bytes = _mm_shuffle_epi8(bytes_of(code), turn);
   const int bits = _mm_movemask_epi8(_mm_slli_epi16(bytes, 5));
   memcpy(p, &bits, 2);
+}
+
+// Loads and inserts: a gather takes half as long again.
+static inline __m128 pick_four(const float* table, const uint8_t* at) {
+  __m128 v = _mm_load_ss(table + at[0]);
+  v = _mm_insert_ps(v, _mm_load_ss(table + at[1]), 0x10);
+  v = _mm_insert_ps(v, _mm_load_ss(table + at[2]), 0x20);
+  return _mm_insert_ps(v, _mm_load_ss(table + at[3]), 0x30);
+}
+
+// Inlined by force: g++ drops calls to what does nothing but prefetch.
+[[gnu::always_inline]] static inline void prefetch(const void* p) { _mm_prefetch(p, _MM_HINT_T0); }
+[[gnu::always_inline]] static inline void prefetch_far(const void* p) {
+  _mm_prefetch(p, _MM_HINT_T1);
 }

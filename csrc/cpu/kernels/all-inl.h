@@ -1,0 +1,17 @@
+// Every kernel, in terms of the names of the target's vec headers. Order matters: bodies first,
+// then the table of them.
+#include "cpu/kernels/parameters-inl.h"
+
+#include "cpu/kernels/decode-inl.h"
+#include "cpu/kernels/gemm-inl.h"
+#include "cpu/kernels/quantize-inl.h"
+#include "cpu/kernels/search-inl.h"
+
+#include "cpu/kernels/activations-inl.h"
+#include "cpu/kernels/codecs-inl.h"
+#include "cpu/kernels/units-inl.h"
+
+#include "cpu/kernels/panels-inl.h"
+#include "cpu/kernels/rows-inl.h"
+
+#include "cpu/kernels/table-inl.h"
