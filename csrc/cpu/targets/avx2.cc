@@ -11,8 +11,10 @@ namespace bitfold::avx2 {
 
 // Order matters: names first, then bodies in terms of them.
 #include "cpu/vec/avx2.h"
-#include "cpu/vec/avx2_dot.h"
+
 #include "cpu/vec/x86.h"
+
+#include "cpu/vec/avx2_dot.h"
 
 #include "cpu/kernels/all-inl.h"
 

@@ -11,8 +11,10 @@ namespace bitfold::avx512vnni {
 
 // Order matters: names first, then bodies in terms of them.
 #include "cpu/vec/avx512.h"
-#include "cpu/vec/avx512_dot.h"
+
 #include "cpu/vec/x86.h"
+
+#include "cpu/vec/avx512_dot.h"
 
 #include "cpu/kernels/all-inl.h"
 
