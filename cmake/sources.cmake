@@ -55,15 +55,22 @@ set(BITFOLD_CPP_TESTS
   core/format
   core/scale_coding
   core/view
+  cpu/activations
   cpu/instruction_sets
   cpu/isa
   solvers/kmeans
   solvers/quantize
 )
 set(BITFOLD_CPP_PER_ISA_TESTS
+  cpu/accuracy
   cpu/decode
   cpu/dequantize
+  cpu/extreme_values
   cpu/gemm
+  cpu/integer_product
   cpu/linear
+  cpu/page_end
+  cpu/quantize_activations
   cpu/quantize_kernels
+  cpu/unit_vectors
 )

@@ -109,6 +109,35 @@ TEST(InstructionSets, StatisticsChoicesAndFitsAreTheSameBits) {
   }
 }
 
+TEST(InstructionSets, ActivationsBecomeTheSameIntegers) {
+  const int64_t cols = 300;
+  const std::vector<float> x = testing::random_weights(cols, 10, testing::Shape::kOutliers);
+  for (const char* text : {"nf4", "int4-g16", "int3-g48", "int8-row"}) {
+    Owned w(format_of(text), 1, cols);
+    for (Operand operand : {Operand::kWords, Operand::kTwoBytes, Operand::kBytes}) {
+      for (Walk walk : {Walk::kRows, Walk::kPanels}) {
+        const auto integers = [&](const KernelTable& k) {
+          Activations to = describe_activations(w.view(), operand, walk, 1);
+          std::vector<uint8_t> data(static_cast<size_t>(to.blocks * to.layout->block_bytes));
+          std::vector<float> scale(static_cast<size_t>(to.units)), sum(scale);
+          to.data = data.data();
+          to.scale = scale.data();
+          to.sum = sum.data();
+          EXPECT_TRUE(k.quantize_activations(x.data(), FloatType::kFloat32, 0, &to));
+          for (const std::vector<float>* floats : {&scale, &sum}) {
+            const auto* bytes = reinterpret_cast<const uint8_t*>(floats->data());
+            data.insert(data.end(), bytes, bytes + 4 * floats->size());
+          }
+          return data;
+        };
+        const std::vector<uint8_t> base = integers(portable::table);
+        for (const InstructionSet* isa : wide_sets())
+          EXPECT_EQ(integers(*isa->table), base) << text << " " << isa->name;
+      }
+    }
+  }
+}
+
 TEST(InstructionSets, ConvertHalvesAlike) {
   std::vector<uint16_t> bits(65536 + 7);
   for (size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint16_t>(i);

@@ -14,6 +14,22 @@ TEST(Isa, PortableIsLastAndAlwaysRuns) {
   EXPECT_TRUE(instruction_sets().back().supported());
 }
 
+TEST(Isa, WiderSetsComeFirst) {
+  std::vector<std::string> names;
+  for (const InstructionSet& isa : instruction_sets()) names.push_back(isa.name);
+#if defined(__x86_64__)
+  EXPECT_EQ(names, (std::vector<std::string>{"avx512vnni", "avx512", "avx2", "portable"}));
+#else
+  EXPECT_EQ(names, std::vector<std::string>{"portable"});
+#endif
+  // What a CPU with the first has, it has for the ones after it.
+  bool before = false;
+  for (const InstructionSet& isa : instruction_sets()) {
+    EXPECT_TRUE(isa.supported() || !before) << isa.name;
+    before = before || isa.supported();
+  }
+}
+
 TEST(Isa, EachNameIsChosenOrRefusedByName) {
   for (const InstructionSet& isa : instruction_sets()) {
     const InstructionSet* chosen = nullptr;

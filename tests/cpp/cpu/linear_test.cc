@@ -1,15 +1,20 @@
+// float32 products and gradients, and what holds at every level: threads, batches, no bias.
 #include "cpu/linear.h"
 
-#include "support.h"
+#include "products.h"
 
 namespace bitfold {
 namespace {
 
 using testing::active_kernels;
+using testing::check_product;
 using testing::format_of;
+using testing::kDtypes;
+using testing::kLevels;
 using testing::kRound;
 using testing::Owned;
 using testing::random_weights;
+using testing::Values;
 
 struct Case {
   int64_t m, n, k;
@@ -25,95 +30,69 @@ std::vector<Case> cases() {
   return all;
 }
 
-// Summands of a lane over K, sixteen lanes, one rounding per tile of 512 columns, bias; then one
-// store in y's type.
-double sum_bound(int64_t k, double magnitude) {
-  return (static_cast<double>(k) / 16.0 + static_cast<double>(k) / 512.0 + 22.0) * kRound *
-         magnitude;
-}
-
-void check(const KernelTable& k, const std::string& text, const Case& c, FloatType dtype,
-           const Parallel& parallel) {
-  Owned w(format_of(text), c.n, c.k, /*skew=*/1);
-  w.fill_randomly(static_cast<unsigned>(c.k + c.n));
-  const std::vector<float> weight = w.decoded();
-  std::vector<float> x = random_weights(c.m * c.k, 2), bias = random_weights(c.n, 3);
-  const bool wide = dtype == FloatType::kFloat32;
-  const std::vector<uint16_t> x16 = testing::to_bits16(x, dtype),
-                              bias16 = testing::to_bits16(bias, dtype);
-  if (!wide) {
-    for (size_t i = 0; i < x.size(); ++i) x[i] = testing::from_bits16(x16[i], dtype);
-    for (size_t i = 0; i < bias.size(); ++i) bias[i] = testing::from_bits16(bias16[i], dtype);
-  }
-  std::vector<float> y(static_cast<size_t>(c.m * c.n) + 1, 99.0f);
-  std::vector<uint16_t> y16(y.size(), 99);
-  linear(k, w.view(), wide ? static_cast<const void*>(x.data()) : x16.data(), c.m,
-         wide ? static_cast<const void*>(bias.data()) : bias16.data(), dtype,
-         wide ? static_cast<void*>(y.data()) : y16.data(), parallel);
-  EXPECT_TRUE(wide ? y.back() == 99.0f : y16.back() == 99) << "wrote past the end";
-  std::vector<double> expected(static_cast<size_t>(c.m * c.n));
-  reference::linear(w.view(), x.data(), c.m, bias.data(), expected.data());
-  for (int64_t i = 0; i < c.m; ++i) {
-    for (int64_t r = 0; r < c.n; ++r) {
-      const auto at = static_cast<size_t>(i * c.n + r);
-      double magnitude = std::fabs(bias[static_cast<size_t>(r)]);
-      for (int64_t p = 0; p < c.k; ++p) {
-        magnitude += std::fabs(double{x[static_cast<size_t>(i * c.k + p)]} *
-                               weight[static_cast<size_t>(r * c.k + p)]);
-      }
-      const double got = wide ? y[at] : testing::from_bits16(y16[at], dtype);
-      const double allowed = sum_bound(c.k, magnitude) * 1.01 +
-                             (wide ? 0.0 : testing::store_error(dtype, expected[at]) * 1.01);
-      EXPECT_LE(std::fabs(got - expected[at]), allowed)
-          << text << " y[" << i << ", " << r << "] of " << c.m << "x" << c.n << "x" << c.k;
-    }
-  }
-}
-
-TEST(Linear, EveryShapeAgainstTheReference) {
-  const KernelTable& k = active_kernels();
+TEST(Linear, EveryShapeInFloats) {
   for (const char* text : {"nf4", "int4-g64", "int3-g16", "int2-g128", "int8-row", "kmeans4-row"}) {
-    for (const Case& c : cases()) check(k, text, c, FloatType::kFloat32, run_serially);
-  }
-}
-
-TEST(Linear, EveryFormatAndDtype) {
-  const KernelTable& k = active_kernels();
-  for (const std::string& text : testing::every_format()) {
-    for (FloatType dtype : {FloatType::kFloat32, FloatType::kFloat16, FloatType::kBFloat16}) {
-      check(k, text, {3, 9, 197}, dtype, run_serially);
+    for (const Case& c : cases()) {
+      check_product(active_kernels(), text, c.m, c.n, c.k, FloatType::kFloat32, Accuracy::kFp32);
     }
   }
 }
 
-TEST(Linear, ThreadsAndHugeBatches) {
+TEST(Linear, EveryFormatAndDtypeInFloats) {
+  for (const std::string& text : testing::every_format()) {
+    for (FloatType dtype : kDtypes)
+      check_product(active_kernels(), text, 3, 9, 197, dtype, Accuracy::kFp32);
+  }
+}
+
+TEST(Linear, HugeBatchesAreCutInPieces) {
+  for (Accuracy level : kLevels) {
+    check_product(active_kernels(), "nf4", 513, 5, 17, FloatType::kFloat32,
+                  level);  // the last: one row
+    check_product(active_kernels(), "int4-g64", 1030, 5, 17, FloatType::kFloat16, level,
+                  testing::run_in_threads);
+  }
+}
+
+// Every item on its own, the last one first.
+void run_backwards(int64_t n, int64_t /*grain*/, const RangeBody& body) {
+  for (int64_t i = n - 1; i >= 0; --i) body(i, i + 1);
+}
+
+TEST(Linear, TheSameBitsHoweverWorkIsSplit) {
   const KernelTable& k = active_kernels();
-  check(k, "nf4", {2, 200, 65}, FloatType::kFloat32, testing::run_in_threads);
-  check(k, "int4-g64", {40, 200, 65}, FloatType::kBFloat16, testing::run_in_threads);
-  check(k, "int4-g64", {1030, 5, 17}, FloatType::kFloat16,
-        testing::run_in_threads);  // more than one batch of activations
+  for (const std::string& text : testing::some_formats()) {
+    Owned w(format_of(text), 70, 300);
+    w.fill_randomly(1);
+    for (int64_t m : {1, 2, 5, 13}) {
+      for (FloatType dtype : {FloatType::kFloat32, FloatType::kBFloat16}) {
+        const Values x(dtype, random_weights(m * 300, 2)), bias(dtype, random_weights(70, 3));
+        for (Accuracy level : kLevels) {
+          const auto y = multiply(k, w.view(), x, m, &bias, level);
+          for (const Parallel& parallel :
+               {Parallel(testing::run_in_threads), Parallel(run_backwards)}) {
+            const auto other = multiply(k, w.view(), x, m, &bias, level, parallel);
+            EXPECT_EQ(memcmp(y.data(), other.data(), y.size() * 4), 0)
+                << text << " " << testing::name_of(level) << " m " << m;
+          }
+        }
+      }
+    }
+  }
 }
 
 TEST(Linear, NoBias) {
-  const KernelTable& k = active_kernels();
-  Owned w(format_of("nf4"), 3, 20);
-  w.fill_randomly(1);
-  const std::vector<float> x = random_weights(20, 2);
-  std::vector<float> y(3);
-  std::vector<double> expected(3);
-  linear(k, w.view(), x.data(), 1, nullptr, FloatType::kFloat32, y.data(), run_serially);
-  reference::linear(w.view(), x.data(), 1, nullptr, expected.data());
-  for (size_t i = 0; i < 3; ++i) EXPECT_NEAR(y[i], expected[i], 1e-4);
-}
-
-TEST(Linear, NonFiniteActivationsStayInTheirRow) {
-  const KernelTable& k = active_kernels();
-  Owned w(format_of("int4-g64"), 5, 70);
-  w.fill_randomly(1);
-  std::vector<float> x = random_weights(3 * 70, 2), y(15);
-  x[70 + 69] = NAN;
-  linear(k, w.view(), x.data(), 3, nullptr, FloatType::kFloat32, y.data(), run_serially);
-  for (size_t i = 0; i < 15; ++i) EXPECT_EQ(std::isnan(y[i]), i / 5 == 1) << i;
+  for (const char* text : {"nf4", "int4-g64", "int8-row"}) {
+    Owned w(format_of(text), 19, 70);
+    w.fill_randomly(1);
+    for (int64_t m : {1, 3}) {
+      for (Accuracy level : kLevels) {
+        const Values x(FloatType::kFloat32, random_weights(m * 70, 2));
+        const auto y = multiply(active_kernels(), w.view(), x, m, nullptr, level);
+        expect_product(w.view(), w.decoded(), x, m, nullptr, y, level, text);
+      }
+    }
+  }
 }
 
 TEST(GradInput, AgainstTheReference) {

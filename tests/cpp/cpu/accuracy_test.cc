@@ -1,0 +1,79 @@
+// What each level promises: the error of a product relative to its own size, root mean square,
+// against double on the decoded weights. Weights as training leaves them, activations as layers
+// make them: a few channels far larger than the rest.
+#include "products.h"
+
+namespace bitfold {
+namespace {
+
+using testing::active_kernels;
+using testing::Values;
+
+constexpr int64_t kRows = 64, kBatch = 8;
+
+std::vector<float> activations(int64_t m, int64_t cols) {
+  std::vector<float> x = testing::random_weights(m * cols, 11);
+  for (size_t i = 0; i < x.size(); ++i) {
+    if (static_cast<int64_t>(i) % cols % 131 == 7) x[i] *= 20.0f;
+  }
+  return x;
+}
+
+double relative_error(const std::vector<float>& y, const std::vector<double>& exact) {
+  double error = 0.0, size = 0.0;
+  for (size_t i = 0; i < y.size(); ++i) {
+    error += (y[i] - exact[i]) * (y[i] - exact[i]);
+    size += exact[i] * exact[i];
+  }
+  return std::sqrt(error / size);
+}
+
+double promised(Accuracy level, FloatType dtype) {
+  if (level == Accuracy::kInt8) return 2.5e-2;
+  if (dtype != FloatType::kFloat32) return 2e-3;
+  return level == Accuracy::kAuto ? 2e-4 : 2e-6;
+}
+
+// 512 outputs, from one row of activations at a time and from all eight at once.
+void check(const std::string& text, int64_t cols, const std::vector<FloatType>& dtypes) {
+  const KernelTable& k = active_kernels();
+  testing::Owned w(testing::format_of(text), kRows, cols);
+  ASSERT_TRUE(
+      w.quantize(k, Method::kRound,
+                 testing::random_weights(kRows * cols, 12, testing::Shape::kGaussian, 0.02f))
+          .ok());
+  const std::vector<float> weight = w.decoded(), rows = activations(kBatch, cols);
+  for (FloatType dtype : dtypes) {
+    const Values all(dtype, rows);
+    std::vector<double> exact(static_cast<size_t>(kBatch * kRows));
+    for (size_t at = 0; at < exact.size(); ++at) {
+      const float* a = all.floats.data() + at / kRows * static_cast<size_t>(cols);
+      const float* b = weight.data() + at % kRows * static_cast<size_t>(cols);
+      for (int64_t c = 0; c < cols; ++c) exact[at] += double{a[c]} * b[c];
+    }
+    for (Accuracy level : testing::kLevels) {
+      for (int64_t m : {int64_t{1}, kBatch}) {
+        std::vector<float> y;
+        for (int64_t i = 0; i < kBatch; i += m) {
+          const Values x(dtype, {rows.begin() + i * cols, rows.begin() + (i + m) * cols});
+          const std::vector<float> part = multiply(k, w.view(), x, m, nullptr, level);
+          y.insert(y.end(), part.begin(), part.end());
+        }
+        EXPECT_LE(relative_error(y, exact), promised(level, dtype))
+            << text << " " << testing::name_of(level) << " m " << m << " dtype " << int(dtype);
+      }
+    }
+  }
+}
+
+TEST(Accuracy, EveryFormatInFloat32) {
+  for (const std::string& text : testing::every_format()) check(text, 1024, {FloatType::kFloat32});
+}
+
+TEST(Accuracy, HalvesAndRaggedRows) {
+  for (const std::string& text : testing::some_formats())
+    check(text, 1100, {FloatType::kFloat16, FloatType::kBFloat16});
+}
+
+}  // namespace
+}  // namespace bitfold

@@ -1,0 +1,79 @@
+// Products in integers against their worst case, for shapes and formats that reach every path:
+// whole and ragged blocks of a row, panels of fewer than sixteen rows, every tile of activations.
+#include "cpu/integer_product.h"
+
+#include "products.h"
+
+namespace bitfold {
+namespace {
+
+using testing::active_kernels;
+using testing::check_product;
+using testing::kDtypes;
+using testing::kIntegerLevels;
+
+constexpr int64_t kCols[] = {1, 15, 17, 63, 65, 129, 255, 257, 513, 1100};
+constexpr int64_t kRows[] = {1, 15, 16, 17, 33};
+constexpr int64_t kBatches[] = {0, 1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 24, 25};
+
+TEST(IntegerProduct, EveryShape) {
+  for (const char* text : {"nf4", "int4-g64", "int3-g16", "int8-row", "kmeans2-row"}) {
+    for (int64_t cols : kCols)
+      for (int64_t n : kRows)
+        for (int64_t m : kBatches)
+          for (Accuracy level : kIntegerLevels)
+            check_product(active_kernels(), text, m, n, cols, FloatType::kFloat32, level);
+  }
+}
+
+TEST(IntegerProduct, EveryFormatAndDtype) {
+  size_t turn = 0;
+  for (const std::string& text : testing::every_format()) {
+    for (int64_t cols : kCols) {
+      for (FloatType dtype : kDtypes) {
+        for (Accuracy level : kIntegerLevels) {
+          check_product(active_kernels(), text, 1, kRows[turn % 5], cols, dtype, level);
+          check_product(active_kernels(), text, kBatches[turn % 13], kRows[turn % 5], cols, dtype,
+                        level);
+          ++turn;
+        }
+      }
+    }
+  }
+}
+
+TEST(IntegerProduct, LongRows) {
+  for (const char* text :
+       {"nf4", "nf3-g16", "int4-g128-dq", "int3-g48-fz", "int2-row", "int8-tensor"}) {
+    for (int64_t m : {1, 6}) {
+      for (Accuracy level : kIntegerLevels)
+        check_product(active_kernels(), text, m, 3, 20011, FloatType::kFloat32, level);
+    }
+  }
+}
+
+// From two rows on, a row's result is its own: no other row, and no tile, changes a bit of it.
+TEST(IntegerProduct, ARowIsTheSameInEveryBatch) {
+  const KernelTable& k = active_kernels();
+  const int64_t n = 18, cols = 330;
+  for (const std::string& text : testing::some_formats()) {
+    testing::Owned w(testing::format_of(text), n, cols);
+    w.fill_randomly(3);
+    const std::vector<float> rows = testing::random_weights(25 * cols, 4);
+    const testing::Values all(FloatType::kFloat32, rows);
+    for (Accuracy level : kIntegerLevels) {
+      const std::vector<float> y = multiply(k, w.view(), all, 25, nullptr, level);
+      for (int64_t m : kBatches) {
+        if (m < 2) continue;
+        // The last m rows, so that most of them move to another place in a tile.
+        const testing::Values some(FloatType::kFloat32, {rows.end() - m * cols, rows.end()});
+        const std::vector<float> part = multiply(k, w.view(), some, m, nullptr, level);
+        EXPECT_EQ(memcmp(part.data(), y.data() + (25 - m) * n, part.size() * 4), 0)
+            << text << " " << testing::name_of(level) << " m " << m;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bitfold

@@ -1,0 +1,105 @@
+// Products with unit vectors are the weights themselves: every column of a block meets its own
+// code, for every operand and both walks.
+#include "products.h"
+
+namespace bitfold {
+namespace {
+
+using testing::active_kernels;
+using testing::format_of;
+using testing::Owned;
+
+constexpr int64_t kRows = 18,
+                  kCols = 2 * 256 + 77;  // whole blocks of every format, and a ragged one
+
+struct alignas(64) Line {
+  uint8_t bytes[64];
+};
+std::vector<Line> lines(int64_t bytes) {
+  return std::vector<Line>(static_cast<size_t>(bytes / 64 + 1));
+}
+
+// y [m, kRows] for x [m, kCols], by the kernels alone.
+std::vector<float> product(const PackedView& w, Operand operand, Walk walk, const float* x,
+                           int64_t m) {
+  const KernelTable& k = active_kernels();
+  Activations xs = describe_activations(w, operand, walk, m);
+  std::vector<Line> data = lines(xs.blocks * m * xs.layout->block_bytes);
+  std::vector<float> scale(static_cast<size_t>(m * xs.units)), sum(scale.size());
+  xs.data = data.data()->bytes;
+  xs.scale = scale.data();
+  xs.sum = sum.data();
+  for (int64_t i = 0; i < m; ++i)
+    EXPECT_TRUE(k.quantize_activations(x + i * w.cols, FloatType::kFloat32, i, &xs));
+  std::vector<float> y(static_cast<size_t>(m * kRows));
+  if (walk == Walk::kRows) {
+    std::vector<Line> scratch = lines(rows_scratch_bytes(xs));
+    // In two pieces, of which the second does not begin with the first row.
+    k.multiply_rows(w, xs, 0, 5, reinterpret_cast<float*>(scratch.data()), y.data());
+    k.multiply_rows(w, xs, 5, kRows, reinterpret_cast<float*>(scratch.data()), y.data() + 5);
+    return y;
+  }
+  std::vector<Line> scratch = lines(panel_scratch_bytes(xs));
+  for (int64_t r = 0; r < kRows; r += kPanelRows) {
+    std::vector<float> sums(static_cast<size_t>(m * kPanelRows));
+    k.multiply_panel(w, xs, r, scratch.data(), sums.data());
+    for (int64_t at = 0; at < m * kPanelRows; ++at) {
+      const int64_t row = r + at % kPanelRows;
+      if (row < kRows)
+        y[static_cast<size_t>(at / kPanelRows * kRows + row)] = sums[static_cast<size_t>(at)];
+    }
+  }
+  return y;
+}
+
+void check(const std::string& text, Operand operand, Walk walk) {
+  Owned w(format_of(text), kRows, kCols);
+  w.fill_randomly(9);
+  const std::vector<float> weight = w.decoded();
+  std::vector<float> x(static_cast<size_t>(kCols * kCols)), y;
+  for (int64_t c = 0; c < kCols; ++c) x[static_cast<size_t>(c * kCols + c)] = 1.0f;
+  if (walk == Walk::kPanels) y = product(w.view(), operand, walk, x.data(), kCols);
+  const Accuracy level = operand == Operand::kBytes ? Accuracy::kInt8 : Accuracy::kAuto;
+  for (int64_t c = 0; c < kCols; ++c) {
+    const float* unit = x.data() + c * kCols;
+    if (walk == Walk::kRows) y = product(w.view(), operand, walk, unit, 1);
+    for (int64_t r = 0; r < kRows; ++r) {
+      const size_t at = static_cast<size_t>(walk == Walk::kRows ? r : c * kRows + r);
+      // As if there were no other column: x is exact, and only the level is rounded.
+      PackedView view = w.view();
+      double allowed = 0.0;
+      if (view.family != Family::kInteger) {
+        double largest = 0.0;
+        for (unsigned code = 0; code < 1u << view.bits; ++code)
+          largest = std::max<double>(largest, std::fabs(level_of(view, r, code)));
+        const double step = largest / (level == Accuracy::kInt8 ? 127.0 : kLevelLimit);
+        allowed = 0.501 * step + 3.1 * largest * 40.0 * testing::kRound;
+      } else {
+        allowed = ((1 << view.bits) + std::fabs(zero_of(view, r, c / view.group_size))) * 40.0 *
+                  testing::kRound;
+      }
+      allowed *= std::fabs(scale_of(view, r, c / view.group_size));
+      EXPECT_NEAR(y[at], weight[static_cast<size_t>(r * kCols + c)], allowed)
+          << text << " operand " << int(operand) << " walk " << int(walk) << " row " << r
+          << " column " << c;
+    }
+  }
+}
+
+TEST(UnitVectors, GiveEveryWeight) {
+  for (const char* text : {"nf4",          "fp4-g16",        "kmeans4-row", "nf3-g48",
+                           "kmeans3-row",  "kmeans3-tensor", "nf2-g128",    "kmeans2-row",
+                           "int8-row",     "int8-g64-zp",    "int8-g16-fz", "int4-g64",
+                           "int4-g16-sym", "int4-row-fz",    "int3-g48",    "int3-g64-sym",
+                           "int3-tensor",  "int2-g64",       "int2-g16-zp", "int2-g128-fz"}) {
+    const bool codebook = format_of(text).family() != Family::kInteger;
+    for (Walk walk : {Walk::kRows, Walk::kPanels}) {
+      check(text, Operand::kWords, walk);
+      check(text, Operand::kBytes, walk);
+    }
+    if (!codebook) check(text, Operand::kTwoBytes, Walk::kRows);
+  }
+}
+
+}  // namespace
+}  // namespace bitfold
