@@ -10,8 +10,9 @@
 
 namespace bitfold {
 
-// y [m, w.rows] = x [m, w.cols] * w^T + bias [w.rows] or null. False, with y in any state, where x
-// holds infinite, NaN or tiny values that only floats can stand for.
+// y [m, w.rows] = x [m, w.cols] * w^T + bias [w.rows] or null. False, with y in any state, where
+// only floats can stand for what x holds (infinite, NaN, huge or tiny values) or for the levels of
+// a learned codebook (far outliers).
 bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
                        const void* bias, FloatType dtype, bool eight_bits, void* y,
                        const Parallel& parallel);

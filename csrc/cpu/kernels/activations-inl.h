@@ -1,9 +1,9 @@
 // Floats to integers with a scale per unit, in the order in which the weights will come. Included
 // by each target.
 
-// Far above where the inverse of a scale overflows, so that its product with a weight's scale stays
-// a normal float too. What is smaller, infinite or NaN is left to fp32 arithmetic.
-constexpr float kLeastActivation = 1e-25f;
+// Activations beyond these leave scales, or their products with the scales of weights, too near the
+// ends of what a float can hold. They, and infinite or NaN ones, are left to fp32 arithmetic.
+constexpr float kLeastActivation = 1e-25f, kMostActivation = 1e30f;
 
 // One unit: q[0, unit) and its scale. False where integers cannot stand for it.
 static inline bool quantize_unit(const float* x, int64_t unit, float limit, float sum_limit,
@@ -16,7 +16,7 @@ static inline bool quantize_unit(const float* x, int64_t unit, float limit, floa
   }
   const float absmax = reduce_max(largest);
   const float abssum = reduce_add(total);
-  if (!(abssum < 1e38f)) return false;
+  if (!(abssum < kMostActivation)) return false;
   if (abssum == 0.0f) {
     memset(q, 0, sizeof(int32_t) * static_cast<size_t>(unit));
     *scale = *sum = 0.0f;

@@ -41,7 +41,8 @@ static inline void for_each_unit(const PackedView& view, int64_t row, int64_t un
     // rounding away from the edges.
     const int64_t first = group * per_group;
     for (int64_t u = 0; u < 16 * per_group && first + u < units; u += 16) {
-      const I of = to_int(mul(add(iota, set1(static_cast<float>(u))), inverse));
+      const I of = view.groups == 1 ? zero_i()
+                                    : to_int(mul(add(iota, set1(static_cast<float>(u))), inverse));
       take(first + u, lookup(factors, of), kShifted ? lookup(shifts, of) : shifts);
     }
   }
