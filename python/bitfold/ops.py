@@ -117,8 +117,9 @@ def linear(
         accuracy: how exactly the product is computed, as a name or its number in `ACCURACY`. Errors are
             relative to the root mean square of the product, against float64 on the dequantized weights.
 
-            - ``"auto"``: the fastest way whose error is that of rounding the result: at most 2e-4 for
-              float32 x, 2e-3 for float16 and bfloat16.
+            - ``"auto"``: the fastest way whose error is that of rounding the result: below 2e-4 for
+              float32 x, 2e-3 for float16 and bfloat16, with weights and activations as models have them
+              (``docs/kernels.md`` tells where not).
             - ``"fp32"``: every product and sum in float32.
             - ``"int8"``: x is rounded to 8 bits in blocks of 64 along ``in``; an error of about 1.4e-2.
 
