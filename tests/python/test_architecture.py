@@ -65,7 +65,8 @@ def test_wide_targets_include_no_standard_containers() -> None:
 
 
 def wide_objects() -> list[Path]:
-    return sorted(p for isa in ("avx2", "avx512") for p in (ROOT / "build").glob(f"*/**/targets/{isa}.cc.o"))
+    wide = ("avx2", "avx512", "avx512vnni")
+    return sorted(p for isa in wide for p in (ROOT / "build").glob(f"*/**/targets/{isa}.cc.o"))
 
 
 @pytest.mark.parametrize("build", sorted({p.relative_to(ROOT).parts[1] for p in wide_objects()}) or ["none"])

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bitfold
 from bitfold import ops
 from bitfold.nn import QuantConv1D, QuantEmbedding, QuantLinear, TiedHead
+from products import assert_promise
 
 
 class Levels(TorchDispatchMode):
@@ -105,6 +106,26 @@ def test_a_whole_model_at_once():
     assert bitfold.set_accuracy(model, "fp32") == 3
     assert [layer.accuracy for layer in model["block"]] == ["fp32"] * 3
     assert bitfold.set_accuracy(nn.Linear(3, 4), "fp32") == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", list(ops.ACCURACY))
+def test_layers_keep_the_promise_of_their_level(name, dtype):
+    linear = QuantLinear.from_float(nn.Linear(1100, 64), "nf4")
+    transposed = QuantConv1D(1100, 64, format="nf4", accuracy=name)
+    transposed.load_state_dict(linear.state_dict())
+    head = TiedHead(QuantEmbedding.from_float(nn.Embedding(64, 1100), "int8-row"))
+    bitfold.set_accuracy(nn.ModuleList([linear, head]), name)
+    x = torch.randn(8, 1100).to(dtype)
+    for layer, owner in ((linear, linear), (transposed, linear), (head, head.source)):
+        with torch.no_grad():
+            exact = x.double() @ owner.dequantize().double().T
+            if layer is not head:
+                exact += layer.bias.to(dtype).double()
+            for rows in (1, 8):
+                y = torch.cat([layer(part) for part in x.split(rows)])
+                assert y.dtype == dtype
+                assert_promise(y, exact.numpy(), name)
 
 
 def test_compiled_code_follows_a_change():

@@ -13,6 +13,7 @@ from torch import nn
 import bitfold
 from bitfold.errors import FormatError, PackedDataError, WeightError
 from bitfold.nn import QuantLinear
+from products import assert_product
 
 IN, OUT = 101, 37  # primes: ragged rows and a ragged last group
 
@@ -34,6 +35,9 @@ def test_forward_is_linear_with_the_dequantized_weight(fmt):
     layer = folded(fmt)
     x = torch.randn(2, 5, IN)
     expected = nn.functional.linear(x, layer.dequantize(), layer.bias)
+    packed = [getattr(layer, name) for name in layer.packed_names]
+    assert_product(layer(x), x, packed, fmt, layer.bias)
+    layer.accuracy = "fp32"
     # both sum IN products in float32; the order differs
     bound = IN * torch.finfo(torch.float32).eps * (x.abs() @ layer.dequantize().abs().T + 1)
     assert ((layer(x) - expected).abs() <= bound).all()
@@ -59,9 +63,9 @@ def test_output_has_the_dtype_of_the_input(fmt, dtype):
     x = torch.randn(3, IN, dtype=dtype)
     y = layer(x)
     assert y.dtype == dtype
-    expected = nn.functional.linear(x.float(), layer.dequantize(), layer.bias.float())
-    eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    assert (y.float() - expected).abs().max() <= 2 * eps * expected.abs().max() + 1e-5
+    computed = torch.float32 if dtype == torch.float64 else dtype
+    packed = [getattr(layer, name) for name in layer.packed_names]
+    assert_product(y.to(computed), x.to(computed), packed, fmt, layer.bias)
 
 
 def test_strict_state_dict_round_trip(fmt):
