@@ -66,7 +66,7 @@ TEST(ExtremeValues, TinyAndHugeActivations) {
     w.fill_randomly(2);
     const std::vector<float> weight = w.decoded();
     std::vector<float> all;
-    for (float size : {0.0f, 1.0f, 1e-30f, 2e-25f, 1e-20f, 1e20f, 1e30f}) {
+    for (float size : {0.0f, 1.0f, 1e-30f, 2e-25f, 1e-20f, 1e20f, 1e28f, 1e30f, 1e35f}) {
       std::vector<float> x = random_weights(cols, 3);
       for (float& v : x) v *= size;
       all.insert(all.end(), x.begin(), x.end());
