@@ -35,13 +35,11 @@ double promised(Accuracy level, FloatType dtype) {
 }
 
 // 512 outputs, from one row of activations at a time and from all eight at once.
-void check(const std::string& text, int64_t cols, const std::vector<FloatType>& dtypes) {
+void check(const std::string& text, int64_t cols, const std::vector<FloatType>& dtypes,
+           const std::vector<float>& weights) {
   const KernelTable& k = active_kernels();
   testing::Owned w(testing::format_of(text), kRows, cols);
-  ASSERT_TRUE(
-      w.quantize(k, Method::kRound,
-                 testing::random_weights(kRows * cols, 12, testing::Shape::kGaussian, 0.02f))
-          .ok());
+  ASSERT_TRUE(w.quantize(k, Method::kRound, weights).ok());
   const std::vector<float> weight = w.decoded(), rows = activations(kBatch, cols);
   for (FloatType dtype : dtypes) {
     const Values all(dtype, rows);
@@ -66,13 +64,31 @@ void check(const std::string& text, int64_t cols, const std::vector<FloatType>& 
   }
 }
 
+std::vector<float> gaussian(int64_t cols) {
+  return testing::random_weights(kRows * cols, 12, testing::Shape::kGaussian, 0.02f);
+}
+
 TEST(Accuracy, EveryFormatInFloat32) {
-  for (const std::string& text : testing::every_format()) check(text, 1024, {FloatType::kFloat32});
+  for (const std::string& text : testing::every_format())
+    check(text, 1024, {FloatType::kFloat32}, gaussian(1024));
+}
+
+// k-means spends a level on an outlier; the others must not share its step.
+TEST(Accuracy, LearnedLevelsFarApart) {
+  std::vector<float> one = gaussian(1024), each = one;
+  one[5] = 4.0f;
+  for (size_t r = 0; r < kRows; ++r) each[r * 1024 + 9] = r % 2 ? 2.0f : -4.0f;
+  const std::vector<float> tails =
+      testing::random_weights(kRows * 1024, 3, testing::Shape::kOutliers, 0.02f);
+  for (const char* text : {"kmeans4-row", "kmeans4-tensor", "kmeans3-row", "kmeans2-row"}) {
+    for (const auto& weights : {one, each, tails})
+      check(text, 1024, {FloatType::kFloat32}, weights);
+  }
 }
 
 TEST(Accuracy, HalvesAndRaggedRows) {
   for (const std::string& text : testing::some_formats())
-    check(text, 1100, {FloatType::kFloat16, FloatType::kBFloat16});
+    check(text, 1100, {FloatType::kFloat16, FloatType::kBFloat16}, gaussian(1100));
 }
 
 }  // namespace
