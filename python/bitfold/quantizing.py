@@ -104,7 +104,17 @@ def quantize(
     try:
         if calibrated:
             _calibrate(
-                model, calibrated, folds, method_of, calibration, tokenizer, options, settings, checkpoint, log, progress
+                model,
+                calibrated,
+                folds,
+                method_of,
+                calibration,
+                tokenizer,
+                options,
+                settings,
+                checkpoint,
+                log,
+                progress,
             )
         found = Places(model)
         for fold in _consumed(folds, progress):
@@ -134,7 +144,7 @@ def _choose(
 def _methods(
     choice: Choice, method: str | None, planned: Mapping[str, str], calibration: Any
 ) -> Callable[[str], str | None]:
-    """Name of a matrix -> its method; embeddings never get a calibrated one. ValueError where data is missing."""
+    """Name of a matrix -> its method (never a calibrated one for embeddings); ValueError without data."""
     for name in (method, *planned.values()):
         if name is not None:
             methods.get(name)
@@ -153,7 +163,9 @@ def _methods(
         )
         raise ValueError(msg)
     if calibration is not None and not needing:
-        msg = f"method {method!r} uses no calibration data; leave calibration out, or choose a method that does"
+        msg = (
+            f"method {method!r} uses no calibration data; leave calibration out, or choose a method that does"
+        )
         raise ValueError(msg)
     return chosen.get
 
@@ -242,7 +254,7 @@ def _fold_one(model: nn.Module, fold: Fold, method: str | None, found: Places) -
 
 
 def swaps_of(model: nn.Module, fold: Fold, packed: PackedModule) -> dict[nn.Module, nn.Module]:
-    """What takes the place of what, when `packed` comes for the matrix of `fold` and the modules tied to it."""
+    """What takes the place of what when `packed` comes for the matrix of `fold` and what is tied to it."""
     swaps: dict[nn.Module, nn.Module] = {fold.owner.module: packed}
     for use in fold.tied:
         if use.kind == "embedding":

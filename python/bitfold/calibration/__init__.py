@@ -1,8 +1,8 @@
 """The calibrated way of `bitfold.quantize`: data in, block by block through the model, packed matrices out.
 
-`driver.py` is the walk; `blocks.py` and `sets.py` find what is walked through, `replay.py` and `streams.py` feed it,
-`gathering.py` and `statistics.py` collect what methods need, `checkpoint.py` and `distributed.py` let it survive and
-spread. `memory.py` says beforehand what it takes.
+`driver.py` is the walk; `survey.py`, `blocks.py` and `sets.py` find what is walked through, `replay.py` and
+`streams.py` feed it, `gathering.py`, `statistics.py` and `solving.py` do the work, `checkpoint.py` and
+`distributed.py` let it survive and spread. `memory.py` says beforehand what it takes.
 """
 
 from bitfold.calibration.checkpoint import CheckpointError

@@ -129,9 +129,7 @@ def _as_tensor(value: Any, where: str) -> Any:
         raise ValueError(msg) from error
 
 
-def _from_rows(
-    rows: list[list[int]], model: nn.Module, encode: _Encoder, settings: Settings
-) -> list[Batch]:
+def _from_rows(rows: list[list[int]], model: nn.Module, encode: _Encoder, settings: Settings) -> list[Batch]:
     """Cut (or join) sequences to length, sort by length, pad into batches."""
     length = settings.sequence_length or min(512, _positions(model))
     if settings.pack:

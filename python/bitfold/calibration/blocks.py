@@ -1,8 +1,8 @@
 """The structure of a model, from its modules and one traced pass: stacks of blocks, and what runs when.
 
-A stack is a ModuleList or Sequential whose children run one after the other, such as the layers of an encoder.
-Nothing is known by name: an encoder-decoder has two stacks, a plain network may have none, and then all of it
-is one stage.
+A stack is a ModuleList or Sequential whose children run one after the other, such as the layers of an
+encoder. Nothing is known by name: an encoder-decoder has two stacks, a plain network may have none, and then
+all of it is one stage.
 """
 
 from __future__ import annotations
@@ -82,10 +82,16 @@ def arrange(model: nn.Module, stacks: list[Stack], matrices: Collection[str], ba
     return Layout(stacks, stages, [name for name in matrices if name not in reached])
 
 
-def call_order(model: nn.Module, batch: Batch, names: Collection[str]) -> list[str]:
+def call_order(
+    model: nn.Module,
+    batch: Batch,
+    names: Collection[str],
+    stubs: Mapping[str, Callable[[], Any]] | None = None,
+) -> list[str]:
     """The names of `names` in the order of the calls of one pass, repeated calls included."""
     calls: list[str] = []
-    run(model, batch, before={name: (lambda *_, name=name: calls.append(name)) for name in names})
+    hooks = {name: (lambda *_, name=name: calls.append(name)) for name in names}
+    run(model, batch, stubs=stubs, before=hooks)
     return calls
 
 
@@ -173,9 +179,7 @@ def fingerprint(tree: Any) -> Print:
             flat = flat.clamp(-1e4, 1e4)
             weights = torch.cos(torch.arange(flat.numel(), device=flat.device, dtype=torch.float32))
             size = flat.numel() or 1
-            found.append(
-                (tuple(leaf.shape), float((flat * flat).mean()), float((flat @ weights)) / size**0.5)
-            )
+            found.append((tuple(leaf.shape), float((flat * flat).mean()), float(flat @ weights) / size**0.5))
     return found
 
 

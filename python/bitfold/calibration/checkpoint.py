@@ -6,21 +6,23 @@ A directory holds
     stage-0003.safetensors       the packed matrices of stage 3, and their lines of the report
     stream-0003-0.safetensors    what the blocks finished last returned, of rank 0's share of the data
 
-Each file appears whole or not at all. A stage counts once its packed file is there, which is written after the
-streams; the streams of the stage before go last. There is no state of random generators: each matrix seeds its own.
+Each file appears whole or not at all. A stage counts once its packed file is there, which is written after
+the streams; the streams of the stage before go last. There is no state of random generators: each matrix
+seeds its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bitfold.calibration.fingerprint import differences, key
@@ -46,6 +48,23 @@ def default_directory(fingerprint: dict[str, Any]) -> Path:
     return cache / "bitfold" / "calibration" / key(fingerprint)
 
 
+# Where the runs of this process over a model keep their state: an interrupted one has changed the model, so
+# its directory would not be found by the fingerprint.
+_OF_MODEL: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
+
+
+def directory_for(model: nn.Module, fingerprint: dict[str, Any]) -> Path:
+    """The default directory, or that of an interrupted run of this process over the same model and data."""
+    earlier = _OF_MODEL.get(model)
+    if earlier is not None:
+        with contextlib.suppress(OSError, ValueError):
+            stored = json.loads((earlier / "fingerprint.json").read_text())
+            if not differences(stored, fingerprint):
+                return earlier
+    _OF_MODEL[model] = default_directory(fingerprint)
+    return _OF_MODEL[model]
+
+
 class Checkpoint:
     """The checkpoint directory of one run.
 
@@ -66,7 +85,9 @@ class Checkpoint:
         mark = self.path / "fingerprint.json"
         if not mark.exists():
             if rank == 0 and any(not file.name.startswith(".") for file in self.path.iterdir()):
-                msg = f"{self.path}: has files but no fingerprint.json, so it is no checkpoint; choose another"
+                msg = (
+                    f"{self.path}: has files but no fingerprint.json, so it is no checkpoint; choose another"
+                )
                 raise CheckpointError(msg)
             if rank == 0:
                 with self._told("starting"), atomic_file(mark) as temporary:
@@ -164,7 +185,8 @@ class Checkpoint:
                     kind, block, _ = path.split(":")
                     spec, plain = json.loads(text)
                     leaves = [
-                        file.read(f"{path}:{i}") if leaf == "tensor" else leaf[0] for i, leaf in enumerate(plain)
+                        file.read(f"{path}:{i}") if leaf == "tensor" else leaf[0]
+                        for i, leaf in enumerate(plain)
                     ]
                     tree = pytree.tree_unflatten(leaves, pytree.treespec_loads(spec))
                     filled[kind].setdefault(block, []).append(tree)
@@ -217,7 +239,7 @@ class _Told:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = f"; {shutil.disk_usage(self._path).free:,} bytes are free there"
         msg = (
-            f"checkpoint, {self._what}: {error.strerror or error}{full}. What was finished before is kept: make "
-            "room and run again, or give checkpoint=<another directory> or checkpoint=False"
+            f"checkpoint, {self._what}: {error.strerror or error}{full}. What was finished before is kept: "
+            "make room and run again, or give checkpoint=<another directory> or checkpoint=False"
         )
         raise OSError(error.errno, msg, str(self._path)) from error

@@ -1,7 +1,7 @@
 """Calibration in several processes: shares of the data, sums of statistics, matrices solved side by side.
 
-Nothing is scheduled here: torchrun (or whoever initialised torch.distributed) started one process per rank, and
-every one of them calls `bitfold.quantize` with the same model and the same data.
+Nothing is scheduled here: torchrun (or whoever initialised torch.distributed) started one process per rank,
+and every one of them calls `bitfold.quantize` with the same model and the same data.
 """
 
 from __future__ import annotations
@@ -71,6 +71,16 @@ class Processes:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag.item())
 
+    def one_by_one(self, make: Callable[[], T]) -> T:
+        """`make()` on rank 0, then on all others, which see what it left on the disk."""
+        if self.rank == 0:
+            made = make()
+        self.everywhere(True)
+        if self.rank != 0:
+            made = make()
+        self.everywhere(True)
+        return made
+
     def reduce(self, gathered: Sequence[InputStatistics]) -> None:
         """Make the statistics of each rank's share those of all data, in place."""
         if self.size == 1:
@@ -121,7 +131,7 @@ class Processes:
             for number, owner in enumerate(owners):
                 if owner == self.rank:
                     mine[number] = solve(number)
-        except Exception as error:  # noqa: BLE001 (all ranks must hear of it, or they wait for ever)
+        except Exception as error:
             failure = error
         if not self.everywhere(failure is None):
             if failure is not None:
@@ -132,12 +142,8 @@ class Processes:
             self._spread(mine.get(number), owner, *jobs[number][:2]) for number, owner in enumerate(owners)
         ]
 
-    def _spread(
-        self, solution: Solution | None, owner: int, fmt: Format, shape: tuple[int, int]
-    ) -> Solution:
-        box: list[Any] = [
-            None if solution is None else (solution.report, solution.bias_shift is not None)
-        ]
+    def _spread(self, solution: Solution | None, owner: int, fmt: Format, shape: tuple[int, int]) -> Solution:
+        box: list[Any] = [None if solution is None else (solution.report, solution.bias_shift is not None)]
         dist.broadcast_object_list(box, src=owner, device=self._wire())
         report, has_shift = box[0]
         if solution is None:
@@ -164,4 +170,6 @@ class Processes:
 
 
 def _started_by_torchrun() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= set(
+        os.environ
+    )

@@ -24,9 +24,11 @@ _WORDS = {
 
 
 def of_model(model: nn.Module) -> dict[str, str]:
-    """Digest of each float tensor, by name. Matrices that are folded already say nothing of what they were."""
+    """Digest of each float tensor, by name. Matrices that are folded already do not say what they were."""
     folded = tuple(
-        f"{name}." for name, module in model.named_modules() if isinstance(module, PackedModule | TiedHead | TiedEmbedding)
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, PackedModule | TiedHead | TiedEmbedding)
     )
     return {
         name: digest(tensor)

@@ -62,7 +62,8 @@ def gather(
 
 def in_features(module: nn.Module) -> int:
     """Inputs of a Linear or a Conv1D (whose weight is transposed)."""
-    return int(getattr(module, "in_features", None) or getattr(module, "nx", None) or module.weight.shape[0])
+    weight: Any = module.weight
+    return int(getattr(module, "in_features", None) or weight.shape[0])
 
 
 def _record(

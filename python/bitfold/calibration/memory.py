@@ -32,7 +32,9 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        before = {_storage_id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        before = {
+            _storage_id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
             if isinstance(leaf, Tensor) and _storage_id(leaf) not in before | self._known:
@@ -164,7 +166,9 @@ def _of_group() -> list[int]:
 
 def tensor_bytes(tree: Any) -> int:
     """Bytes of all tensors in `tree`."""
-    return sum(leaf.numel() * leaf.itemsize for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+    return sum(
+        leaf.numel() * leaf.itemsize for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)
+    )
 
 
 def _mib(nbytes: int) -> str:

@@ -55,9 +55,9 @@ def run(
                 lambda _, args, kwargs, hook=hook: hook(args, kwargs), with_kwargs=True
             )
             stack.callback(handle.remove)
-        for name, hook in (after or {}).items():
+        for name, post_hook in (after or {}).items():
             handle = model.get_submodule(name).register_forward_hook(
-                lambda _, args, output, hook=hook: hook(output)
+                lambda *call, hook=post_hook: hook(call[2])
             )
             stack.callback(handle.remove)
         batch = batch.to(device_of(model))

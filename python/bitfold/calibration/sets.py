@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from bitfold.calibration.batches import Batch
-from bitfold.calibration.blocks import Stage, depends
+from bitfold.calibration.blocks import Stage, call_order, depends
 from bitfold.calibration.replay import run
 
 
@@ -28,10 +29,12 @@ class MatrixSet:
     roles: tuple[str | None, ...]
     once: bool
 
-    @property
-    def matrices(self) -> list[str]:
-        """All names."""
-        return [name for group in self.groups for name in group]
+    @staticmethod
+    def joined(sets: list[MatrixSet]) -> MatrixSet:
+        """All of `sets` as one."""
+        groups = tuple(group for part in sets for group in part.groups)
+        roles = tuple(role for part in sets for role in part.roles)
+        return MatrixSet(groups, roles, all(part.once for part in sets))
 
 
 @dataclass
@@ -58,14 +61,15 @@ def find_sets(
         owner[name].members.append(name)
     order: list[_Unit] = []
 
-    def seen(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        unit = owner[name]
+    def seen(unit: _Unit, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         unit.calls += 1
         if unit.source is None:
-            unit.source = next((value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None)
+            unit.source = next(
+                (value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None
+            )
             order.append(unit)
 
-    run(model, batch, stubs=stubs, before={name: (lambda a, k, name=name: seen(name, a, k)) for name in names})
+    run(model, batch, stubs=stubs, before={name: partial(seen, owner[name]) for name in names})
     sets: list[list[_Unit]] = []
     for unit in order:
         home = next((units for units in sets if _same_tensor(units[0].source, unit.source)), None)
@@ -93,7 +97,10 @@ def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
     if a is None or b is None:
         return False
     return a is b or (
-        a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+        a.data_ptr() == b.data_ptr()
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+        and a.dtype == b.dtype
     )
 
 
@@ -110,14 +117,7 @@ def _expert_lists(
         children = [child for child in children if any(_is_below(name, child) for name in names)]
         if len(children) < 2 or len({type(model.get_submodule(child)) for child in children}) > 1:
             continue
-        called: list[str] = []
-        run(
-            model,
-            batch,
-            stubs=stubs,
-            before={child: (lambda *_, child=child: called.append(child)) for child in children},
-        )
-        called = list(dict.fromkeys(called))
+        called = list(dict.fromkeys(call_order(model, batch, children, stubs)))
         if len(called) < 2 or not depends(model, batch, called[0], called[1], stubs):
             found.append(path)
     return found

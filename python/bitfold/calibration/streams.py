@@ -29,6 +29,10 @@ class Stream:
         self.keep_all = keep_all
         self.outputs: dict[str, list[Any]] = {}  # block -> per batch, on the CPU
 
+    def another(self) -> Stream:
+        """One for the same blocks and batches, at the start."""
+        return Stream(self._model, self.stacks, self.count, self.keep_all)
+
     def stubs(self, number: int) -> dict[str, Callable[[], Any]]:
         """Stubs of all finished blocks for batch `number`."""
         found: dict[str, Callable[[], Any]] = {}
@@ -40,7 +44,7 @@ class Stream:
             # each time, since what follows may write into it.
             shared = None if self.keep_all else self._fresh(finished[-1], number)
             for name in finished[:-1]:
-                found[name] = self._maker(name, number) if self.keep_all else (lambda out=shared: out)
+                found[name] = self._maker(name, number) if self.keep_all else _returning(shared)
             found[finished[-1]] = self._maker(finished[-1], number)
         return found
 
@@ -85,6 +89,10 @@ class Stream:
     def _fresh(self, name: str, number: int) -> Any:
         device = device_of(self._model)
         return tensor_map(lambda t: t.to(device, copy=True), self.outputs[name][number])
+
+
+def _returning(value: Any) -> Callable[[], Any]:
+    return lambda: value
 
 
 def needs_all_outputs(model: nn.Module, layout: Layout, batch: Batch) -> bool | None:

@@ -28,7 +28,9 @@ def plain_gptq(
         part = work[:, start:stop].contiguous()
         folded = ops.dequantize(ops.quantize(part, fmt, "search"), fmt, tuple(part.shape))
         result[:, start:stop] = folded
-        error = torch.linalg.solve_triangular(factor[start:stop, start:stop], part - folded, upper=True, left=False)
+        error = torch.linalg.solve_triangular(
+            factor[start:stop, start:stop], part - folded, upper=True, left=False
+        )
         work[:, stop:] -= error @ factor[start:stop, stop:]
     packed = ops.quantize(result, fmt, "search")
     final = weight - ops.dequantize(packed, fmt, tuple(weight.shape))
