@@ -99,7 +99,7 @@ def quantize(
     method_of = _methods(choice, method, planned, calibration)
     _check_values([fold for fold in choice.folds if not fold.done])
     calibrated = [fold for fold in choice.folds if methods.is_calibrated(method_of(fold.owner.name))]
-    folds = [fold for fold in choice.folds if fold not in calibrated and not fold.done]
+    folds = [fold for fold in choice.folds if fold not in calibrated]
     del choice  # it refers to the float modules, which are to be released one by one
     try:
         if calibrated:
@@ -117,6 +117,7 @@ def quantize(
                 progress,
             )
         found = Places(model)
+        folds = [fold for fold in folds if not fold.done]
         for fold in _consumed(folds, progress):
             _fold_one(model, fold, method_of(fold.owner.name), found)
     finally:  # also after an interrupt: what is folded by now must be saved as such
@@ -192,7 +193,7 @@ def _calibrate(
         msg = "quantize(): a model on the meta device has no values to calibrate; load it first"
         raise ValueError(msg)
     batches = as_batches(calibration, model, tokenizer, settings)
-    bar = _bar(sum(not fold.done for fold in folds) + len(data_free)) if progress else None
+    bar = _bar(sum(not fold.done for fold in [*folds, *data_free])) if progress else None
     try:
         calibrate(
             model,

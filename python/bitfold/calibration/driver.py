@@ -52,9 +52,9 @@ def calibrate(
 
     Args:
         model: changed in place.
-        folds: Linear and Conv1D matrices, also those that are folded already (a run that goes on). Emptied,
-            so that each float matrix can be released as soon as it is folded.
-        data_free: matrices whose methods need no data, such as embeddings; they are folded first. Emptied.
+        folds: matrices of calibrated methods. They too are listed that are folded already, where an
+            interrupted run goes on. Emptied, so that each float matrix is released as soon as it is folded.
+        data_free: all others, such as embeddings; they are folded first. Emptied too.
         method_of: name of a matrix -> name of its method, None for the format's own.
         batches: all data, the same in every process.
         options: for the methods.
@@ -99,6 +99,7 @@ class _Walk:
         self.method_of = {f.owner.name: method_of(f.owner.name) or f.format.default_method for f in every}
         self.plan = {f.owner.name: f"{f.format} {self.method_of[f.owner.name]}" for f in every}
         self.data_free = data_free
+        data_free[:] = [fold for fold in data_free if not fold.done]
         self.todo = {fold.owner.name: fold for fold in folds if not fold.done}
         self.places, self.floats = Places(model), FloatView()
         names = [fold.owner.name for fold in folds]
