@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bitfold.calibration import memory
 from bitfold.calibration.batches import Batch
@@ -28,6 +28,7 @@ class Survey:
         layout: stacks and stages.
         keep_all: blocks read outputs of others than the one before.
         activations: bytes of tensors alive at most during one pass.
+        widest: bytes of the largest input of a matrix, as float32.
         outputs: block -> bytes of its outputs over all data of this rank.
         notes: for the report.
     """
@@ -35,6 +36,7 @@ class Survey:
     layout: Layout
     keep_all: bool
     activations: int
+    widest: int
     outputs: dict[str, int]
     notes: list[str] = field(default_factory=list)
 
@@ -49,12 +51,13 @@ def survey(model: nn.Module, names: Collection[str], batches: list[Batch], proce
         layout, keep_all = processes.agree(arrange(model, [], names, batches[0])), False
     elif keep_all:
         notes.append("blocks read outputs of earlier blocks: the outputs of all were kept")
-    activations, outputs = _weigh(model, layout, batches)
-    return Survey(layout, keep_all, activations, outputs, notes)
+    return Survey(layout, keep_all, *_weigh(model, layout, batches), notes)
 
 
-def _weigh(model: nn.Module, layout: Layout, batches: list[Batch]) -> tuple[int, dict[str, int]]:
-    """One pass over the largest batch: its peak, and the outputs of blocks scaled up to all data."""
+def _weigh(
+    model: nn.Module, layout: Layout, batches: list[Batch]
+) -> tuple[int, int, dict[str, int]]:
+    """One pass over the largest batch: peak, widest input, and outputs of blocks scaled up to all data."""
     sizes = [memory.tensor_bytes(batch.tensors()) for batch in batches]
     share = sum(sizes) / max(*sizes, 1)
     outputs: dict[str, int] = {}
@@ -62,11 +65,20 @@ def _weigh(model: nn.Module, layout: Layout, batches: list[Batch]) -> tuple[int,
     def weigh(name: str, output: Any) -> None:
         outputs[name] = int(memory.tensor_bytes(output) * share)
 
+    def measure(args: Any, kwargs: Any) -> None:
+        inputs.extend(4 * x.numel() for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
+
+    inputs = [0]
+    matrices = [name for stage in layout.stages for name in stage.matrices]
     blocks = [block for stack in layout.stacks for block in stack.blocks]
-    hooks = {name: partial(weigh, name) for name in blocks}
     with memory.LiveBytes() as live:
-        run(model, batches[sizes.index(max(sizes))], after=hooks)
-    return live.peak, outputs
+        run(
+            model,
+            batches[sizes.index(max(sizes))],
+            before=dict.fromkeys(matrices, measure),
+            after={name: partial(weigh, name) for name in blocks},
+        )
+    return live.peak, max(inputs), outputs
 
 
 def predict_memory(
@@ -97,7 +109,9 @@ def predict_memory(
                 packed=sum(todo[name].format.nbytes(shapes[name]) for name in names),
             )
         )
-    return memory.predict(streams * (2 if cross else 1), found.activations, costs)
+    # For the cross term the float model's input is held beside the folded one's, and their difference.
+    activations = found.activations + (2 * found.widest if cross else 0)
+    return memory.predict(streams * (2 if cross else 1), activations, costs)
 
 
 def _hessians(
