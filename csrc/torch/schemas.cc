@@ -26,4 +26,21 @@ STABLE_TORCH_LIBRARY(bitfold, m) {
   m.def("double_quantize(Tensor scales) -> (Tensor, Tensor, Tensor)");
   m.def("double_dequantize(Tensor codes, Tensor absmax, Tensor offset) -> Tensor");
   m.def("instruction_set() -> int");
+
+  // Calibrated solvers; bitfold/solvers.py says what the arguments mean.
+  m.def(
+      "hessian_update(Tensor(a!) hessian, Tensor x, Tensor? mask, int tokens) -> (int counted, int "
+      "dropped)");
+  m.def("hessian_finish(Tensor(a!) hessian) -> ()");
+  m.def(
+      "cross_update(Tensor(a!) cross, Tensor x_float, Tensor x, Tensor? mask, int tokens) -> (int "
+      "counted, int dropped)");
+  m.def(
+      "gptq_quantize(Tensor weight, Tensor hessian, int[] spec, int order, float damping, int "
+      "scales, bool dynamic, int sweeps, int refits, Tensor? cross, float alpha, Tensor? exact, "
+      "int "
+      "measured_rows, bool timed) -> (Tensor[] packed, Tensor report)");
+  m.def(
+      "refit_scales(Tensor[] packed, int[] spec, Tensor weight, Tensor hessian, float damping, int "
+      "sweeps) -> (Tensor[] packed, Tensor report)");
 }
