@@ -1,6 +1,7 @@
 """How codes are chosen for a Format. One file per method; each registers itself under its name."""
 
 from bitfold.methods import gptq as _gptq
+from bitfold.methods import learned as _learned
 from bitfold.methods import round as _round
 from bitfold.methods import search as _search
 from bitfold.methods.base import (
@@ -25,4 +26,4 @@ __all__ = [
     "register",
 ]
 
-del _gptq, _round, _search  # imported for their registration only
+del _gptq, _learned, _round, _search  # imported for their registration only

@@ -1,0 +1,77 @@
+"""A folded block trained on what it returns: its calls gathered, `methods.learned` run, codes put in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfold.calibration.batches import Batch
+from bitfold.calibration.replay import Stop, run, tensor_map
+from bitfold.calibration.streams import Stream
+from bitfold.methods import Solution
+from bitfold.methods.learned import Call, Training, first_float, refine
+from bitfold.nn import PackedModule
+
+
+def refine_block(
+    model: nn.Module,
+    block: str,
+    floats: dict[str, Tensor],
+    batches: list[Batch],
+    stream: Stream,
+    float_stream: Stream,
+    training: Training,
+) -> tuple[dict[str, Solution], dict[str, float]]:
+    """Train the folded matrices of `block`.
+
+    Args:
+        model: with the block folded.
+        block: its name.
+        floats: names of its matrices -> the float weights `[out, in]` that they came from.
+        batches: the data.
+        stream: what the folded model feeds to the block.
+        float_stream: advanced by the float block already: holds what it returned.
+        training: settings.
+
+    Returns:
+        name of matrix -> Solution (none where training did not help), and the block's errors.
+    """
+    calls = []
+    for number, batch in enumerate(batches):
+        seen = _arguments(model, block, batch, stream, number)
+        if seen is None:  # this batch does not come by here
+            continue
+        target = first_float(float_stream.outputs[block][number])
+        calls.append(Call(*seen, target, _mask(batch, target)))
+    module = model.get_submodule(block)
+    prefix = len(block) + 1
+    folded: dict[str, tuple[PackedModule, Tensor]] = {}
+    for name, weight in floats.items():
+        packed = model.get_submodule(name)
+        if isinstance(packed, PackedModule):
+            folded[name[prefix:]] = (packed, weight)
+    solutions, report = refine(module, folded, calls, training)
+    return {f"{block}.{name}": solution for name, solution in solutions.items()}, report
+
+
+def _arguments(
+    model: nn.Module, block: str, batch: Batch, stream: Stream, number: int
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def keep(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(tensor_map(torch.clone, (args, kwargs)))
+        raise Stop
+
+    run(model, batch, stubs=stream.stubs(number), before={block: keep})
+    return seen[0] if seen else None
+
+
+def _mask(batch: Batch, target: Tensor) -> Tensor | None:
+    """The mask of the batch that has the shape of the target's tokens."""
+    for mask in batch.masks:
+        if mask.shape == target.shape[:-1]:
+            return mask.bool()
+    return None
