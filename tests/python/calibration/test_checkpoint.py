@@ -29,10 +29,9 @@ import os, signal, sys
 sys.path[:0] = [{here!r}, {hf!r}]
 import torch
 torch.set_num_threads(1)
-import bitfold, networks, plain_gptq
+import bitfold, networks
 from bitfold import methods
 from bitfold.io import atomic
-plain_gptq.install()
 name, directory, result, kind, count = sys.argv[1:]
 left = [int(count)]
 
@@ -42,11 +41,12 @@ def die(what):
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
 
+gptq = methods.get("gptq")
 def dying(weight, fmt, statistics=None, **options):
     die("method")
-    return plain_gptq.plain_gptq(weight, fmt, statistics, **options)
+    return gptq(weight, fmt, statistics, **options)
 
-methods.base._METHODS[plain_gptq.NAME] = dying
+methods.base._METHODS["gptq"] = dying
 fsync = atomic._fsync
 def fsync_and_die(path):
     die("before-flush")
@@ -97,27 +97,28 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path):
     assert not (tmp_path / "state").exists()
 
 
+GPTQ = methods.get("gptq")
+
+
 class Failing:
-    """The slow GPTQ, which raises at its n-th call."""
+    """GPTQ that raises at its n-th call."""
 
     def __init__(self, after, error=RuntimeError):
         self.left, self.error, self.calls = after, error, 0
 
     def __call__(self, weight, fmt, statistics=None, **options):
-        import plain_gptq
-
         self.calls += 1
         if self.left == 0:
             raise self.error("broken on purpose")
         self.left -= 1
-        return plain_gptq.plain_gptq(weight, fmt, statistics, **options)
+        return GPTQ(weight, fmt, statistics, **options)
 
 
 @pytest.fixture
 def failing(monkeypatch):
     def install(after, error=RuntimeError):
         made = Failing(after, error)
-        monkeypatch.setitem(methods.base._METHODS, "plain-gptq", made)
+        monkeypatch.setitem(methods.base._METHODS, "gptq", made)
         return made
 
     return install
@@ -200,13 +201,13 @@ def test_another_run_is_refused_with_what_changed(failing, tmp_path):
         changed.model.layers[1].mlp.up_proj.weight[3, 3] += 1e-3
     with pytest.raises(CheckpointError, match=r"the model \(model.layers.1.mlp.up_proj.weight\)"):
         again(changed)
-    with pytest.raises(CheckpointError, match=r"the plan \(lm_head: 'int3-g16 plain-gptq' before, 'nf4 plain"):
+    with pytest.raises(CheckpointError, match=r"the plan \(lm_head: 'int3-g16 gptq' before, 'nf4 plain"):
         bitfold.quantize(
             networks.make("llama"),
             "int3-g16",
             rules={"lm_head": "nf4"},
             calibration=networks.data("llama"),
-            method="plain-gptq",
+            method="gptq",
             checkpoint=tmp_path,
             progress=False,
         )
@@ -232,6 +233,9 @@ def test_a_damaged_stage_is_named(failing, tmp_path):
         networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path)
 
 
+FULL = r"checkpoint, .*stage.*No space left.* bytes are free.*make room"
+
+
 @pytest.mark.parametrize("nth", [0, 1, 2, 3])
 def test_a_full_disk_is_told_and_what_was_written_before_stays(monkeypatch, tmp_path, nth):
     """The n-th file that is written fills the disk: streams and packed matrices of stages 0 and 1."""
@@ -247,7 +251,7 @@ def test_a_full_disk_is_told_and_what_was_written_before_stays(monkeypatch, tmp_
         put(self, data, position)
 
     monkeypatch.setattr(checkpoints.SafetensorsWriter, "_put", full)
-    with pytest.raises(OSError, match=r"checkpoint, .*stage.*No space left.* bytes are free.*make room") as caught:
+    with pytest.raises(OSError, match=FULL) as caught:
         networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path / "state")
     assert caught.value.errno == errno.ENOSPC
     assert len(stages(tmp_path / "state")) == nth // 2
