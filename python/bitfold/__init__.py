@@ -32,15 +32,20 @@ except (ImportError, OSError, RuntimeError) as _error:
     _import_error = _error
 
 if TYPE_CHECKING:
+    from bitfold.comparing import compare
     from bitfold.hf.config import BitfoldConfig
     from bitfold.hf.loading import load, save_pretrained
+    from bitfold.planning import Plan, plan
     from bitfold.saving import load_into, save
 
-# Names that need an extra (safetensors, transformers): imported when first asked for.
+# Names that need an extra (safetensors, transformers), or that few programs use: imported when first asked for.
 _LAZY = {
     "BitfoldConfig": "bitfold.hf.config",
+    "Plan": "bitfold.planning",
+    "compare": "bitfold.comparing",
     "load": "bitfold.hf.loading",
     "load_into": "bitfold.saving",
+    "plan": "bitfold.planning",
     "save": "bitfold.saving",
     "save_pretrained": "bitfold.hf.loading",
 }
@@ -49,9 +54,12 @@ __all__ = [
     "BitfoldConfig",
     "BitfoldError",
     "Format",
+    "Plan",
+    "compare",
     "load",
     "load_into",
     "nn",
+    "plan",
     "quantize",
     "save",
     "save_pretrained",

@@ -15,11 +15,12 @@ from bitfold.manifest import PACKED_KINDS, QUANT_METHOD, bias_owner, describe, f
 from bitfold.nn import PackedModule, TiedEmbedding, TiedHead
 from bitfold.nn._base import check_finite
 from bitfold.nn._places import Places
+from bitfold.planning.plans import Plan
 
 
 def quantize(
     model: nn.Module,
-    fmt: Format | str = "nf4",
+    fmt: Format | str | Plan = "nf4",
     *,
     embeddings: Format | str | None = "int8-g64",
     skip: Iterable[str] = (),
@@ -38,7 +39,8 @@ def quantize(
 
     Args:
         model: any torch model, in fp32, fp16 or bf16, on any one device.
-        fmt: Format of the linear layers, such as `"nf4"`.
+        fmt: Format of the linear layers, such as `"nf4"`; or a `bitfold.Plan`, which says all that
+            `embeddings`, `skip` and `rules` would.
         embeddings: Format of the embeddings, or None to leave them in float.
         skip: modules to leave in float: names, prefixes up to a dot, or regular expressions for whole names.
         rules: pattern (as in `skip`) -> Format, or None for float. The first match wins; `skip` goes before.
@@ -66,7 +68,14 @@ def quantize(
         raise TypeError(msg)
     if method is not None:
         methods.get(method)
-    choice = choose(model, fmt, embeddings=embeddings, skip=skip, rules=rules)
+    by_matrix: dict[str, str] = {}
+    if isinstance(fmt, Plan):
+        if skip or rules:
+            msg = "quantize(): skip and rules go into the Plan, which names every matrix"
+            raise ValueError(msg)
+        choice, by_matrix = fmt.choose(model), fmt.methods
+    else:
+        choice = choose(model, fmt, embeddings=embeddings, skip=skip, rules=rules)
     choice.check_coverage()
     todo = [fold for fold in choice.folds if not fold.done]
     _check_values(todo)
@@ -74,7 +83,7 @@ def quantize(
     found = Places(model)
     try:
         for fold in _consumed(todo, progress):
-            _fold_one(model, fold, method, found)
+            _fold_one(model, fold, method or by_matrix.get(fold.owner.name), found)
     finally:  # also after an interrupt: what is folded by now must be saved as such
         forget_tied_keys(model)
         record(model)

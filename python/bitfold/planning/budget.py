@@ -277,24 +277,27 @@ def _solve(
             chosen = found
             break
         others = max(others + 1, total(found) - costs(found))
-    return _use_what_is_left(tables, chosen, lambda options: total(options) <= budget)
+    return _use_what_is_left(tables, chosen, total, budget)
 
 
 def _use_what_is_left(
-    tables: Sequence[list[tuple[int, float]]], chosen: list[int], fits: Callable[[list[int]], bool]
+    tables: Sequence[list[tuple[int, float]]],
+    chosen: list[int],
+    total: Callable[[Sequence[int]], int],
+    budget: int,
 ) -> list[int]:
     """While some single group can change for less loss within the budget, take the best such change."""
     while True:
+        left = budget - total(chosen) + 1024  # costs are near enough to rule out most changes
         changes = [
-            (table[new][1] - table[chosen[i]][1], table[new][0] - table[chosen[i]][0], i, new)
+            (table[new][1] - table[chosen[i]][1], i, new)
             for i, table in enumerate(tables)
             for new in range(len(table))
-            if table[new][1] < table[chosen[i]][1]
+            if table[new][1] < table[chosen[i]][1] and table[new][0] - table[chosen[i]][0] <= left
         ]
-        changes = sorted(changes)[:64] + sorted(changes, key=lambda change: change[1])[:64]
-        for _, _, i, new in changes:
+        for _, i, new in sorted(changes):
             trial = [*chosen[:i], new, *chosen[i + 1 :]]
-            if fits(trial):
+            if total(trial) <= budget:
                 chosen = trial
                 break
         else:

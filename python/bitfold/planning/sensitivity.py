@@ -32,7 +32,7 @@ __all__ = ["MEASURES", "choose_measure", "measure"]
 MEASURES = ("weight", "output", "kl")
 Losses = dict[str, dict[str, float]]  # group -> format -> loss
 
-_KL_WORK = 2e13  # multiply-adds up to which "auto" measures KL: minutes on a few cores
+_KL_WORK = 5e12  # multiply-adds up to which "auto" measures KL: a minute or two on two cores
 _ROWS = 512  # rows of logits that are kept, and inputs of each layer
 
 
