@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from bitfold.planning import Plan, plan
     from bitfold.saving import load_into, save
 
-# Names that need an extra (safetensors, transformers), or that few programs use: imported when first asked for.
+# Names that need an extra (safetensors, transformers) or that few programs use: imported when asked for.
 _LAZY = {
     "BitfoldConfig": "bitfold.hf.config",
     "Plan": "bitfold.planning",

@@ -8,19 +8,18 @@ from typing import Any
 from torch import nn
 
 from bitfold import methods
-from bitfold.choosing import Fold, choose
+from bitfold.choosing import Choice, Fold, choose
 from bitfold.errors import WeightError
 from bitfold.formats import Format
 from bitfold.manifest import PACKED_KINDS, QUANT_METHOD, bias_owner, describe, forget_tied_keys
 from bitfold.nn import PackedModule, TiedEmbedding, TiedHead
 from bitfold.nn._base import check_finite
 from bitfold.nn._places import Places
-from bitfold.planning.plans import Plan
 
 
 def quantize(
     model: nn.Module,
-    fmt: Format | str | Plan = "nf4",
+    fmt: Any = "nf4",
     *,
     embeddings: Format | str | None = "int8-g64",
     skip: Iterable[str] = (),
@@ -66,16 +65,9 @@ def quantize(
         found = type(model).__name__  # type: ignore[unreachable]
         msg = f"quantize(): model must be a torch.nn.Module, got {found}"
         raise TypeError(msg)
-    if method is not None:
-        methods.get(method)
-    by_matrix: dict[str, str] = {}
-    if isinstance(fmt, Plan):
-        if skip or rules:
-            msg = "quantize(): skip and rules go into the Plan, which names every matrix"
-            raise ValueError(msg)
-        choice, by_matrix = fmt.choose(model), fmt.methods
-    else:
-        choice = choose(model, fmt, embeddings=embeddings, skip=skip, rules=rules)
+    choice, planned = _choose(model, fmt, embeddings, skip, rules)
+    for name in {method, *planned.values()} - {None}:
+        methods.get(str(name))
     choice.check_coverage()
     todo = [fold for fold in choice.folds if not fold.done]
     _check_values(todo)
@@ -83,11 +75,27 @@ def quantize(
     found = Places(model)
     try:
         for fold in _consumed(todo, progress):
-            _fold_one(model, fold, method or by_matrix.get(fold.owner.name), found)
+            _fold_one(model, fold, planned.get(fold.owner.name, method), found)
     finally:  # also after an interrupt: what is folded by now must be saved as such
         forget_tied_keys(model)
         record(model)
     return model
+
+
+def _choose(
+    model: nn.Module,
+    fmt: Any,
+    embeddings: Format | str | None,
+    skip: Iterable[str],
+    rules: Mapping[str, Format | str | None] | None,
+) -> tuple[Choice, Mapping[str, str]]:
+    """What to fold, and the methods that a plan names."""
+    if isinstance(fmt, Format | str) or not hasattr(fmt, "choose"):
+        return choose(model, fmt, embeddings=embeddings, skip=skip, rules=rules), {}
+    if rules or list(skip):
+        msg = "quantize(): a plan says what is folded; skip and rules belong to the making of the plan"
+        raise ValueError(msg)
+    return fmt.choose(model), fmt.methods
 
 
 def _check_values(todo: list[Fold]) -> None:

@@ -124,7 +124,9 @@ class Summary:
             notes.append("formats: " + ", ".join(f"{name} ({count})" for name, count in self.formats.items()))
         if len(self.weights_by_bits) > 1:
             total = sum(self.weights_by_bits.values())
-            shares = [f"{bits}-bit {count / total:.1%}" for bits, count in sorted(self.weights_by_bits.items())]
+            shares = [
+                f"{bits}-bit {count / total:.1%}" for bits, count in sorted(self.weights_by_bits.items())
+            ]
             notes.append("folded weights by bits: " + ", ".join(shares))
         if self.tied:
             notes.append("tied, no bytes of their own: " + ", ".join(self.tied))

@@ -1,4 +1,4 @@
-"""What there is to choose from: formats from small to large, and the matrices that take one choice together."""
+"""What there is to choose from: formats from small to large, and matrices that take one choice together."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from bitfold.planning.file_bytes import matrix_shape
 
 __all__ = ["LADDER", "Group", "group_folds", "ladder"]
 
-# Formats of which none is beaten in bits and in squared error by another one or nearly so, measured with
-# searched scales on Gaussian, Student-t and language model weights: relative squared error 0.119, 0.106, 0.090
-# at two bits, 0.032, 0.027, 0.020 at three, 0.0087, 0.0062, 0.0045 at four, 0.00006 at eight.
+# Formats of which none is beaten in bits and in squared error by another one, or hardly, measured with
+# searched scales on Gaussian, Student-t and language model weights: relative squared error 0.119, 0.106,
+# 0.090 at two bits, 0.032, 0.027, 0.020 at three, 0.0087, 0.0062, 0.0045 at four, 0.00006 at eight.
 LADDER = (
     "int2-g64-dq", "int2-g64-fz-dq", "int2-g32-fz-dq", "int3-g64-dq", "int3-g32-dq", "int3-g16-dq",
     "nf4", "int4-g32-dq", "int4-g16-dq", "int8-row",
@@ -68,14 +68,20 @@ def ladder(formats: Iterable[Format | str] | None, min_bits: int, max_bits: int)
     found = [fmt for fmt in dict.fromkeys(listed) if min_bits <= fmt.bits <= max_bits]
     if not found:
         msg = (
-            f"no format of {min_bits} to {max_bits} bits among {', '.join(map(str, listed)) or 'none at all'}; "
+            f"no format of {min_bits} to {max_bits} bits among {', '.join(map(str, listed)) or 'none'}; "
             "expected min_bits <= max_bits between 2 and 8, and formats in that range"
         )
         raise ValueError(msg)
     return found
 
 
-def group_folds(model: nn.Module, choice: Choice, linear: Sequence[Format], table: Sequence[Format] | None) -> list[Group]:
+def group_folds(
+    model: nn.Module,
+    choice: Choice,
+    linear: Sequence[Format],
+    embedding: Sequence[Format],
+    head: Sequence[Format],
+) -> list[Group]:
     """Share the matrices of a choice out to groups.
 
     Matrices that a fused kernel would read together are told by their names: queries, keys and values of
@@ -86,17 +92,20 @@ def group_folds(model: nn.Module, choice: Choice, linear: Sequence[Format], tabl
         model: the model.
         choice: what is folded; a fold with `explicit` set keeps its format.
         linear: candidates for linear layers.
-        table: candidates for embeddings and output heads; None leaves the format of the choice.
+        embedding: candidates for embeddings, tied to a head or not.
+        head: candidates for the output head that transformers models name.
     """
     heads = _output_heads(model)
     groups: dict[object, Group] = {}
     for i, fold in enumerate(choice.folds):
-        is_table = any(use.kind == "embedding" or use.module in heads for use in (fold.owner, *fold.tied))
-        if fold.explicit or fold.done or (is_table and table is None):
+        uses = (fold.owner, *fold.tied)
+        if fold.explicit:
             formats = [fold.format]
+        elif any(use.kind == "embedding" for use in uses):
+            formats = _possible(embedding, fold)
         else:
-            formats = _possible(linear if not is_table else table or (), fold)
-        key = (_fusion_key(fold), is_table, tuple(map(str, formats)))
+            formats = _possible(head if any(use.module in heads for use in uses) else linear, fold)
+        key = (_fusion_key(fold), tuple(map(str, formats)))
         if key in groups:
             groups[key].members.append(i)
         else:

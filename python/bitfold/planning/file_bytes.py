@@ -100,7 +100,9 @@ class FileBytes:
             suffixes = [""] if fmt is None else [s for s, _, _ in fmt.buffers(matrix_shape(self._folds[i]))]
             first, *others = self._places[i]
             others += self._tied_places[i] if fmt is None else []
-            aliases |= {f"{n}.weight{suffix}": f"{first}.weight{suffix}" for n in others for suffix in suffixes}
+            aliases |= {
+                f"{n}.weight{suffix}": f"{first}.weight{suffix}" for n in others for suffix in suffixes
+            }
         manifest = {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, "modules": modules}
         if aliases:
             manifest["aliases"] = aliases
@@ -168,7 +170,9 @@ def _other_tensors(
             attributes = use.module.packed_names if packed else ("weight",)
             if use in fold.tied and bias_owner(model, use.module) is not None:
                 attributes = ("weight", "bias")
-            ignored |= {f"{n}.{attribute}".removeprefix(".") for n in names[use.module] for attribute in attributes}
+            ignored |= {
+                f"{n}.{attribute}".removeprefix(".") for n in names[use.module] for attribute in attributes
+            }
     specs: dict[str, TensorSpec] = {}
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}

@@ -12,11 +12,13 @@ __all__ = ["solve"]
 _STATES = 8192
 
 
-def solve(options: Sequence[Sequence[tuple[int, float]]], budget: int, states: int = _STATES) -> list[int] | None:
+def solve(
+    options: Sequence[Sequence[tuple[int, float]]], budget: int, states: int = _STATES
+) -> list[int] | None:
     """Choose one option of each group so that the bytes come to at most `budget` and the loss is least.
 
     Dynamic programming over the sets of (bytes, loss) that the groups so far can reach and none of which is
-    beaten by another in both (Nemhauser and Ullmann 1969). Bytes are never rounded, so a solution always fits.
+    beaten by another in both (Nemhauser and Ullmann 1969). Bytes are never rounded: a solution always fits.
     It is exact as long as no set outgrows `states`; a larger one is thinned to the least loss of each
     of `states` equal ranges of bytes. The work is groups * states * options.
 

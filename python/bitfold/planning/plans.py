@@ -99,7 +99,7 @@ class Plan(Mapping[str, Format]):
         """
         choice = choose(model, fmt, embeddings=embeddings, skip=skip, rules=rules)
         choice.check_coverage()
-        files = FileBytes(model, [fold for fold in choice.folds])
+        files = FileBytes(model, list(choice.folds))
         formats = [fold.format for fold in choice.folds]
         return cls.made(choice, files, formats, method=method)
 
@@ -179,7 +179,9 @@ class Plan(Mapping[str, Format]):
     def bits_per_weight(self) -> float:
         """Bits stored per weight of the folded matrices, metadata included."""
         weights = sum(matrix.shape[0] * matrix.shape[1] for matrix in self.matrices)
-        return 8 * sum(matrix.weights_bytes for matrix in self.matrices) / weights if weights else float("nan")
+        return (
+            8 * sum(matrix.weights_bytes for matrix in self.matrices) / weights if weights else float("nan")
+        )
 
     def choose(self, model: nn.Module) -> Choice:
         """What to fold of `model`, as `choosing.choose` puts it.
@@ -261,10 +263,13 @@ class Plan(Mapping[str, Format]):
             weights[bits] += matrix.shape[0] * matrix.shape[1]
             counts[bits] += 1
         shares = [
-            f"{bits}-bit {weights[bits] / weights.total():.1%} ({counts[bits]} matrices)" for bits in sorted(weights)
+            f"{bits}-bit {weights[bits] / weights.total():.1%} ({counts[bits]} matrices)"
+            for bits in sorted(weights)
         ]
         lines = ["weights by bits: " + ", ".join(shares)] if shares else []
-        lines.append(f"file: {self.float_file_bytes:,} -> {self.file_bytes:,} bytes, {self.ratio:.3f}x smaller")
+        lines.append(
+            f"file: {self.float_file_bytes:,} -> {self.file_bytes:,} bytes, {self.ratio:.3f}x smaller"
+        )
         below, above = self.next_ratio
         if below is not None or above is not None:
             ends = ["none" if value is None else f"{value:.3f}x" for value in (below, above)]

@@ -180,7 +180,7 @@ def _deviation(
     for batch, (chosen, reference) in zip(batches, references, strict=True):
         rows = final_rows(batch, model, "the float model with one group folded")[1][chosen]
         if name == "logits":
-            top += float(kl_divergence(reference, rows).double().sum())
+            top += float(kl_divergence(reference, rows).sum())
             bottom += len(chosen)
         else:
             top += float((rows - reference).double().square().sum())
