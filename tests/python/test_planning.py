@@ -217,6 +217,15 @@ def test_target_bytes_and_ends_of_the_range():
     )
 
 
+def test_measured_losses_serve_a_model_on_meta():
+    with torch.device("meta"):
+        meta = Toy()
+    with pytest.raises(ValueError, match="no values to measure"):
+        bitfold.plan(meta, 5.0, progress=False)
+    plan = bitfold.plan(Toy(), 5.0, progress=False)
+    assert bitfold.plan(meta, 5.0, sensitivity=plan, progress=False) == plan
+
+
 def test_more_bytes_never_lose_more():
     model = Toy()
     first = bitfold.plan(model, 4.0, progress=False)

@@ -97,6 +97,9 @@ def plan(
         if fold.done:
             msg = f"{fold.owner.name}: folded in {fold.format} already; plan for the float model"
             raise ValueError(msg)
+        if fold.owner.module.weight.is_meta and not isinstance(sensitivity, Plan):
+            msg = f"{fold.owner.name}: is on the meta device, there are no values to measure; load the model"
+            raise ValueError(msg)
         check_finite(fold.owner.module.weight, f"{fold.owner.name}.weight")
     files = FileBytes(model, choice.folds)
     float_bytes = files.total([None] * len(choice.folds))

@@ -69,7 +69,7 @@ class Plan(Mapping[str, Format]):
         >>> import torch
         >>> plan = Plan.of(torch.nn.Sequential(torch.nn.Linear(256, 64)), "nf4")
         >>> str(plan["0"]), plan.data_bytes
-        ('nf4', 8713)
+        ('nf4', 8712)
     """
 
     matrices: tuple[PlannedMatrix, ...]
