@@ -3,13 +3,14 @@
 Three measures, of which the last is the best and the dearest:
 
 - `weight`: ``|W - Q|^2 / |W|^2`` of each matrix, times its share of all weights. No data.
-- `output`: ``|x (W - Q)^T|^2 / |x W^T|^2`` over a sample of the inputs x of each layer. One run of the model.
+- `output`: ``|x (W - Q)^T|^2 / |x W^T|^2`` over a sample of the inputs x of each layer, times the same share.
+  One run of the model.
 - `kl`: the group alone is replaced by what it decodes to, the model run, and the mean Kullback-Leibler
   divergence of its logits taken (for a model without logits, the relative squared error of its output).
   A run of the batches for each candidate of each group.
 
 That losses of single layers add up to about the loss of the whole is the linearity theorem of HIGGS
-(arXiv 2411.17525); measured sums are too large by a third or so.
+(arXiv 2411.17525).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def measure(
 
 
 def _by_weight(folds: Sequence[Fold], groups: Sequence[Group], advance: Callable[[str], None]) -> Losses:
-    total = sum(fold.owner.module.weight.numel() for fold in folds if not fold.done)
+    total = sum(fold.owner.module.weight.numel() for fold in folds)
     losses: Losses = {}
     for group in groups:
         losses[group.name] = dict.fromkeys(map(str, group.formats), 0.0)
@@ -98,6 +99,7 @@ def _by_output(
 ) -> Losses:
     uses = [use for group in groups for i in group.members for use in (folds[i].owner, *folds[i].tied)]
     inputs = _sample_inputs(model, uses, batches, random)
+    total = sum(fold.owner.module.weight.numel() for fold in folds)
     losses: Losses = {}
     for group in groups:
         losses[group.name] = dict.fromkeys(map(str, group.formats), 0.0)
@@ -107,7 +109,8 @@ def _by_output(
             for fmt in group.formats:
                 error = weight - _decoded(weight, fmt)
                 for use, x in seen:
-                    losses[group.name][str(fmt)] += _relative(_apply(use, x, error), _apply(use, x, weight))
+                    relative = _relative(_apply(use, x, error), _apply(use, x, weight))
+                    losses[group.name][str(fmt)] += relative * weight.numel() / total
         advance(group.name)
     return losses
 
