@@ -33,15 +33,20 @@ except (ImportError, OSError, RuntimeError) as _error:
 
 if TYPE_CHECKING:
     from bitfold import calibration
+    from bitfold.comparing import compare
     from bitfold.hf.config import BitfoldConfig
     from bitfold.hf.loading import load, save_pretrained
+    from bitfold.planning import Plan, plan
     from bitfold.saving import load_into, save
 
-# Names that need an extra (safetensors, transformers): imported when first asked for.
+# Names that need an extra (safetensors, transformers) or that few programs use: imported when asked for.
 _LAZY = {
     "BitfoldConfig": "bitfold.hf.config",
+    "Plan": "bitfold.planning",
+    "compare": "bitfold.comparing",
     "load": "bitfold.hf.loading",
     "load_into": "bitfold.saving",
+    "plan": "bitfold.planning",
     "save": "bitfold.saving",
     "save_pretrained": "bitfold.hf.loading",
 }
@@ -50,10 +55,13 @@ __all__ = [
     "BitfoldConfig",
     "BitfoldError",
     "Format",
+    "Plan",
     "calibration",
+    "compare",
     "load",
     "load_into",
     "nn",
+    "plan",
     "quantize",
     "save",
     "save_pretrained",

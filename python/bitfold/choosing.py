@@ -42,6 +42,7 @@ class Fold:
     tied: list[Use]
     format: Format
     done: bool = False  # it is folded in this format already
+    explicit: bool = False  # a rule asks for this format
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,9 @@ def choose(
         wanted = decision.format
         if wanted is not None and (reason is None or (soft and decision.explicit)):
             settled.add(key)
-            choice.folds.append(_fold(uses, wanted))
+            fold = _fold(uses, wanted)
+            fold.explicit = decision.explicit
+            choice.folds.append(fold)
         elif isinstance(uses[0].module, PackedModule):
             module = uses[0].module
             msg = f"{uses[0].name}: folded in {module.format} already, cannot go back; load the float model"

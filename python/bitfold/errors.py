@@ -19,5 +19,13 @@ class CoverageError(BitfoldError, ValueError):
     """Weights that would stay float without having been named."""
 
 
+class BudgetError(BitfoldError, ValueError):
+    """A number of bytes that no choice of formats can meet; names the smallest that one can."""
+
+
+class ActivationError(BitfoldError, ValueError):
+    """A module put out NaN or infinity where finite numbers were expected; names the module."""
+
+
 class PackedDataError(BitfoldError, RuntimeError):
     """Stored data that does not fit what was promised: missing, truncated, of another shape or dtype."""

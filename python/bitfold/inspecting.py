@@ -14,6 +14,7 @@ import torch
 
 from bitfold import manifest
 from bitfold.errors import PackedDataError
+from bitfold.formats import Format
 from bitfold.io.safetensors_file import TensorInfo
 from bitfold.io.shards import Checkpoint
 from bitfold.summarizing import ORDER, Row, Summary
@@ -126,6 +127,7 @@ def summarize(infos: Mapping[str, TensorInfo], description: Mapping[str, Any] | 
     """
     rows = {name: Row(name) for name in ORDER}
     formats: dict[str, int] = {}
+    by_bits: dict[int, int] = {}
     tied: list[str] = []
     matrices: list[tuple[str, tuple[int, ...], int]] = []
     packed: dict[str, str] = {}
@@ -138,6 +140,8 @@ def summarize(infos: Mapping[str, TensorInfo], description: Mapping[str, Any] | 
         row.weights += math.prod(entry["shape"])
         row.before += math.prod(entry["shape"]) * original_itemsize(entry)
         formats[entry["format"]] = formats.get(entry["format"], 0) + 1
+        bits = Format(entry["format"]).bits
+        by_bits[bits] = by_bits.get(bits, 0) + math.prod(entry["shape"])
         packed[name] = entry["kind"]
     for info in infos.values():
         owner, _, attribute = info.name.rpartition(".")
@@ -153,7 +157,7 @@ def summarize(infos: Mapping[str, TensorInfo], description: Mapping[str, Any] | 
         row.disk += info.nbytes
         row.resident += info.nbytes
     matrices.sort(key=lambda item: -item[2])
-    return Summary([row for row in rows.values() if row.modules], formats, tied, matrices)
+    return Summary([row for row in rows.values() if row.modules], formats, tied, matrices, by_bits)
 
 
 def original_itemsize(entry: Mapping[str, Any]) -> int:

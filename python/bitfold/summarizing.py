@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import html
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from bitfold.nn import PackedModule, TiedEmbedding, TiedHead
 from bitfold.nn._base import tensor_key
+from bitfold.tables import Table, scaled
 
 ORDER = ("linear", "conv1d", "embedding", "float matrices", "norms", "biases", "other", "buffers, not saved")
 
@@ -44,6 +44,7 @@ class Summary:
     formats: dict[str, int]
     tied: list[str]
     float_matrices: list[tuple[str, tuple[int, ...], int]]
+    weights_by_bits: dict[int, int] = field(default_factory=dict)  # bits of the codes -> folded weights
 
     @property
     def total(self) -> Row:
@@ -89,6 +90,7 @@ class Summary:
             "folded": as_dict(self.folded),
             "total": as_dict(self.total),
             "formats": dict(self.formats),
+            "weights_by_bits": {str(bits): count for bits, count in sorted(self.weights_by_bits.items())},
             "tied": list(self.tied),
             "float_matrices": [
                 {"name": name, "shape": list(shape), "bytes": nbytes}
@@ -97,7 +99,7 @@ class Summary:
         }
 
     def _cells(self) -> list[list[str]]:
-        size, unit = (2**20, "MiB") if self.total.before >= 2**20 else (2**10, "KiB")
+        size, unit = scaled(self.total.before)
         sizes = [f"before {unit}", f"on disk {unit}", f"resident {unit}"]
         head = ["class", "tensors", "weights", *sizes, "ratio", "bits/weight"]
         cells = [head]
@@ -120,6 +122,12 @@ class Summary:
         notes = []
         if self.formats:
             notes.append("formats: " + ", ".join(f"{name} ({count})" for name, count in self.formats.items()))
+        if len(self.weights_by_bits) > 1:
+            total = sum(self.weights_by_bits.values())
+            shares = [
+                f"{bits}-bit {count / total:.1%}" for bits, count in sorted(self.weights_by_bits.items())
+            ]
+            notes.append("folded weights by bits: " + ", ".join(shares))
         if self.tied:
             notes.append("tied, no bytes of their own: " + ", ".join(self.tied))
         if self.float_matrices:
@@ -129,31 +137,17 @@ class Summary:
             notes.append(f"matrices in float: {listed}" + (f" and {more} more" if more > 0 else ""))
         return notes
 
+    def table(self) -> Table:
+        """The table itself."""
+        return Table(self._cells(), self._notes(), totals=2)
+
     def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-
-        def text(line: list[str]) -> str:
-            return "  ".join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-
-        rule = "-" * len(text(cells[0]))
-        lines = [text(cells[0]), rule, *map(text, cells[1:-2]), rule, *map(text, cells[-2:])]
-        return "\n".join([*lines, *self._notes()])
+        return str(self.table())
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head, *body = self._cells()
-        top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-        rows = []
-        for i, line in enumerate(body):
-            tag = "th" if i >= len(body) - 2 else "td"
-            rows.append("<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in line) + "</tr>")
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self._notes())
-        return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(rows)}</tbody></table>{notes}"
+        return self.table()._repr_html_()
 
 
 def summary(model: nn.Module) -> Summary:
@@ -171,6 +165,7 @@ def summary(model: nn.Module) -> Summary:
     """
     rows = {name: Row(name) for name in ORDER}
     formats: dict[str, int] = {}
+    by_bits: dict[int, int] = {}
     tied: list[str] = []
     matrices: list[tuple[str, tuple[int, ...], int]] = []
     seen: set[Any] = set()
@@ -187,6 +182,8 @@ def summary(model: nn.Module) -> Summary:
             row.disk += module.packed_nbytes()
             row.resident += module.packed_nbytes()
             formats[str(module.format)] = formats.get(str(module.format), 0) + 1
+            bits = module.format.bits
+            by_bits[bits] = by_bits.get(bits, 0) + module.shape[0] * module.shape[1]
         for attribute, tensor, saved in _own_tensors(module):
             key = tensor_key(tensor)
             if attribute in packed or key in seen:
@@ -204,7 +201,7 @@ def summary(model: nn.Module) -> Summary:
             row.disk += _nbytes(tensor) if saved else 0
             row.resident += _nbytes(tensor)
     matrices.sort(key=lambda item: -item[2])
-    return Summary([row for row in rows.values() if row.modules], formats, tied, matrices)
+    return Summary([row for row in rows.values() if row.modules], formats, tied, matrices, by_bits)
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor, bool]]:

@@ -1,12 +1,13 @@
-"""The command line: ``bitfold quantize | inspect | verify | doctor``, also as ``python -m bitfold``.
+"""The command line: ``bitfold plan | quantize | compare | inspect | verify | doctor``.
 
-Results go to stdout (with ``--json`` exactly one JSON object), progress and warnings to stderr. Exit status:
+Also as ``python -m bitfold``. Results go to stdout (with ``--json`` exactly one JSON object), progress and
+warnings to stderr. Exit status:
 
 ====  ==============================================================================================
 0     done; verify: the export is what it promises; doctor: all well
 1     verify found problems, or doctor found something broken
 2     the command is wrong: an unknown option, format or pattern, an output that may not be replaced,
-      float weights that nothing covers and nothing names
+      float weights that nothing covers and nothing names, a budget that no plan can meet
 3     the input is wrong: nothing there, damaged or incomplete files, pickles, NaN in a weight
 4     the system refused: disk full, no permission
 5     bitfold itself, or a package that the command needs, cannot be imported; ``bitfold doctor`` says why
@@ -22,13 +23,15 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import bitfold
-from bitfold.cli import doctor, inspect, quantize, verify
+from bitfold.cli import compare, doctor, inspect, plan, quantize, verify
 from bitfold.cli.output import Output
 
 __all__ = ["main"]
 
 _COMMANDS: dict[str, ModuleType] = {
+    "plan": plan,
     "quantize": quantize,
+    "compare": compare,
     "inspect": inspect,
     "verify": verify,
     "doctor": doctor,
@@ -97,7 +100,8 @@ def _status(error: Exception) -> int | None:
     """Exit status for an error that was raised on purpose; None for one that is a fault of ours."""
     from bitfold import errors
 
-    if isinstance(error, errors.FormatError | errors.CoverageError | FileExistsError | NotADirectoryError):
+    usage = errors.FormatError | errors.CoverageError | errors.BudgetError
+    if isinstance(error, usage | FileExistsError | NotADirectoryError):
         return 2
     if isinstance(error, errors.BitfoldError | FileNotFoundError):
         return 3

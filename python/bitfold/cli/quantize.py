@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REGEX=FORMAT",
         help="format of single modules; FORMAT may be none",
     )
+    parser.add_argument(
+        "--plan",
+        metavar="FILE",
+        type=Path,
+        help="formats of all matrices from a file of `bitfold plan --out`, instead of the four options above",
+    )
     parser.add_argument("--method", help="how codes are chosen: round, search, …")
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="such as 500MB (default: %(default)s)"
@@ -72,7 +78,7 @@ def _codes() -> str:
 
 def run(options: argparse.Namespace, output: Output) -> int:
     """Predict, print, fold."""
-    rules = dict(_rule(text) for text in options.rule)
+    rules = dict(rule(text) for text in options.rule)
     import bitfold
     from bitfold.errors import CoverageError
     from bitfold.hf.streaming import fold_directory, plan_directory
@@ -82,7 +88,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
     try:
         plan = plan_directory(
             options.source,
-            options.format,
+            options.format if options.plan is None else read_plan(options.plan),
             embeddings=_format(options.embeddings),
             skip=options.skip,
             rules=rules,
@@ -124,6 +130,17 @@ def run(options: argparse.Namespace, output: Output) -> int:
     )
 
 
+def read_plan(file: Path) -> Any:
+    """The Plan in a file of `bitfold plan --out`."""
+    from bitfold.planning import Plan
+
+    try:
+        return Plan.from_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        msg = f"{file}: {error}"
+        raise ValueError(msg) from error
+
+
 def _format(text: str) -> str | None:
     return None if text.lower() == "none" else text
 
@@ -134,7 +151,8 @@ def _skip_options(message: str) -> str:
     return "or here: " + " ".join(f"--skip {shlex.quote(name)}" for name in names)
 
 
-def _rule(text: str) -> tuple[str, str | None]:
+def rule(text: str) -> tuple[str, str | None]:
+    """The two sides of `--rule REGEX=FORMAT`."""
     pattern, separator, fmt = text.rpartition("=")  # a regular expression may hold a '=', a format cannot
     if not separator or not pattern or not fmt:
         message = f"--rule {text!r}: expected REGEX=FORMAT, such as '.*down_proj=int8-g64' or 'lm_head=none'"

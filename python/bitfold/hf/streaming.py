@@ -29,6 +29,7 @@ from bitfold.io.atomic import atomic_directory
 from bitfold.io.safetensors_writer import TensorSpec
 from bitfold.io.shards import Checkpoint, ShardedWriter, parse_size
 from bitfold.nn._base import check_finite
+from bitfold.planning import Plan
 from bitfold.quantizing import quantize
 
 __all__ = ["StreamPlan", "fold_directory", "plan_directory"]
@@ -58,6 +59,7 @@ class StreamPlan:
     units: list[checkpoint_keys.Unit]
     max_shard_size: int
     method: str | None
+    methods: Mapping[str, str]
     source_bytes: int
     weights_bytes: int
     side_bytes: int
@@ -74,7 +76,7 @@ class StreamPlan:
 
 def plan_directory(
     source: str | os.PathLike[str],
-    format: str,
+    format: str | Plan,
     *,
     embeddings: str | None = "int8-g64",
     skip: Sequence[str] = (),
@@ -87,7 +89,8 @@ def plan_directory(
 
     Args:
         source: a directory as `save_pretrained` writes it, in safetensors.
-        format: format of the linear layers.
+        format: format of the linear layers, or a `bitfold.Plan`, which says all that `embeddings`, `skip`
+            and `rules` would.
         embeddings: format of the embeddings; None leaves them in float.
         skip: modules that stay in float, as for `bitfold.quantize`.
         rules: regular expression → format, as for `bitfold.quantize`.
@@ -106,7 +109,7 @@ def plan_directory(
     if method is not None:
         methods.get(method)
     for text in [format, embeddings, *(rules or {}).values()]:
-        if text is not None:
+        if isinstance(text, str):
             Format(text)  # before anything slow
     shard_size = parse_size(max_shard_size)
     with Checkpoint(source) as checkpoint:
@@ -143,6 +146,7 @@ def plan_directory(
         units=units,
         max_shard_size=shard_size,
         method=method,
+        methods=format.methods if isinstance(format, Plan) else {},
         source_bytes=source_bytes,
         weights_bytes=ShardedWriter.predict(specs, shard_size, _METADATA),
         side_bytes=side,
@@ -237,7 +241,7 @@ def _outputs(plan: StreamPlan, home: str, tensor: torch.Tensor) -> dict[str, tor
     matrix = tensor.t() if entry["kind"] == "conv1d" else tensor
     check_finite(matrix, home)
     fmt = Format(entry["format"])
-    packed = methods.fold_weight(matrix, fmt, plan.method).packed
+    packed = methods.fold_weight(matrix, fmt, plan.methods.get(module, plan.method)).packed
     suffixes = [suffix for suffix, _, _ in fmt.buffers(tuple(entry["shape"]))]
     return {f"{home}{suffix}": part for suffix, part in zip(suffixes, packed, strict=True)}
 

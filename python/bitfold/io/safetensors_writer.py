@@ -43,11 +43,18 @@ class TensorSpec:
         return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
 
 
+# As the format's own library sorts them; a file of the same tensors then has the same size to the byte.
+_ORDER = (
+    "BOOL U8 I8 F8_E5M2 F8_E4M3 I16 U16 F16 BF16 I32 U32 F32 C64 F64 I64 U64"
+)  # fmt: skip
+_RANKS = {name: rank for rank, name in enumerate(_ORDER.split())}
+
+
 def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
     """The header with its length in front, and where each tensor starts in the file."""
     # Wide elements first, so that every tensor lies on a multiple of its element size: what the format's own
-    # writer does too, and what lets readers map the file.
-    order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+    # writer does too, in this order of dtypes, and what lets readers map the file.
+    order = sorted(specs, key=lambda name: (-_RANKS[dtype_name(specs[name].dtype)], name))
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offsets, position = {}, 0
     for name in order:

@@ -1,0 +1,147 @@
+"""Running a model on batches, and what of its outputs counts: logits or states, padding left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitfold.errors import ActivationError
+
+__all__ = [
+    "Batch",
+    "check_rows",
+    "final_output",
+    "final_rows",
+    "kl_divergence",
+    "only_tensor",
+    "read_batches",
+]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The arguments of one call of a model."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, model: nn.Module) -> Any:
+        """Call `model`, without gradients, on the device of its first tensor."""
+        tensors = [*model.parameters(), *model.buffers()]
+        device = tensors[0].device if tensors else torch.device("cpu")
+
+        def move(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        with torch.no_grad():
+            return model(*map(move, self.args), **{key: move(value) for key, value in self.kwargs.items()})
+
+    @property
+    def masks(self) -> list[Tensor]:
+        """Masks of real tokens `[batch, length]`, those of a decoder first."""
+        names = ("decoder_attention_mask", "attention_mask")
+        found = [self.kwargs[name] for name in names if isinstance(self.kwargs.get(name), Tensor)]
+        return [mask.bool() for mask in found if mask.ndim == 2]
+
+    def rows(self, tensor: Tensor) -> Tensor:
+        """`tensor` `[..., features]` as `[rows, features]` float32, without the rows of padding tokens."""
+        if tensor.ndim == 0:
+            return tensor.reshape(1, 1).float()
+        flat = tensor.detach().reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.detach()[None]
+        for mask in self.masks:
+            # linear layers of some models see [batch * length, features]
+            if tuple(tensor.shape[:-1]) in (tuple(mask.shape), (mask.numel(),)):
+                flat = flat[mask.reshape(-1).to(flat.device)]
+                break
+        return flat.float()
+
+
+def read_batches(batches: Any, where: str) -> Iterator[Batch]:
+    """Check and wrap each of `batches`: a dict of forward arguments, a tensor, or a tuple of arguments.
+
+    Raises TypeError for anything else, ValueError where there are none.
+    """
+    if isinstance(batches, str | bytes | Tensor | Mapping) or not isinstance(batches, Iterable):
+        msg = (
+            f"{where}: expected an iterable of batches (dicts of forward arguments, or tensors), "
+            f"got {type(batches).__name__}; for a single batch write [batch]"
+        )
+        raise TypeError(msg)
+    count = 0
+    for count, batch in enumerate(batches, 1):
+        if isinstance(batch, Mapping):
+            yield Batch(kwargs=dict(batch))
+        elif isinstance(batch, Tensor):
+            yield Batch(args=(batch,))
+        elif isinstance(batch, tuple):
+            yield Batch(args=batch)
+        elif hasattr(batch, "args") and hasattr(batch, "kwargs"):  # one of bitfold.calibration
+            yield Batch(tuple(batch.args), dict(batch.kwargs))
+        else:
+            msg = (
+                f"{where}: batch {count} is a {type(batch).__name__}, expected a dict of forward arguments, "
+                "a tensor or a tuple; for text call the tokenizer with return_tensors='pt' first"
+            )
+            raise TypeError(msg)
+    if not count:
+        msg = f"{where}: there are no batches; expected at least one (a generator can be read only once)"
+        raise ValueError(msg)
+
+
+def only_tensor(output: Any) -> Tensor | None:
+    """The tensor that a module put out, or the first of several; None where there is none."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    values = output.values() if isinstance(output, Mapping) else output
+    if isinstance(values, Iterable):
+        return next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+    return None
+
+
+def final_output(output: Any) -> tuple[str, Tensor]:
+    """What to compare of a model's output: `("logits", …)`, `("last_hidden_state", …)` or `("output", …)`."""
+    for name in ("logits", "last_hidden_state"):
+        value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return name, value
+    value = only_tensor(output)
+    if value is None:
+        msg = f"the model put out a {type(output).__name__} without a float tensor; expected logits or states"
+        raise TypeError(msg)
+    return "output", value
+
+
+def final_rows(batch: Batch, model: nn.Module, which: str = "the model") -> tuple[str, Tensor]:
+    """Run `model` on `batch`: the name of its output, and its rows `[rows, features]`, finite."""
+    name, value = final_output(batch.run(model))
+    rows = batch.rows(value)
+    check_rows(rows, f"{which}: {name}")
+    return name, rows
+
+
+def check_rows(rows: Tensor, where: str) -> None:
+    """ActivationError naming `where` if `rows` has NaN or infinity, ValueError if it is empty."""
+    if rows.numel() == 0:
+        msg = f"{where}: no rows; is the attention mask of a batch all zeros, or a batch empty?"
+        raise ValueError(msg)
+    if not bool(torch.isfinite(rows).all()):
+        bad = int((~torch.isfinite(rows)).sum())
+        msg = f"{where}: {bad} of {rows.numel()} values are NaN or Inf, expected finite ones"
+        raise ActivationError(msg)
+
+
+def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(reference || logits) of each row, in nats; both `[rows, classes]` logits -> float64 `[rows]`.
+
+    In float64, a piece at a time: of an 8-bit layer the divergence is about the rounding error of float32.
+    """
+    piece = max(1, (1 << 22) // logits.shape[-1])
+    found = []
+    for a, b in zip(reference.split(piece), logits.split(piece), strict=True):
+        p, q = torch.log_softmax(a.double(), -1), torch.log_softmax(b.double(), -1)
+        found.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
+    return torch.cat(found)
