@@ -88,6 +88,12 @@ struct KernelTable {
   // out for Walk::kPanels.
   void (*multiply_panel)(const PackedView& w, const Activations& x, int64_t row, void* scratch,
                          float* y);
+
+  // y[i, j] = sum over cols of codes[j] * q[i] for j < n rows of bytes and i < m; leading
+  // dimensions in elements. cols at most 65536, or a sum might leave 32 bits; rows of q go on,
+  // readable, to a whole number of 64.
+  void (*dot_codes)(const uint8_t* codes, int64_t ldw, int64_t n, const int8_t* q, int64_t ldq,
+                    int64_t m, int64_t cols, int32_t* y, int64_t ldy);
 };
 
 inline constexpr int64_t kPanelRows = 16;   // lanes of a vector

@@ -1,15 +1,30 @@
 #include "core/bitpack.h"
+#include "core/float16.h"
 #include "core/reference/reference.h"
 
 namespace bitfold::reference {
 
-float weight_at(const PackedView& view, int64_t row, int64_t col) {
+namespace {
+
+float dense_at(const PackedView& view, int64_t row, int64_t col) {
   const unsigned code = extract_code(view.codes + row * view.row_bytes, view.cols, view.bits, col);
   const int64_t group = col / view.group_size;
   const float scale = scale_of(view, row, group);
   if (view.family == Family::kInteger)
     return (static_cast<float>(code) - zero_of(view, row, group)) * scale;
   return level_of(view, row, code) * scale;
+}
+
+}  // namespace
+
+float weight_at(const PackedView& view, int64_t row, int64_t col) {
+  float weight = dense_at(view, row, col);
+  const auto [begin, end] = outliers_of(view.outliers, row);
+  for (int64_t i = begin; i < end; ++i) {
+    if (outlier_column(view, i) == col)
+      weight += half_to_float(view.outliers.value[i]) * view.outliers.factor;
+  }
+  return weight;
 }
 
 void dequantize(const PackedView& view, float* out) {

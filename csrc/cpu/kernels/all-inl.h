@@ -14,4 +14,6 @@
 #include "cpu/kernels/panels-inl.h"
 #include "cpu/kernels/rows-inl.h"
 
+#include "cpu/kernels/dot_codes-inl.h"
+
 #include "cpu/kernels/table-inl.h"

@@ -65,4 +65,5 @@ const KernelTable table = {
     .quantize_activations = quantize_activations,
     .multiply_rows = multiply_rows,
     .multiply_panel = multiply_panel,
+    .dot_codes = dot_codes,
 };
