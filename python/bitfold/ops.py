@@ -394,11 +394,19 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("bitfold::linear", _backward_linear, setup_context=_setup_linear)
 
 
+def _setup_linear_mixed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _setup_linear(ctx, inputs, output)
+    # Torch takes an empty list of ints for one of tensors, and wants as many gradients.
+    ctx.no_columns = [] if inputs[-1] == [] else None
+
+
 def _backward_linear_mixed(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return (*_backward_linear(ctx, grad), None)
+    return (*_backward_linear(ctx, grad), ctx.no_columns)
 
 
-torch.library.register_autograd("bitfold::linear_mixed", _backward_linear_mixed, setup_context=_setup_linear)
+torch.library.register_autograd(
+    "bitfold::linear_mixed", _backward_linear_mixed, setup_context=_setup_linear_mixed
+)
 
 
 class _EagerLinear(torch.autograd.Function):

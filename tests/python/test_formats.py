@@ -60,6 +60,7 @@ def test_properties_and_buffers_equal_the_second_implementation(text: str) -> No
 )
 def test_bits_per_weight_counts_every_byte(text: str, rows: int, cols: int) -> None:
     fmt = Format(text)
+    rows = rows % 20_000 + 1 if fmt.outliers else rows  # their number must fit 32 bits
     total = sum(
         int(np.dtype(dtype).itemsize) * int(np.prod(size, dtype=object))
         for _, dtype, size in fmt.buffers((rows, cols))
@@ -136,6 +137,14 @@ def test_empty_shapes_are_refused(shape: tuple[int, int]) -> None:
     ):
         with pytest.raises(FormatError, match="both at least 1"):
             method(shape)
+
+
+def test_shapes_that_outliers_cannot_count_are_refused() -> None:
+    fmt, shape = Format("nf4-outliers"), (2**20, 2**20)
+    for method in (fmt.buffers, fmt.nbytes, fmt.bits_per_weight, fmt.spec, fmt.outlier_count):
+        with pytest.raises(FormatError, match="too large for nf4-outliers"):
+            method(shape)
+    assert fmt.dense.nbytes(shape) > 0
 
 
 def test_properties_cannot_be_set() -> None:

@@ -17,19 +17,15 @@ float dense_at(const PackedView& view, int64_t row, int64_t col) {
 
 }  // namespace
 
-float weight_at(const PackedView& view, int64_t row, int64_t col) {
-  float weight = dense_at(view, row, col);
-  const auto [begin, end] = outliers_of(view.outliers, row);
-  for (int64_t i = begin; i < end; ++i) {
-    if (outlier_column(view, i) == col)
-      weight += half_to_float(view.outliers.value[i]) * view.outliers.factor;
-  }
-  return weight;
-}
-
 void dequantize(const PackedView& view, float* out) {
   for (int64_t r = 0; r < view.rows; ++r) {
-    for (int64_t c = 0; c < view.cols; ++c) out[r * view.cols + c] = weight_at(view, r, c);
+    float* row = out + r * view.cols;
+    for (int64_t c = 0; c < view.cols; ++c) row[c] = dense_at(view, r, c);
+    const auto [begin, end] = outliers_of(view.outliers, r);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t c = outlier_column(view, i);
+      if (c >= 0) row[c] += half_to_float(view.outliers.value[i]) * view.outliers.factor;
+    }
   }
 }
 
