@@ -20,17 +20,6 @@ void read_columns(const void* source, int64_t begin, int64_t n, int64_t cols, in
   }
 }
 
-// Four sums, so that an addition need not wait for the last one.
-float dot(const OutlierReader::Row& row, const float* x) {
-  float sum[4] = {};
-  int64_t i = 0;
-  for (; i + 4 <= row.count; i += 4) {
-    for (int64_t j = 0; j < 4; ++j) sum[j] += row.value[i + j] * x[row.column[i + j]];
-  }
-  for (; i < row.count; ++i) sum[0] += row.value[i] * x[row.column[i]];
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
-
 }  // namespace
 
 OutlierReader::Row OutlierReader::operator()(int64_t row) {
@@ -74,39 +63,28 @@ OutlierProduct::OutlierProduct(const KernelTable& k, const PackedView& w, const 
     x_ = static_cast<const float*>(x);
     return;
   }
-  copy_.resize(static_cast<size_t>(m * w.cols));
+  // Few rows of x fill one vector, more of them whole groups of vectors.
+  if (m > 1) ldx_ = m <= 16 ? 16 : (m + kOutlierLanes - 1) / kOutlierLanes * kOutlierLanes;
+  copy_.resize(static_cast<size_t>(ldx_ * w.cols));
   x_ = copy_.data();
   const int64_t blocks = (w.cols + kTransposedCols - 1) / kTransposedCols;
   parallel(blocks, grain(m * kTransposedCols, kGrainElements), [&](int64_t begin, int64_t end) {
     float part[kTransposedCols];
     for (int64_t block = begin; block < end; ++block) {
       const int64_t col = block * kTransposedCols, n = std::min(kTransposedCols, w.cols - col);
-      float* to = copy_.data() + col * m;
+      float* to = copy_.data() + col * ldx_;
       for (int64_t i = 0; i < m; ++i) {
         k.to_float(advance(x, dtype, i * w.cols + col), dtype, n, part);
-        for (int64_t j = 0; j < n; ++j) to[j * m + i] = part[j];
+        for (int64_t j = 0; j < n; ++j) to[j * ldx_ + i] = part[j];
       }
     }
   });
 }
 
 void OutlierProduct::add_rows(int64_t row, int64_t n, float* y, int64_t ldy) const {
-  OutlierReader read(k_, w_);
-  std::vector<float> sums(static_cast<size_t>(m_));
   for (int64_t r = 0; r < n; ++r) {
-    const OutlierReader::Row outliers = read(row + r);
-    if (m_ == 1) {
-      y[r] += dot(outliers, x_);
-      continue;
-    }
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    float* sum = sums.data();
-    for (int64_t i = 0; i < outliers.count; ++i) {
-      const float value = outliers.value[i];
-      const float* x = x_ + outliers.column[i] * m_;
-      for (int64_t j = 0; j < m_; ++j) sum[j] += value * x[j];
-    }
-    for (int64_t j = 0; j < m_; ++j) y[j * ldy + r] += sum[j];
+    const auto [begin, end] = outliers_of(w_.outliers, row + r);
+    k_.add_outliers(w_.outliers, begin, end, w_.cols, x_, ldx_, m_, y + r, ldy);
   }
 }
 

@@ -87,7 +87,8 @@ class OutlierProduct {
   const KernelTable& k_;
   const PackedView& w_;
   int64_t m_;
-  const float* x_ = nullptr;  // [cols, m]: the rows of x that meet a weight lie together
+  int64_t ldx_ = 1;
+  const float* x_ = nullptr;  // [cols, ldx_]: the rows of x that meet a weight lie together
   std::vector<float> copy_;
 };
 

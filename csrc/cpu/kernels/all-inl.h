@@ -15,5 +15,6 @@
 #include "cpu/kernels/rows-inl.h"
 
 #include "cpu/kernels/dot_codes-inl.h"
+#include "cpu/kernels/outliers-inl.h"
 
 #include "cpu/kernels/table-inl.h"
