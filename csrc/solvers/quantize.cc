@@ -319,8 +319,7 @@ Status quantize(const KernelTable& k, const Format& format, Method method, const
                          "weight must have at least one row and one column, got [" +
                              std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
   }
-  if (format.outliers > 0)
-    return quantize_with_outliers(k, format, method, w, buffers, parallel);
+  if (format.outliers > 0) return quantize_with_outliers(k, format, method, w, buffers, parallel);
   return Quantizer(k, format, method, w, buffers, parallel).run();
 }
 

@@ -51,7 +51,7 @@ class MixesProducts:
                 a column that is none.
 
         Example:
-            >>> layer = QuantLinear.from_float(torch.nn.Linear(128, 64), "int8-row")
+            >>> layer = bitfold.nn.QuantLinear.from_float(torch.nn.Linear(128, 64), "int8-row")
             >>> layer.set_llm_int8(threshold=6.0)
             >>> layer.llm_int8_threshold
             6.0
