@@ -20,6 +20,8 @@ set(BITFOLD_CPU_SOURCES
   csrc/cpu/integer_product.cc
   csrc/cpu/isa.cc
   csrc/cpu/linear.cc
+  csrc/cpu/mixed_product.cc
+  csrc/cpu/outliers.cc
 )
 
 set(BITFOLD_SOLVER_SOURCES
@@ -29,6 +31,7 @@ set(BITFOLD_SOLVER_SOURCES
   csrc/solvers/group_search.cc
   csrc/solvers/hessian.cc
   csrc/solvers/kmeans.cc
+  csrc/solvers/outliers.cc
   csrc/solvers/panel_scales.cc
   csrc/solvers/panels.cc
   csrc/solvers/quantize.cc
@@ -46,6 +49,7 @@ set(BITFOLD_OPS_SOURCES
   csrc/torch/dequantize.cc
   csrc/torch/linear.cc
   csrc/torch/linear_algebra.cc
+  csrc/torch/outliers.cc
   csrc/torch/pack.cc
   csrc/torch/quantize.cc
   csrc/torch/schemas.cc
@@ -69,6 +73,7 @@ set(BITFOLD_CPP_TESTS
   cpu/instruction_sets
   cpu/isa
   solvers/kmeans
+  solvers/outliers
   solvers/quantize
 )
 set(BITFOLD_CPP_PER_ISA_TESTS
@@ -79,6 +84,8 @@ set(BITFOLD_CPP_PER_ISA_TESTS
   cpu/gemm
   cpu/integer_product
   cpu/linear
+  cpu/mixed_product
+  cpu/outliers
   cpu/page_end
   cpu/quantize_activations
   cpu/quantize_kernels

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <cstdint>
 #include <iterator>
 
 #include "core/bitpack.h"
@@ -43,6 +44,55 @@ bool parse_group_size(std::string_view token, int64_t* size) {
   const char* end = token.data() + token.size();
   const auto [stop, error] = std::from_chars(token.data() + 1, end, *size);
   return error == std::errc() && stop == end && token[1] != '0';
+}
+
+// "outliers", or "outliers" with a number per mille.
+bool parse_outliers(std::string_view token, int* per_mille) {
+  constexpr std::string_view kWord = "outliers";
+  if (!token.starts_with(kWord)) return false;
+  *per_mille = kDefaultOutliers;
+  const std::string_view number = token.substr(kWord.size());
+  if (number.empty()) return true;
+  const char* end = number.data() + number.size();
+  const auto [stop, error] = std::from_chars(number.data(), end, *per_mille);
+  return error == std::errc() && stop == end && number[0] != '0';
+}
+
+// What stores codes, scales and zero points.
+BufferTable dense_buffers(const Format& format, int64_t rows, int64_t cols) {
+  const int64_t scale_r = format.scale_rows(rows);
+  const int64_t groups = format.groups_per_row(cols);
+  BufferTable specs;
+  specs.push_back(
+      {BufferRole::kCodes, "", DType::kInt8, {rows * packed_row_bytes(cols, format.bits())}});
+  if (format.family() == Family::kLearnedCodebook) {
+    specs.push_back({BufferRole::kCodebook,
+                     "_codebook",
+                     DType::kInt16,
+                     {scale_r, int64_t{1} << format.bits()}});
+    specs.push_back({BufferRole::kExponent, "_exponent", DType::kInt8, {1}});
+    return specs;
+  }
+  if (format.double_quant) {
+    const int64_t blocks = (scale_r * groups + kDoubleQuantBlock - 1) / kDoubleQuantBlock;
+    specs.push_back({BufferRole::kScale, "_scale", DType::kInt8, {scale_r, groups}});
+    specs.push_back({BufferRole::kScaleAbsmax, "_scale_absmax", DType::kInt32, {blocks}});
+    specs.push_back({BufferRole::kScaleOffset, "_scale_offset", DType::kInt32, {1}});
+  } else if (format.family() == Family::kInteger) {
+    specs.push_back({BufferRole::kScale, "_scale", DType::kInt16, {scale_r, groups}});
+    specs.push_back({BufferRole::kExponent, "_exponent", DType::kInt8, {1}});
+  } else {
+    specs.push_back({BufferRole::kScale, "_scale", DType::kInt32, {scale_r, groups}});
+  }
+  if (format.zero == Zero::kInt) {
+    specs.push_back({BufferRole::kZero,
+                     "_zero",
+                     DType::kInt8,
+                     {scale_r * packed_row_bytes(groups, format.bits())}});
+  } else if (format.zero == Zero::kFloat) {
+    specs.push_back({BufferRole::kZero, "_zero", DType::kInt16, {scale_r, groups}});
+  }
+  return specs;
 }
 
 }  // namespace
@@ -101,7 +151,7 @@ Status Format::parse(std::string_view text, Format* out) {
   format.zero = element.zero;
   format.double_quant = element.double_quant;
 
-  bool grouping_seen = false, zero_seen = false, quant_seen = false;
+  bool grouping_seen = false, zero_seen = false, quant_seen = false, outliers_seen = false;
   const auto once = [&](bool* seen, std::string_view token, const char* what) {
     if (*seen)
       return bad_format(text, quoted(token) + " is a second option for the " + what + "; give one");
@@ -146,9 +196,15 @@ Status Format::parse(std::string_view text, Format* out) {
                           quoted(token) + " is impossible: " + element.name + " has no scales");
       }
       format.double_quant = token == "dq";
+    } else if (parse_outliers(token, &format.outliers)) {
+      status = once(&outliers_seen, token, "outliers (outliers, outliersN)");
+      if (format.outliers < 1 || format.outliers > kMaxOutliers) {
+        return bad_format(text, quoted(token) + ": outliers are counted per mille, from 1 to 100");
+      }
     } else {
       return bad_format(text, "unknown option " + quoted(token) +
-                                  "; allowed: gN, row, tensor, sym, zp, fz, midrise, dq, nodq");
+                                  "; allowed: gN, row, tensor, sym, zp, fz, midrise, dq, nodq, "
+                                  "outliersN");
     }
     if (!status.ok()) return status;
   }
@@ -176,6 +232,8 @@ std::string Format::to_string() const {
   if (zero != e.zero) text += std::string("-") + zero_token(zero);
   const bool implied_quant = e.double_quant && grouping != Grouping::kTensor;
   if (double_quant != implied_quant) text += double_quant ? "-dq" : "-nodq";
+  if (outliers > 0) text += "-outliers";
+  if (outliers > 0 && outliers != kDefaultOutliers) text += std::to_string(outliers);
   return text;
 }
 
@@ -184,6 +242,7 @@ std::string Format::to_string() const {
 bool Format::is_possible() const {
   const bool sized = grouping == Grouping::kGroup;
   const bool learned = family() == Family::kLearnedCodebook;
+  if (outliers < 0 || outliers > kMaxOutliers) return false;
   if (sized ? group_size < kMinGroupSize || group_size > kMaxGroupSize ||
                   group_size % kMinGroupSize != 0
             : group_size != 0) {
@@ -198,34 +257,21 @@ int64_t Format::groups_per_row(int64_t cols) const {
   return grouping == Grouping::kGroup ? (cols + group_size - 1) / group_size : 1;
 }
 
+Format Format::dense() const {
+  Format format = *this;
+  format.outliers = 0;
+  return format;
+}
+
 BufferTable Format::buffers(int64_t rows, int64_t cols) const {
-  const int64_t scale_r = scale_rows(rows);
-  const int64_t groups = groups_per_row(cols);
-  BufferTable specs;
-  specs.push_back({BufferRole::kCodes, "", DType::kInt8, {rows * packed_row_bytes(cols, bits())}});
-  if (family() == Family::kLearnedCodebook) {
-    specs.push_back(
-        {BufferRole::kCodebook, "_codebook", DType::kInt16, {scale_r, int64_t{1} << bits()}});
-    specs.push_back({BufferRole::kExponent, "_exponent", DType::kInt8, {1}});
-    return specs;
-  }
-  if (double_quant) {
-    const int64_t blocks = (scale_r * groups + kDoubleQuantBlock - 1) / kDoubleQuantBlock;
-    specs.push_back({BufferRole::kScale, "_scale", DType::kInt8, {scale_r, groups}});
-    specs.push_back({BufferRole::kScaleAbsmax, "_scale_absmax", DType::kInt32, {blocks}});
-    specs.push_back({BufferRole::kScaleOffset, "_scale_offset", DType::kInt32, {1}});
-  } else if (family() == Family::kInteger) {
-    specs.push_back({BufferRole::kScale, "_scale", DType::kInt16, {scale_r, groups}});
-    specs.push_back({BufferRole::kExponent, "_exponent", DType::kInt8, {1}});
-  } else {
-    specs.push_back({BufferRole::kScale, "_scale", DType::kInt32, {scale_r, groups}});
-  }
-  if (zero == Zero::kInt) {
-    specs.push_back(
-        {BufferRole::kZero, "_zero", DType::kInt8, {scale_r * packed_row_bytes(groups, bits())}});
-  } else if (zero == Zero::kFloat) {
-    specs.push_back({BufferRole::kZero, "_zero", DType::kInt16, {scale_r, groups}});
-  }
+  BufferTable specs = dense_buffers(*this, rows, cols);
+  if (outliers == 0) return specs;
+  const int64_t count = outlier_count(rows, cols);
+  const DType column = cols <= kMaxShortColumns ? DType::kInt16 : DType::kInt32;
+  specs.push_back({BufferRole::kOutlierValue, "_outlier_value", DType::kInt16, {count}});
+  specs.push_back({BufferRole::kOutlierColumn, "_outlier_column", column, {count}});
+  specs.push_back({BufferRole::kOutlierRow, "_outlier_row", DType::kInt32, {rows + 1}});
+  specs.push_back({BufferRole::kOutlierExponent, "_outlier_exponent", DType::kInt8, {1}});
   return specs;
 }
 
@@ -243,12 +289,23 @@ Status check_shape(int64_t rows, int64_t cols) {
           std::to_string(rows) + ", " + std::to_string(cols) + ")");
 }
 
+Status check_shape(const Format& format, int64_t rows, int64_t cols) {
+  Status status = check_shape(rows, cols);
+  if (!status.ok() || format.outliers == 0) return status;
+  if (cols <= INT32_MAX && format.outlier_count(rows, cols) <= INT32_MAX) return status;
+  return Status::error(StatusCode::kInvalidArgument,
+                       "shape (" + std::to_string(rows) + ", " + std::to_string(cols) +
+                           ") is too large for " + format.to_string() +
+                           ": columns and outliers are counted in 32 bits");
+}
+
 Spec make_spec(const Format& format, int64_t rows, int64_t cols) {
   return {format.code,
           static_cast<int64_t>(format.grouping),
           format.group_size,
           static_cast<int64_t>(format.zero),
           format.double_quant,
+          format.outliers,
           rows,
           cols};
 }
@@ -264,18 +321,19 @@ Status parse_spec(const std::vector<int64_t>& spec, Format* format, int64_t* row
   }
   const auto in_range = [](int64_t value, int64_t end) { return value >= 0 && value < end; };
   if (!in_range(spec[0], static_cast<int64_t>(element_codes().size())) || !in_range(spec[1], 3) ||
-      !in_range(spec[3], 4) || !in_range(spec[4], 2)) {
-    return bad("holds an unknown code, grouping, zero or scale encoding");
+      !in_range(spec[3], 4) || !in_range(spec[4], 2) || !in_range(spec[5], kMaxOutliers + 1)) {
+    return bad("holds an unknown code, grouping, zero, scale encoding or share of outliers");
   }
   format->code = static_cast<int>(spec[0]);
   format->grouping = static_cast<Grouping>(spec[1]);
   format->group_size = spec[2];
   format->zero = static_cast<Zero>(spec[3]);
   format->double_quant = spec[4] != 0;
-  *rows = spec[5];
-  *cols = spec[6];
+  format->outliers = static_cast<int>(spec[5]);
+  *rows = spec[6];
+  *cols = spec[7];
   if (!format->is_possible()) return bad("describes an impossible format");
-  return check_shape(*rows, *cols);
+  return check_shape(*format, *rows, *cols);
 }
 
 }  // namespace bitfold

@@ -65,7 +65,11 @@ enum class BufferRole : uint8_t {
   kScaleOffset,
   kZero,
   kExponent,
-  kCodebook
+  kCodebook,
+  kOutlierValue,
+  kOutlierColumn,
+  kOutlierRow,
+  kOutlierExponent
 };
 
 struct BufferSpec {
@@ -77,8 +81,8 @@ struct BufferSpec {
   int64_t nbytes() const { return numel() * size_of(dtype); }
 };
 
-// At most codes, scale, its absmax and offset, zero.
-inline constexpr size_t kMaxBuffers = 5;
+// At most codes, scale, its absmax and offset, zero, and four of outliers.
+inline constexpr size_t kMaxBuffers = 9;
 using BufferTable = ShortList<BufferSpec, kMaxBuffers>;
 
 struct Format {
@@ -87,6 +91,7 @@ struct Format {
   int64_t group_size = 64;  // 0 unless grouping is kGroup
   Zero zero = Zero::kNone;
   bool double_quant = false;
+  int outliers = 0;  // weights per mille that also have a sparse fp16 value; 0: there is none
 
   static Status parse(std::string_view text, Format* out);
   std::string to_string() const;
@@ -99,6 +104,10 @@ struct Format {
 
   int64_t groups_per_row(int64_t cols) const;
   int64_t scale_rows(int64_t rows) const { return grouping == Grouping::kTensor ? 1 : rows; }
+  int64_t outlier_count(int64_t rows, int64_t cols) const {
+    return (rows * cols * outliers + 999) / 1000;
+  }
+  Format dense() const;  // the same without outliers; its buffers are the first ones of this one
   BufferTable buffers(int64_t rows, int64_t cols) const;
   int64_t nbytes(int64_t rows, int64_t cols) const;
 };
@@ -106,13 +115,17 @@ struct Format {
 // Rows and columns at least 1, and few enough weights that no byte count overflows.
 inline constexpr int64_t kMaxWeights = int64_t{1} << 48;
 Status check_shape(int64_t rows, int64_t cols);
+// For formats with outliers also: columns and the number of outliers must fit 32 bits.
+Status check_shape(const Format& format, int64_t rows, int64_t cols);
 
 inline constexpr int64_t kMinGroupSize = 16;  // one vector of 16 weights never crosses a group
 inline constexpr int64_t kMaxGroupSize = 65536;
 inline constexpr int64_t kDoubleQuantBlock = 256;
+inline constexpr int kDefaultOutliers = 10, kMaxOutliers = 100;  // per mille
+inline constexpr int64_t kMaxShortColumns = 65536;               // columns of outliers in 16 bits
 
-// The ints that ops take: code, grouping, group_size, zero, double_quant, rows, cols.
-inline constexpr size_t kSpecLength = 7;
+// The ints that ops take: code, grouping, group_size, zero, double_quant, outliers, rows, cols.
+inline constexpr size_t kSpecLength = 8;
 using Spec = std::array<int64_t, kSpecLength>;
 Spec make_spec(const Format& format, int64_t rows, int64_t cols);
 Status parse_spec(const std::vector<int64_t>& spec, Format* format, int64_t* rows, int64_t* cols);

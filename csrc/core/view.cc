@@ -1,5 +1,6 @@
 #include "core/view.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/bitpack.h"
@@ -53,6 +54,20 @@ PackedView make_view(const Format& format, int64_t rows, int64_t cols, const voi
       case BufferRole::kCodebook:
         view.codebook = static_cast<const uint16_t*>(data);
         break;
+      case BufferRole::kOutlierValue:
+        view.outliers.value = static_cast<const uint16_t*>(data);
+        view.outliers.count = spec.numel();
+        break;
+      case BufferRole::kOutlierColumn:
+        view.outliers.column = data;
+        view.outliers.wide = spec.dtype == DType::kInt32;
+        break;
+      case BufferRole::kOutlierRow:
+        view.outliers.row = static_cast<const int32_t*>(data);
+        break;
+      case BufferRole::kOutlierExponent:
+        view.outliers.factor = std::ldexp(1.0f, *static_cast<const int8_t*>(data));
+        break;
     }
   }
   return view;
@@ -97,6 +112,19 @@ float level_of(const PackedView& view, int64_t row, unsigned code) {
   if (view.family == Family::kFixedCodebook) return view.levels[code];
   return half_to_float(view.codebook[row * view.scale_row_stride * (1 << view.bits) + code]) *
          view.factor;
+}
+
+OutlierRange outliers_of(const OutlierView& outliers, int64_t row) {
+  if (outliers.count == 0) return {0, 0};
+  const int64_t begin = std::clamp<int64_t>(outliers.row[row], 0, outliers.count);
+  return {begin, std::clamp<int64_t>(outliers.row[row + 1], begin, outliers.count)};
+}
+
+int64_t outlier_column(const PackedView& view, int64_t i) {
+  const void* column = view.outliers.column;
+  const int64_t at = view.outliers.wide ? int64_t{static_cast<const int32_t*>(column)[i]}
+                                        : int64_t{static_cast<const uint16_t*>(column)[i]};
+  return at < view.cols ? std::max<int64_t>(at, -1) : -1;
 }
 
 }  // namespace bitfold

@@ -27,6 +27,18 @@ struct MatrixView {
 
 enum class ScaleKind : uint8_t { kFp32, kFp16, kDoubleQuant, kNone };
 
+// Values that are added to what the codes stand for, sparse: row r has those from row[r] to
+// row[r + 1] (CSR). count is 0 where the format has none. The bytes may come from a file that lies:
+// OutlierReader (cpu/outliers.h) doubts them.
+struct OutlierView {
+  int64_t count;
+  const uint16_t* value;  // [count] half bits
+  const void* column;     // [count] uint16_t, or int32_t where `wide`
+  const int32_t* row;     // [rows + 1]
+  float factor;           // 2^exponent, multiplies the values
+  bool wide;
+};
+
 // A packed weight, flattened for inner loops. value(r, c) = (code - zero) * scale for integer
 // grids, levels[code] * scale for codebooks; see docs/format.md.
 struct PackedView {
@@ -51,6 +63,8 @@ struct PackedView {
   const void* zero;           // packed integers or half bits
   const uint16_t* codebook;   // half bits [scale rows, 2^bits], learned
   const float* levels;        // [2^bits], fixed codebook
+
+  OutlierView outliers;  // kernels do not see them: cpu/outliers.h adds them
 };
 
 // `buffers` in the order of Format::buffers. Values behind _offset and _exponent are read now.
@@ -61,5 +75,13 @@ PackedView make_view(const Format& format, int64_t rows, int64_t cols, const voi
 float scale_of(const PackedView& view, int64_t row, int64_t group);
 float zero_of(const PackedView& view, int64_t row, int64_t group);
 float level_of(const PackedView& view, int64_t row, unsigned code);
+
+// Where outliers of a row lie, and the column of one, -1 where it is none of the weight's: always
+// within the buffers, whatever they hold.
+struct OutlierRange {
+  int64_t begin, end;
+};
+OutlierRange outliers_of(const OutlierView& outliers, int64_t row);
+int64_t outlier_column(const PackedView& view, int64_t i);
 
 }  // namespace bitfold

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/outliers.h"
+
 namespace bitfold {
 namespace {
 
@@ -55,6 +57,7 @@ void multiply_floats(const KernelTable& k, const PackedView& w, const void* x, i
   parallel(tiles, grain(tile.rows * w.cols, kGrainWeights), [&](int64_t begin, int64_t end) {
     std::vector<float> decoded(static_cast<size_t>(tile.rows * tile.cols));
     std::vector<float> sums(static_cast<size_t>(m * tile.rows));
+    Decoder decode(k, w);
     for (int64_t t = begin; t < end; ++t) {
       const int64_t r0 = t * tile.rows;
       const int64_t rows = std::min(tile.rows, w.rows - r0);
@@ -65,8 +68,7 @@ void multiply_floats(const KernelTable& k, const PackedView& w, const void* x, i
       }
       for (int64_t col = 0; col < w.cols; col += tile.cols) {
         const int64_t n = std::min(tile.cols, w.cols - col);
-        for (int64_t r = 0; r < rows; ++r)
-          k.decode(w, r0 + r, col, n, decoded.data() + r * tile.cols);
+        for (int64_t r = 0; r < rows; ++r) decode(r0 + r, col, n, decoded.data() + r * tile.cols);
         k.gemm_nt(x_f.data() + col, w.cols, decoded.data(), tile.cols, sums.data(), tile.rows, m,
                   rows, n);
       }
@@ -87,6 +89,7 @@ void multiply_floats_transposed(const KernelTable& k, const PackedView& w, const
            [&](int64_t begin, int64_t end) {
              std::vector<float> decoded(static_cast<size_t>(kWideTile.rows * strip));
              std::vector<float> sums(static_cast<size_t>(m * strip));
+             Decoder decode(k, w);
              for (int64_t s = begin; s < end; ++s) {
                const int64_t col = s * strip;
                const int64_t n = std::min(strip, w.cols - col);
@@ -94,7 +97,7 @@ void multiply_floats_transposed(const KernelTable& k, const PackedView& w, const
                for (int64_t r0 = 0; r0 < w.rows; r0 += kWideTile.rows) {
                  const int64_t rows = std::min(kWideTile.rows, w.rows - r0);
                  for (int64_t r = 0; r < rows; ++r)
-                   k.decode(w, r0 + r, col, n, decoded.data() + r * strip);
+                   decode(r0 + r, col, n, decoded.data() + r * strip);
                  k.gemm_nn(g_f.data() + r0, w.rows, decoded.data(), strip, sums.data(), strip, m,
                            rows, n);
                }

@@ -6,6 +6,8 @@
 #include <memory>
 #include <new>
 
+#include "cpu/outliers.h"
+
 namespace bitfold {
 namespace {
 
@@ -91,6 +93,7 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
     }
   });
   if (!fits) return false;
+  const OutlierProduct outliers(k, w, x, m, dtype, parallel);
 
   // Rows [r, r + n) of w, computed as floats [m, ldy], become columns of y.
   const auto finish = [&](const float* sums, int64_t ldy, int64_t r, int64_t n) {
@@ -103,6 +106,7 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
       const Scratch scratch(scratch_bytes + (end - begin) * 4);
       float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
       begin_sums(bias ? bias_f + begin : nullptr, 1, end - begin, sums, 0);
+      outliers.add(begin, end - begin, sums, 0);
       k.multiply_rows(w, xs, begin, end, reinterpret_cast<float*>(scratch.data()), sums);
       finish(sums, 0, begin, end - begin);
     });
@@ -117,6 +121,7 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
                const int64_t r = panel * kPanelRows;
                const int64_t n = std::min(kPanelRows, w.rows - r);
                begin_sums(bias ? bias_f + r : nullptr, m, n, sums, kPanelRows);
+               outliers.add(r, n, sums, kPanelRows);
                k.multiply_panel(w, xs, r, scratch.data(), sums);
                finish(sums, kPanelRows, r, n);
              }

@@ -135,9 +135,21 @@ struct KernelTable {
   // out for Walk::kPanels.
   void (*multiply_panel)(const PackedView& w, const Activations& x, int64_t row, void* scratch,
                          float* y);
+
+  // y[i * ldy] += sum over the outliers [begin, end) of value * x[column * ldx + i], i < m; x is
+  // transposed, [cols, ldx], readable to its end: ldx is 1, 16, or a multiple of kOutlierLanes.
+  void (*add_outliers)(const OutlierView& w, int64_t begin, int64_t end, int64_t cols,
+                       const float* x, int64_t ldx, int64_t m, float* y, int64_t ldy);
+
+  // y[i, j] = sum over cols of codes[j] * q[i] for j < n rows of bytes and i < m; leading
+  // dimensions in elements. cols at most 65536, or a sum might leave 32 bits; rows of q go on,
+  // readable, to a whole number of 64.
+  void (*dot_codes)(const uint8_t* codes, int64_t ldw, int64_t n, const int8_t* q, int64_t ldq,
+                    int64_t m, int64_t cols, int32_t* y, int64_t ldy);
 };
 
-inline constexpr int64_t kPanelRows = 16;   // lanes of a vector
+inline constexpr int64_t kPanelRows = 16;  // lanes of a vector
+inline constexpr int64_t kOutlierLanes = 64;
 inline constexpr int64_t kPanelBlocks = 4;  // vectors of a row that a panel reads at a time
 
 // Bytes of scratch, which begins with a cache line. The last vector of factors begins with the last

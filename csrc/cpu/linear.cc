@@ -11,13 +11,16 @@ namespace {
 // Rows of x handled at a time: bounds what is held of a huge batch in another form, and how many go
 // the way of floats because one of them holds a NaN.
 constexpr int64_t kBatchRows = 512;
+// With outliers, which meet rows of x in columns anywhere: so that these stay in the second cache.
+constexpr int64_t kBatchRowsOfOutliers = 128;
 
 }  // namespace
 
 void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m, const void* bias,
             FloatType dtype, void* y, Accuracy accuracy, const Parallel& parallel) {
-  for (int64_t m0 = 0; m0 < m; m0 += kBatchRows) {
-    const int64_t batch = std::min(kBatchRows, m - m0);
+  const int64_t most = w.outliers.count > 0 ? kBatchRowsOfOutliers : kBatchRows;
+  for (int64_t m0 = 0; m0 < m; m0 += most) {
+    const int64_t batch = std::min(most, m - m0);
     const void* rows = advance(x, dtype, m0 * w.cols);
     void* out = advance(y, dtype, m0 * w.rows);
     if (accuracy == Accuracy::kFp32 ||

@@ -27,8 +27,8 @@ Format parse_or_raise(const std::string& text) {
 
 using Shape = std::pair<int64_t, int64_t>;
 
-void check_shape(const Shape& shape) {
-  const Status status = bitfold::check_shape(shape.first, shape.second);
+void check_shape(const Format& f, const Shape& shape) {
+  const Status status = bitfold::check_shape(f, shape.first, shape.second);
   if (!status.ok()) raise_format_error(status.message);
 }
 
@@ -66,7 +66,7 @@ py::list list_of(const BufferTable& buffers) {
 }
 
 py::list buffers_of(const Format& f, const Shape& shape) {
-  check_shape(shape);
+  check_shape(f, shape);
   return list_of(f.buffers(shape.first, shape.second));
 }
 
@@ -132,7 +132,8 @@ The string is an element code, then options joined by '-': ``nf4``, ``nf4-nodq``
 Codes: nf4 nf3 nf2 fp4 log4 (fixed levels times a scale per group of 64, scales double quantized),
 int8 int4 int3 int2 (integer grids), kmeans4 kmeans3 kmeans2 (levels learned per row or tensor).
 Options: gN (group of N, a multiple of 16), row, tensor; sym, zp, fz, midrise (zero point: none, integer, fp16, half-way);
-dq, nodq (double quantization of the scales). docs/format.md specifies the bytes.
+dq, nodq (double quantization of the scales); outliersN (N per mille of the weights, 10 if left out, are kept in
+fp16 beside the codes). docs/format.md specifies the bytes.
 
 Args:
     text: the format string.
@@ -181,6 +182,17 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("zero", &zero_name, "Zero point: 'none', 'int', 'float' or 'midrise'.")
       .def_readonly("double_quant", &Format::double_quant,
                     "Whether scales are stored as 8-bit codes.")
+      .def_readonly("outliers", &Format::outliers,
+                    "Weights per mille that also have a sparse fp16 value; 0: none.")
+      .def_property_readonly("dense", &Format::dense,
+                             "The same without outliers; its buffers are the first ones.")
+      .def(
+          "outlier_count",
+          [](const Format& f, const Shape& shape) {
+            check_shape(f, shape);
+            return f.outlier_count(shape.first, shape.second);
+          },
+          py::arg("shape"), "How many weights of (out, in) have a sparse value.")
       .def_property_readonly(
           "default_method",
           [](const Format& f) { return f.element().method == Method::kRound ? "round" : "search"; },
@@ -192,14 +204,14 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "nbytes",
           [](const Format& f, const Shape& shape) {
-            check_shape(shape);
+            check_shape(f, shape);
             return f.nbytes(shape.first, shape.second);
           },
           py::arg("shape"), "Bytes stored for a weight (out, in), metadata included.")
       .def(
           "bits_per_weight",
           [](const Format& f, const Shape& shape) {
-            check_shape(shape);
+            check_shape(f, shape);
             const double weights =
                 static_cast<double>(shape.first) * static_cast<double>(shape.second);
             return 8.0 * static_cast<double>(f.nbytes(shape.first, shape.second)) / weights;
@@ -208,7 +220,7 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "spec",
           [](const Format& f, const Shape& shape) {
-            check_shape(shape);
+            check_shape(f, shape);
             return py::list(py::cast(make_spec(f, shape.first, shape.second)));
           },
           py::arg("shape"), "The ints that torch.ops.bitfold.* take for a weight (out, in).");

@@ -9,6 +9,7 @@
 #include "core/scale_coding.h"
 #include "solvers/group_search.h"
 #include "solvers/kmeans.h"
+#include "solvers/outliers.h"
 #include "solvers/row_reader.h"
 #include "solvers/scale_search.h"
 #include "solvers/scale_storage.h"
@@ -236,6 +237,7 @@ Status quantize(const KernelTable& k, const Format& format, Method method, const
                          "weight must have at least one row and one column, got [" +
                              std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
   }
+  if (format.outliers > 0) return quantize_with_outliers(k, format, method, w, buffers, parallel);
   return Quantizer(k, format, method, w, buffers, parallel).run();
 }
 

@@ -1,6 +1,9 @@
 #include "cpu/linear.h"
 
+#include <algorithm>
 #include <optional>
+
+#include "cpu/mixed_product.h"
 
 #include "torch/checks.h"
 
@@ -24,6 +27,19 @@ Accuracy to_accuracy(int64_t level, const char* op) {
   return static_cast<Accuracy>(level);
 }
 
+// The bias as contiguous numbers of x's dtype.
+std::optional<Tensor> bias_row(const std::optional<Tensor>& bias, const Tensor& x, int64_t rows,
+                               const char* op) {
+  if (!bias.has_value()) return std::nullopt;
+  if (bias->dim() != 1 || bias->numel() != rows || !bias->is_cpu()) {
+    fail(op, "bias must be a CPU tensor [" + std::to_string(rows) + "] (out_features), got " +
+                 shape_of(*bias));
+  }
+  float_type(bias->scalar_type(), op, "bias");
+  return as_contiguous(
+      bias->scalar_type() == x.scalar_type() ? *bias : torch::stable::to(*bias, x.scalar_type()));
+}
+
 Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
               const std::optional<Tensor>& bias, int64_t accuracy) {
   constexpr const char* kOp = "linear";
@@ -31,23 +47,51 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vec
   const FloatType dtype = float_type(x.scalar_type(), kOp, "x");
   check_last_dim(x, w.cols, kOp, "x", "in_features");
   const Accuracy level = to_accuracy(accuracy, kOp);
-  std::optional<Tensor> bias_row;
-  if (bias.has_value()) {
-    if (bias->dim() != 1 || bias->numel() != w.rows || !bias->is_cpu()) {
-      fail(kOp, "bias must be a CPU tensor [" + std::to_string(w.rows) + "] (out_features), got " +
-                    shape_of(*bias));
-    }
-    float_type(bias->scalar_type(), kOp, "bias");
-    bias_row =
-        bias->scalar_type() == x.scalar_type() ? *bias : torch::stable::to(*bias, x.scalar_type());
-    bias_row = as_contiguous(*bias_row);
-  }
+  const std::optional<Tensor> row = bias_row(bias, x, w.rows, kOp);
   const Tensor rows = as_contiguous(x);
   const Tensor y = empty_with_last(x, w.rows);
   const int64_t m = y.numel() / std::max<int64_t>(1, w.rows);
   bitfold::linear(kernels(kOp), w.view, rows.const_data_ptr(), m,
-                  bias_row ? bias_row->const_data_ptr() : nullptr, dtype, y.mutable_data_ptr(),
-                  level, torch_parallel());
+                  row ? row->const_data_ptr() : nullptr, dtype, y.mutable_data_ptr(), level,
+                  torch_parallel());
+  return y;
+}
+
+Tensor linear_mixed(const Tensor& x, const std::vector<Tensor>& packed,
+                    const std::vector<int64_t>& spec, const std::optional<Tensor>& bias,
+                    double threshold, const std::optional<std::vector<int64_t>>& columns) {
+  constexpr const char* kOp = "linear_mixed";
+  const Packed w = unpack(packed, spec, kOp);
+  if (!suits_mixed_product(w.format)) {
+    fail(kOp,
+         "format must be int8-row, int8-row-dq or int8-tensor (codes of 8 bits, one scale for a "
+         "row), got " +
+             w.format.to_string());
+  }
+  const FloatType dtype = float_type(x.scalar_type(), kOp, "x");
+  check_last_dim(x, w.cols, kOp, "x", "in_features");
+  if (!(threshold >= 0.0))
+    fail(kOp, "threshold must not be negative, got " + std::to_string(threshold));
+  MixedColumns chosen{static_cast<float>(threshold), columns.has_value(), nullptr, 0};
+  if (columns.has_value()) {
+    chosen.columns = columns->data();
+    chosen.count = static_cast<int64_t>(columns->size());
+    int64_t last = -1;
+    for (int64_t column : *columns) {
+      if (column <= last || column >= w.cols) {
+        fail(kOp, "columns must ascend within [0, " + std::to_string(w.cols) + "), got " +
+                      std::to_string(column) + " after " + std::to_string(last));
+      }
+      last = column;
+    }
+  }
+  const std::optional<Tensor> row = bias_row(bias, x, w.rows, kOp);
+  const Tensor rows = as_contiguous(x);
+  const Tensor y = empty_with_last(x, w.rows);
+  const int64_t m = y.numel() / std::max<int64_t>(1, w.rows);
+  multiply_mixed(kernels(kOp), w.view, rows.const_data_ptr(), m,
+                 row ? row->const_data_ptr() : nullptr, dtype, chosen, y.mutable_data_ptr(),
+                 torch_parallel());
   return y;
 }
 
@@ -70,6 +114,7 @@ Tensor linear_grad_input(const Tensor& grad, const std::vector<Tensor>& packed,
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_nograd", TORCH_BOX(&linear));
+  m.impl("linear_mixed", TORCH_BOX(&linear_mixed));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
 }
 

@@ -3,7 +3,7 @@
 // packed: the buffers of one weight in the order of Format::buffers.
 //
 // spec: Format and logical shape as ints (code, grouping, group size, zero, double quantization,
-// out, in).
+// outliers, out, in).
 //
 // method: 0 round (absmax or min-max scale), 1 search (scale by squared error).
 //
@@ -19,8 +19,16 @@ STABLE_TORCH_LIBRARY(bitfold, m) {
   m.def(
       "linear_nograd(Tensor x, Tensor[] packed, int[] spec, Tensor? bias, int accuracy) -> "
       "Tensor");
+  // LLM.int8(): columns of x beyond the threshold, or the given ones, as floats.
+  m.def(
+      "linear_mixed(Tensor x, Tensor[] packed, int[] spec, Tensor? bias, float threshold, int[]? "
+      "columns) -> Tensor");
   m.def("linear_grad_input(Tensor grad, Tensor[] packed, int[] spec) -> Tensor");
   m.def("embedding(Tensor indices, Tensor[] packed, int[] spec, ScalarType dtype) -> Tensor");
+  // Formats with outliers: mask, the weight for the dense part, the last four buffers.
+  m.def("choose_outliers(Tensor weight, int[] spec, int method, Tensor? importance) -> Tensor");
+  m.def("set_aside_outliers(Tensor weight, int[] spec, Tensor mask) -> Tensor");
+  m.def("fill_outliers(Tensor[] dense, int[] spec, Tensor weight, Tensor mask) -> Tensor[]");
   m.def("pack_bits(Tensor codes, int bits) -> Tensor");
   m.def("unpack_bits(Tensor packed, int bits, int rows, int cols) -> Tensor");
   m.def("double_quantize(Tensor scales) -> (Tensor, Tensor, Tensor)");

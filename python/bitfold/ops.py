@@ -151,6 +151,51 @@ def linear(
     return _EagerLinear.apply(x, packed, spec, bias, accuracy)
 
 
+def linear_mixed(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    spec: Sequence[int],
+    bias: Tensor | None = None,
+    threshold: float = 6.0,
+    columns: Sequence[int] | None = None,
+) -> Tensor:
+    """``x @ dequantize(packed).T + bias`` as LLM.int8() computes it (arXiv 2208.07339, equation 8).
+
+    Columns j of x with any ``|x[i, j]| > threshold`` are multiplied in float32 with the dequantized weight;
+    all others as 8-bit integers, ``q = round(127 x / c)`` with c the largest magnitude left in the row of x:
+    sums of integers are exact, and become floats by ``c / 127`` and the scale of the weight's row.
+
+    Args:
+        x: ``[..., in]``, float32, float16 or bfloat16. All leading dimensions together are the batch whose
+            columns are searched: a row's result depends on the others, unless `columns` are given.
+        packed: the stored tensors of ``int8-row`` (also ``int8-row-dq`` and ``int8-tensor``).
+        spec: ``fmt.spec((out, in))``.
+        bias: ``[out]``, or None.
+        threshold: not negative; NaN counts as above it.
+        columns: the outlier columns, ascending, where they are known beforehand: none is searched for then,
+            and larger values elsewhere are rounded like the rest.
+
+    Returns:
+        ``[..., out]`` in x's dtype, or in autocast's. Differentiable in x and bias as `linear` is: through
+            the dequantized weight, in float32.
+
+    Raises:
+        RuntimeError: another format, columns out of range or order, tensors that do not fit.
+
+    Example:
+        >>> fmt, w = Format("int8-row"), torch.randn(8, 64)
+        >>> x = torch.randn(3, 64)
+        >>> x[:, 5] *= 100
+        >>> y = linear_mixed(x, quantize(w, fmt), fmt.spec((8, 64)))
+        >>> bool((y - x @ w.T).abs().max() < 0.02 * (x @ w.T).abs().max())
+        True
+    """
+    device = "cpu" if x.is_cpu else x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device) and x.dtype in _FLOATS:
+        x = x.to(torch.get_autocast_dtype(device))
+    return _ops.linear_mixed(x, packed, spec, bias, threshold, columns)
+
+
 def accuracy_level(accuracy: str | int) -> int:
     """The number that `linear` takes, from a key of `ACCURACY` or such a number.
 
@@ -275,6 +320,18 @@ def _fake_linear(
     return x.new_empty((*x.shape[:-1], spec[_ROWS]))
 
 
+@torch.library.register_fake("bitfold::linear_mixed")
+def _(
+    x: Tensor,
+    packed: Sequence[Tensor],
+    spec: Sequence[int],
+    bias: Tensor | None,
+    threshold: float,
+    columns: Sequence[int] | None,
+) -> Tensor:
+    return _fake_linear(x, packed, spec, bias, 0)
+
+
 @torch.library.register_fake("bitfold::linear_grad_input")
 def _(grad: Tensor, packed: Sequence[Tensor], spec: Sequence[int]) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], spec[_COLS]))
@@ -316,7 +373,7 @@ def _(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
 
 
 def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, packed, spec, bias, _ = inputs
+    packed, spec, bias = inputs[1:4]
     ctx.save_for_backward(*packed)
     ctx.spec = spec
     ctx.bias_dtype = None if bias is None else bias.dtype
@@ -335,6 +392,21 @@ def _backward_linear(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("bitfold::linear", _backward_linear, setup_context=_setup_linear)
+
+
+def _setup_linear_mixed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _setup_linear(ctx, inputs, output)
+    # Torch takes an empty list of ints for one of tensors, and wants as many gradients.
+    ctx.no_columns = [] if inputs[-1] == [] else None
+
+
+def _backward_linear_mixed(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return (*_backward_linear(ctx, grad), ctx.no_columns)
+
+
+torch.library.register_autograd(
+    "bitfold::linear_mixed", _backward_linear_mixed, setup_context=_setup_linear_mixed
+)
 
 
 class _EagerLinear(torch.autograd.Function):

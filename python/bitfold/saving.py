@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from bitfold import manifest as manifests
 from bitfold.errors import PackedDataError
 from bitfold.io.safetensors_file import DTYPES
-from bitfold.nn._base import dtype_name, tensor_key
+from bitfold.nn import PackedModule
+from bitfold.nn._base import OUTLIER_INDEX, dtype_name, tensor_key
 from bitfold.nn._places import Places
+from bitfold.outliers import outlier_problem
 
 METADATA_KEY = "bitfold"
 
@@ -87,6 +89,7 @@ def load_into(model: nn.Module, file: str | PathLike[str]) -> nn.Module:
             Places(model).replace(swaps)
             try:
                 _check_tensors(model, aliases, stored, path)
+                _check_outliers(model, aliases, stored, path)
             except PackedDataError:
                 Places(model).replace({new: old for old, new in swaps.items()})
                 raise
@@ -156,3 +159,16 @@ def _check_tensors(model: nn.Module, aliases: Mapping[str, str], stored: Any, pa
         if name not in needed:
             msg = f"{path}: {name} is in the file but not in the model {type(model).__name__}"
             raise PackedDataError(msg)
+
+
+def _check_outliers(model: nn.Module, aliases: Mapping[str, str], stored: Any, path: Path) -> None:
+    """Refuse row starts and columns of sparse outliers that no weight has."""
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule) and module.format.outliers:
+            weight = f"{name}.weight".removeprefix(".")
+            keys = {suffix: aliases.get(weight + suffix, weight + suffix) for suffix in OUTLIER_INDEX}
+            tensors = {suffix: stored.get_tensor(key) for suffix, key in keys.items()}
+            problem = outlier_problem(weight, tensors, module.format, module.shape)
+            if problem:
+                msg = f"{path}: {problem}"
+                raise PackedDataError(msg)

@@ -20,9 +20,11 @@ from bitfold.inspecting import summarize
 from bitfold.io.safetensors_file import TensorInfo
 from bitfold.io.safetensors_writer import TensorSpec
 from bitfold.io.shards import Checkpoint
+from bitfold.nn._base import OUTLIER_INDEX
+from bitfold.outliers import outlier_problem
 from bitfold.summarizing import Summary
 
-__all__ = ["Problem", "Verification", "check_ratio", "check_tensors", "expected_packed"]
+__all__ = ["Problem", "Verification", "check_outliers", "check_ratio", "check_tensors", "expected_packed"]
 
 # An export may be larger than promised by this much (names, alignment, small modules) before it counts as a
 # lie.
@@ -118,6 +120,36 @@ def check_tensors(
     return problems
 
 
+def check_outliers(
+    checkpoint: Checkpoint, names: Mapping[str, str], description: Mapping[str, Any]
+) -> list[Problem]:
+    """Check that row starts and columns of sparse outliers are those of their weights.
+
+    Args:
+        checkpoint: the export.
+        names: name in the file → name in the model.
+        description: the manifest, by names of the model.
+    """
+    files = {names.get(info.name, info.name): info for info in checkpoint}
+    problems = []
+    for module, entry in description["modules"].items():
+        fmt = Format(entry["format"]) if "format" in entry else None
+        if fmt is None or fmt.outliers == 0:
+            continue
+        name, shape = f"{module}.weight".removeprefix("."), tuple(entry["shape"])
+        sizes = {suffix: size for suffix, _, size in fmt.buffers(shape)}
+        found = {suffix: files.get(name + suffix) for suffix in OUTLIER_INDEX}
+        if any(info is None or info.shape != sizes[suffix] for suffix, info in found.items()):
+            continue  # told by `check_tensors`
+        stored = {suffix: checkpoint.read(info.name) for suffix, info in found.items() if info is not None}
+        problem = outlier_problem(name, stored, fmt, (shape[0], shape[1]))
+        if problem:
+            tensor, _, rest = problem.partition(": ")
+            what, _, expected = rest.partition(", expected ")
+            problems.append(Problem(tensor, what, expected))
+    return problems
+
+
 def _same_kind(found: torch.dtype, expected: torch.dtype) -> bool:
     # A model may be stored in another float dtype than its class would choose; packed integers must be exact.
     return found == expected or (found.is_floating_point and expected.is_floating_point)
@@ -128,6 +160,8 @@ def _check_values(
 ) -> Problem | None:
     tensor = checkpoint.read(info.name)
     what = "finite values"
+    if name.endswith(OUTLIER_INDEX):
+        return None  # integers that mean themselves: `check_outliers`
     if tensor.dtype in (torch.int16, torch.int32) and known and ".weight_" in f".{name.rpartition('.')[2]}":
         # Scales, zeros and codebooks are stored as the bits of floats.
         tensor = tensor.view(torch.float16 if tensor.dtype == torch.int16 else torch.float32)
@@ -197,6 +231,7 @@ def verify_file(path: Path, checkpoint: Checkpoint, description: Mapping[str, An
     """Check a plain torch file: its packed tensors, all values, and the bytes."""
     result = Verification(path, summarize(checkpoint.tensors, description))
     result.problems += check_tensors(checkpoint, {}, expected_packed(description))
+    result.problems += check_outliers(checkpoint, {}, description)
     check_ratio(result, checkpoint.tensors, description, weight_file_bytes(path))
     result.notes.append("a plain torch file: it has no model class to load it into, so nothing was run")
     return result

@@ -105,6 +105,13 @@ inline Expected expected_product(const PackedView& w, int64_t r, const float* we
     operand_size += (x_sum + n * half_x) * scale * span;
   }
   const double units = static_cast<double>((w.cols + unit - 1) / unit);
+  // Outliers are multiplied by floats at every level, and summed one after another.
+  const auto [first, last] = outliers_of(w.outliers, r);
+  for (int64_t i = first; i < last; ++i) {
+    const double value = half_to_float(w.outliers.value[i]) * w.outliers.factor;
+    const double size = std::fabs(value * x[outlier_column(w, i)]) + product_size;
+    lost += (static_cast<double>(last - first) + 2.0 * units + 20.0) * 1.01 * kRound * size;
+  }
   result.allowed = level == Accuracy::kFp32
                        ? float_bound(w.cols, product_size)
                        : lost + (2.0 * units + 20.0) * 1.01 * kRound * operand_size;

@@ -42,10 +42,13 @@ inline const std::vector<std::string>& every_format() {
       for (const char* grouping : {"", "-g16", "-g48", "-g64", "-g128", "-row", "-tensor"}) {
         for (const char* zero : {"", "-sym", "-zp", "-fz", "-midrise"}) {
           for (const char* quant : {"", "-dq", "-nodq"}) {
-            Format format;
-            if (!Format::parse(std::string(element.name) + grouping + zero + quant, &format).ok())
-              continue;
-            if (seen.insert(format.to_string()).second) list.push_back(format.to_string());
+            for (const char* outliers : {"", "-outliers30"}) {
+              if (*outliers && *grouping) continue;  // they do not care about groups
+              Format format;
+              const std::string text = std::string(element.name) + grouping + zero + quant;
+              if (!Format::parse(text + outliers, &format).ok()) continue;
+              if (seen.insert(format.to_string()).second) list.push_back(format.to_string());
+            }
           }
         }
       }
@@ -57,12 +60,34 @@ inline const std::vector<std::string>& every_format() {
 
 // One of each family, zero point and scale encoding.
 inline const std::vector<std::string>& some_formats() {
-  static const std::vector<std::string> some = {
-      "nf4",         "nf4-nodq",    "nf3",         "nf2",         "fp4",          "log4",
-      "int8-row",    "int8-g64",    "int8-tensor", "int4-g64",    "int4-g64-sym", "int4-g64-fz",
-      "int4-g64-dq", "int4-g16",    "int4-row",    "int4-tensor", "int3-g64",     "int3-g128-sym",
-      "int2-g64",    "int2-g64-zp", "int2-g64-fz", "nf3-tensor",  "kmeans4-row",  "kmeans3-tensor",
-      "kmeans2-row"};
+  static const std::vector<std::string> some = {"nf4",
+                                                "nf4-nodq",
+                                                "nf3",
+                                                "nf2",
+                                                "fp4",
+                                                "log4",
+                                                "int8-row",
+                                                "int8-g64",
+                                                "int8-tensor",
+                                                "int4-g64",
+                                                "int4-g64-sym",
+                                                "int4-g64-fz",
+                                                "int4-g64-dq",
+                                                "int4-g16",
+                                                "int4-row",
+                                                "int4-tensor",
+                                                "int3-g64",
+                                                "int3-g128-sym",
+                                                "int2-g64",
+                                                "int2-g64-zp",
+                                                "int2-g64-fz",
+                                                "nf3-tensor",
+                                                "kmeans4-row",
+                                                "kmeans3-tensor",
+                                                "kmeans2-row",
+                                                "nf4-outliers",
+                                                "int3-g64-outliers50",
+                                                "kmeans4-row-outliers100"};
   return some;
 }
 
@@ -117,7 +142,8 @@ class Owned {
     return quantize(k, method, MatrixView{w.data(), FloatType::kFloat32, rows_, cols_, cols_, 1});
   }
 
-  // Any bytes at all are a valid weight, but for scales: those stay small and finite.
+  // Any bytes at all are a valid weight, but for scales: those stay small and finite; and outliers
+  // have places.
   void fill_randomly(unsigned seed) {
     std::mt19937 rng(seed);
     for (size_t i = 0; i < pointers_.size(); ++i) {
@@ -126,19 +152,47 @@ class Owned {
     std::uniform_real_distribution<float> scale(0.01f, 2.0f);
     const BufferTable specs = format_.buffers(rows_, cols_);
     for (size_t i = 0; i < specs.size(); ++i) {
+      if (specs[i].role == BufferRole::kOutlierColumn || specs[i].role == BufferRole::kOutlierRow)
+        continue;
       if (specs[i].dtype == DType::kInt32) {
         for (size_t at = 0; at < sizes_[i] / 4; ++at)
           reinterpret_cast<float*>(pointer(i))[at] = scale(rng);
       } else if (specs[i].dtype == DType::kInt16) {
-        const float sign = specs[i].role == BufferRole::kCodebook ? -1.0f : 1.0f;
+        const bool either =
+            specs[i].role == BufferRole::kCodebook || specs[i].role == BufferRole::kOutlierValue;
+        const float sign = either ? -1.0f : 1.0f;
         for (size_t at = 0; at < sizes_[i] / 2; ++at) {
           reinterpret_cast<uint16_t*>(pointer(i))[at] =
               float_to_half((at % 2 ? sign : 1.0f) * scale(rng));
         }
       } else if (specs[i].role == BufferRole::kExponent) {
         *pointer(i) = static_cast<uint8_t>(-3);
+      } else if (specs[i].role == BufferRole::kOutlierExponent) {
+        *pointer(i) = 1;
       }
     }
+    if (format_.outliers > 0) place_outliers_randomly(&rng);
+  }
+
+  void place_outliers_randomly(std::mt19937* rng) {
+    auto* row = reinterpret_cast<int32_t*>(buffer(BufferRole::kOutlierRow));
+    uint8_t* column = buffer(BufferRole::kOutlierColumn);
+    const int64_t size = rows_ * cols_;
+    int64_t left = format_.outlier_count(rows_, cols_);
+    int32_t at = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      if (i % cols_ == 0) row[i / cols_] = at;
+      if (static_cast<int64_t>((*rng)() % static_cast<uint64_t>(size - i)) >= left) continue;
+      --left;
+      const int32_t col = static_cast<int32_t>(i % cols_);
+      if (cols_ <= kMaxShortColumns) {
+        reinterpret_cast<uint16_t*>(column)[at] = static_cast<uint16_t>(col);
+      } else {
+        reinterpret_cast<int32_t*>(column)[at] = col;
+      }
+      ++at;
+    }
+    row[rows_] = at;
   }
 
   PackedView view() const { return make_view(format_, rows_, cols_, pointers_.data()); }

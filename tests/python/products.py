@@ -42,7 +42,11 @@ def _with_all_codes(packed: list[Tensor], fmt: str, shape: tuple[int, int], code
 
 
 def _operands(packed: list[Tensor], fmt: str, shape: tuple[int, int], level: str) -> tuple:
-    """Per weight: the magnitude of what is summed for it, and the largest level if those are rounded."""
+    """Per weight: the magnitude of what is summed for it, and the largest level if those are rounded.
+
+    Of the codes alone: outliers are multiplied as floats at every level.
+    """
+    packed, fmt = packed[: len(Format(fmt).dense.buffers(shape))], reference.dense(fmt)
     bits, codebook = Format(fmt).bits, reference.parse(fmt).family != "integer"
     if codebook:
         largest = np.max([_with_all_codes(packed, fmt, shape, c) for c in range(2**bits)], axis=0)
@@ -60,7 +64,8 @@ def allowed_error(
     cols = x.shape[1]
     sizes = np.abs(x)
     # each weight carries up to three roundings of its own, a chain of K / 16 + 16 additions sums them
-    in_floats = (cols / 16 + 24) * 2.0**-24 * (sizes @ weight.T)
+    outliers = np.abs(reference.sparse(packed, fmt, shape))
+    in_floats = (cols / 16 + 24) * 2.0**-24 * (sizes @ (weight + outliers).T)
     if level == "fp32":
         return in_floats
     size, largest = _operands(packed, fmt, shape, level)
@@ -72,8 +77,11 @@ def allowed_error(
     if level == "auto" and largest.any():
         step = np.maximum(step, padded.sum(axis=2) / SUM_LIMIT)
     half_step = np.repeat(0.51 * step, UNIT, axis=1)[:, :cols]
+    in_floats += (cols + 24) * 2.0**-24 * (sizes @ outliers.T)  # one sum after another
     half_level = 0.51 * largest / LEVEL_LIMIT[level]
-    lost = half_step @ weight.T + sizes @ half_level.T + half_step @ half_level.T
+    lost = half_step @ (weight + outliers).T + sizes @ half_level.T + half_step @ half_level.T
+    if Format(fmt).outliers:
+        lost += in_floats
     return lost + (cols / 8 + 24) * 2.0**-24 * ((sizes + half_step) @ size.T)
 
 

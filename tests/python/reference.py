@@ -43,6 +43,7 @@ class Parsed:
     grouping: str
     zero: str
     dq: bool
+    outliers: int
 
     def groups(self, cols: int) -> int:
         return -(-cols // int(self.grouping[1:])) if self.grouping.startswith("g") else 1
@@ -53,11 +54,14 @@ class Parsed:
     def scale_rows(self, rows: int) -> int:
         return 1 if self.grouping == "tensor" else rows
 
+    def outlier_count(self, rows: int, cols: int) -> int:
+        return -(-rows * cols * self.outliers // 1000)
+
 
 def parse(text: str) -> Parsed:
     code, *options = text.split("-")
     bits, family, grouping, zero, dq = CODES[code]
-    dq_given = False
+    dq_given, outliers = False, 0
     for option in options:
         if re.fullmatch(r"g[1-9]\d*|row|tensor", option):
             grouping = option
@@ -65,11 +69,18 @@ def parse(text: str) -> Parsed:
             zero = option
         elif option in ("dq", "nodq"):
             dq, dq_given = option == "dq", True
+        elif match := re.fullmatch(r"outliers([1-9]\d*)?", option):
+            outliers = int(match[1] or 10)
         else:
             raise ValueError(option)
     if grouping == "tensor" and not dq_given:
         dq = False
-    return Parsed(code, bits, family, grouping, zero, dq)
+    return Parsed(code, bits, family, grouping, zero, dq, outliers)
+
+
+def dense(fmt: str) -> str:
+    """The format without its outliers."""
+    return re.sub(r"-outliers\d*", "", fmt)
 
 
 def row_bytes(n: int, bits: int) -> int:
@@ -121,6 +132,17 @@ def dynamic_map() -> np.ndarray:
 def buffers(fmt: str, shape: tuple[int, int]) -> list[tuple[str, str, tuple[int, ...]]]:
     """Section 3: (suffix, dtype, shape) in order."""
     f, (rows, cols) = parse(fmt), shape
+    if f.outliers:
+        count = f.outlier_count(rows, cols)
+        column = "int16" if cols <= 65536 else "int32"
+        return [
+            *buffers(dense(fmt), shape),
+            ("_outlier_value", "int16", (count,)),
+            ("_outlier_column", column, (count,)),
+            ("_outlier_row", "int32", (rows + 1,)),
+            ("_outlier_exponent", "int8", (1,)),
+        ]
+    f, (rows, cols) = parse(fmt), shape
     s, g = f.scale_rows(rows), f.groups(cols)
     table: list[tuple[str, str, tuple[int, ...]]] = [("", "int8", (rows * row_bytes(cols, f.bits),))]
     if f.family == "learned":
@@ -139,9 +161,25 @@ def buffers(fmt: str, shape: tuple[int, int]) -> list[tuple[str, str, tuple[int,
     return table
 
 
+def sparse(packed: list, fmt: str, shape: tuple[int, int], precision: type = np.float64) -> np.ndarray:
+    """Section 10: the outliers alone as a matrix [out, in]; `packed` as for `dequantize`."""
+    matrix = np.zeros(shape, dtype=precision)
+    if parse(fmt).outliers:
+        values, columns, starts, exponent = (np.asarray(tensor) for tensor in packed[-4:])
+        columns = columns.view(np.uint16 if columns.dtype == np.int16 else np.int32)
+        rows = np.repeat(np.arange(shape[0]), np.diff(starts))
+        matrix[rows, columns] = values.view(np.float16).astype(precision) * precision(2.0) ** int(exponent[0])
+    return matrix
+
+
 def dequantize(packed: list, fmt: str, shape: tuple[int, int], precision: type = np.float64) -> np.ndarray:
     """The weight [out, in] behind `packed` (anything numpy can read, in the order of `buffers`)."""
     f, (rows, cols) = parse(fmt), shape
+    if f.outliers:
+        checked = [(np.asarray(t).dtype, np.asarray(t).shape) for t in packed[-4:]]
+        assert checked == [(dtype, size) for _, dtype, size in buffers(fmt, shape)[-4:]]
+        codes = dequantize(packed[:-4], dense(fmt), shape, precision)
+        return codes + sparse(packed, fmt, shape, precision)
     stored = {}
     for (suffix, dtype, size), tensor in zip(buffers(fmt, shape), packed, strict=True):
         array = np.asarray(tensor)

@@ -13,10 +13,11 @@ def _every_format() -> list[str]:
         for grouping in ("", "-g16", "-g48", "-g64", "-g128", "-row", "-tensor"):
             for zero in ("", "-sym", "-zp", "-fz", "-midrise"):
                 for scales in ("", "-dq", "-nodq"):
-                    try:
-                        found[str(Format(code + grouping + zero + scales))] = None
-                    except FormatError:
-                        continue
+                    for outliers in ("",) if grouping else ("", "-outliers", "-outliers37"):
+                        try:
+                            found[str(Format(code + grouping + zero + scales + outliers))] = None
+                        except FormatError:
+                            continue
     return list(found)
 
 
@@ -48,4 +49,6 @@ SOME_FORMATS = [
     "kmeans4-row",
     "kmeans3-tensor",
     "kmeans2-row",
+    "nf4-outliers",
+    "int3-g64-outliers50",
 ]

@@ -47,8 +47,10 @@ def test_properties_and_buffers_equal_the_second_implementation(text: str) -> No
     assert fmt.group_size == (int(parsed.grouping[1:]) if fmt.grouping == "group" else None)
     zeros = {"zp": "int", "fz": "float", "midrise": "midrise", "sym": "none", "": "none"}
     assert fmt.zero == zeros[parsed.zero]
+    assert (fmt.outliers, str(fmt.dense)) == (parsed.outliers, reference.dense(text))
     for shape in [(1, 1), (3, 17), (5, 64), (7, 197), (300, 65), (1, 100_003)]:
         assert fmt.buffers(shape) == reference.buffers(text, shape)
+        assert fmt.outlier_count(shape) == parsed.outlier_count(*shape)
 
 
 @given(
@@ -58,6 +60,7 @@ def test_properties_and_buffers_equal_the_second_implementation(text: str) -> No
 )
 def test_bits_per_weight_counts_every_byte(text: str, rows: int, cols: int) -> None:
     fmt = Format(text)
+    rows = rows % 20_000 + 1 if fmt.outliers else rows  # their number must fit 32 bits
     total = sum(
         int(np.dtype(dtype).itemsize) * int(np.prod(size, dtype=object))
         for _, dtype, size in fmt.buffers((rows, cols))
@@ -81,12 +84,14 @@ def test_bits_per_weight_of_real_buffers(text: str) -> None:
 def test_known_rates() -> None:
     rate = {
         text: Format(text).bits_per_weight((4096, 4096))
-        for text in ("nf4", "nf4-nodq", "int4-g64-sym", "int2-g64")
+        for text in ("nf4", "nf4-nodq", "int4-g64-sym", "int2-g64", "int3-g64", "int3-g64-outliers")
     }
     assert rate["nf4"] == pytest.approx(4.127, abs=5e-4)
     assert rate["nf4-nodq"] == 4.5
     assert rate["int4-g64-sym"] == pytest.approx(4.25, abs=1e-6)
     assert rate["int2-g64"] == pytest.approx(2.25, abs=1e-6)
+    # 32 bits for each of 10 per mille, and where the rows begin
+    assert rate["int3-g64-outliers"] - rate["int3-g64"] == pytest.approx(0.32 + 32 / 4096, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,8 @@ def test_known_rates() -> None:
         ("kmeans4-dq", ["'dq'", "impossible"]),
         ("nf4-tensor-dq", ["'dq'", "'tensor'"]),
         ("int4-g64\n", ["g64"]),
+        ("int4-outliers0", ["'outliers0'", "outliersN"]),
+        ("nf4-outliers101", ["'outliers101'", "per mille", "1 to 100"]),
     ],
 )
 def test_bad_strings_name_the_token(text: str, words: list[str]) -> None:
@@ -132,6 +139,14 @@ def test_empty_shapes_are_refused(shape: tuple[int, int]) -> None:
             method(shape)
 
 
+def test_shapes_that_outliers_cannot_count_are_refused() -> None:
+    fmt, shape = Format("nf4-outliers"), (2**20, 2**20)
+    for method in (fmt.buffers, fmt.nbytes, fmt.bits_per_weight, fmt.spec, fmt.outlier_count):
+        with pytest.raises(FormatError, match="too large for nf4-outliers"):
+            method(shape)
+    assert fmt.dense.nbytes(shape) > 0
+
+
 def test_properties_cannot_be_set() -> None:
     with pytest.raises(AttributeError):
         Format("nf4").double_quant = False  # type: ignore[misc]
@@ -156,7 +171,7 @@ def test_packing_without_torch(bits: int) -> None:
 
 def _examples() -> list[tuple[str, dict[str, str]]]:
     found = []
-    for fmt, block in re.findall(r"^### 12\.\d+ `([^`]+)`\n.*?```\n(.*?)```", DOCUMENT, re.M | re.S):
+    for fmt, block in re.findall(r"^### 13\.\d+ `([^`]+)`\n.*?```\n(.*?)```", DOCUMENT, re.M | re.S):
         found.append(
             (fmt, dict(re.split(r"\s{2,}", line, maxsplit=1) for line in block.strip().splitlines()))
         )

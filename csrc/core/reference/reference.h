@@ -6,10 +6,8 @@
 
 namespace bitfold::reference {
 
-// w[r, c] exactly as the stored bytes say, rounded to float once per operation as all kernels do.
-float weight_at(const PackedView& view, int64_t row, int64_t col);
-
-// out [rows, cols] float, contiguous.
+// out [rows, cols] float, contiguous: exactly what the stored bytes say, rounded to float once per
+// operation as all kernels do.
 void dequantize(const PackedView& view, float* out);
 
 // y[m, n] = sum_k x[m, k] * w[n, k] + bias[n] in double; x [m, cols], y [m, rows] contiguous, bias

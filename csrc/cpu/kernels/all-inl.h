@@ -16,4 +16,7 @@
 #include "cpu/kernels/panels-inl.h"
 #include "cpu/kernels/rows-inl.h"
 
+#include "cpu/kernels/dot_codes-inl.h"
+#include "cpu/kernels/outliers-inl.h"
+
 #include "cpu/kernels/table-inl.h"

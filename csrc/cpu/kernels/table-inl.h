@@ -68,4 +68,6 @@ const KernelTable table = {
     .quantize_activations = quantize_activations,
     .multiply_rows = multiply_rows,
     .multiply_panel = multiply_panel,
+    .add_outliers = add_outliers,
+    .dot_codes = dot_codes,
 };

@@ -15,7 +15,8 @@ from torch import nn
 from bitfold.errors import PackedDataError
 from bitfold.io.safetensors_file import SafetensorsFile
 from bitfold.nn import PackedModule
-from bitfold.nn._base import dtype_name
+from bitfold.nn._base import OUTLIER_INDEX, dtype_name
+from bitfold.outliers import outlier_problem
 
 __all__ = ["check_files", "check_loaded", "check_missing", "float_shapes", "folded_modules"]
 
@@ -120,3 +121,8 @@ def check_loaded(model: nn.Module, shapes: Mapping[str, torch.Size]) -> None:
             if tensor.is_meta and not offloaded:
                 msg = f"{key}: was not loaded (still on the meta device); {_REMEDY}"
                 raise PackedDataError(msg)
+        if module.format.outliers:
+            stored = {suffix: getattr(module, f"weight{suffix}") for suffix in OUTLIER_INDEX}
+            problem = outlier_problem(f"{name}.weight", stored, module.format, module.shape)
+            if problem:
+                raise PackedDataError(f"{problem}; {_REMEDY}")  # noqa: EM102

@@ -27,6 +27,7 @@ from bitfold.io.shards import Checkpoint
 from bitfold.verifying import (
     Problem,
     Verification,
+    check_outliers,
     check_ratio,
     check_tensors,
     expected_packed,
@@ -128,6 +129,7 @@ def _check_against_class(
     expected |= {name: spec for name, spec in expected_packed(description).items() if name not in expected}
     parameters = {name for name, _ in model.named_parameters()}
     result.problems += check_tensors(checkpoint, names, expected, parameters)
+    result.problems += check_outliers(checkpoint, names, description)
     if unused:
         result.notes.append(
             f"{len(unused)} tensors for which the model has no place: {', '.join(unused[:5])}"

@@ -5,6 +5,7 @@ from bitfold.nn.accuracy import set_accuracy
 from bitfold.nn.conv1d import QuantConv1D
 from bitfold.nn.embedding import QuantEmbedding
 from bitfold.nn.linear import QuantLinear
+from bitfold.nn.mixed import set_llm_int8
 from bitfold.nn.tied import TiedEmbedding, TiedHead
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "TiedEmbedding",
     "TiedHead",
     "set_accuracy",
+    "set_llm_int8",
 ]

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from bitfold import ops
 from bitfold.errors import PackedDataError, WeightError
 from bitfold.formats import Format, as_format
+from bitfold.outliers import outlier_problem
 
 if TYPE_CHECKING:
     from bitfold.methods import Solution
 
+OUTLIER_INDEX = ("_outlier_row", "_outlier_column")
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -28,6 +30,21 @@ def linear(x: Tensor, packed: list[Tensor], spec: list[int], bias: Tensor | None
     if x.dtype == torch.float64:
         return ops.linear(x.float(), packed, spec, None if bias is None else bias.float(), accuracy).double()
     return ops.linear(x, packed, spec, bias, accuracy)
+
+
+def linear_mixed(
+    x: Tensor,
+    packed: list[Tensor],
+    spec: list[int],
+    bias: Tensor | None,
+    threshold: float,
+    columns: list[int] | None,
+) -> Tensor:
+    """`ops.linear_mixed` in x's dtype, float64 included."""
+    if x.dtype == torch.float64:
+        narrow = None if bias is None else bias.float()
+        return ops.linear_mixed(x.float(), packed, spec, narrow, threshold, columns).double()
+    return ops.linear_mixed(x, packed, spec, bias, threshold, columns)
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
@@ -216,6 +233,10 @@ class PackedModule(nn.Module):
                 problem = tensor_problem(key, state_dict[key], type_name, size, self.format, self.shape)
                 if problem:
                     problems.append(problem)
+        stored = {suffix: state_dict.get(f"{prefix}weight{suffix}") for suffix in OUTLIER_INDEX}
+        if not problems and all(isinstance(tensor, Tensor) for tensor in stored.values()):
+            problem = outlier_problem(f"{prefix}weight", stored, self.format, self.shape)  # type: ignore[arg-type]
+            problems += [problem] if problem else []
         if problems:  # nothing of this module is copied, so that it stays whole
             error_msgs.extend(problems)
             return

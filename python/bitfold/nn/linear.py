@@ -8,14 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.formats import Format
-from bitfold.nn._base import PackedModule, bias_of, carry_over, check_finite, check_float_weight, linear
+from bitfold.nn._base import (
+    PackedModule,
+    bias_of,
+    carry_over,
+    check_finite,
+    check_float_weight,
+    linear,
+    linear_mixed,
+)
 from bitfold.nn.accuracy import Multiplies
+from bitfold.nn.mixed import MixesProducts
 
 if TYPE_CHECKING:
     from bitfold.methods import Solution
 
 
-class QuantLinear(Multiplies, PackedModule, nn.Linear):
+class QuantLinear(Multiplies, MixesProducts, PackedModule, nn.Linear):
     """`y = x @ W.T + bias` where W `[out_features, in_features]` stays packed in RAM and on disk.
 
     It is an `nn.Linear` to isinstance checks (PEFT's `all-linear` finds it), but `weight` is the flat int8
@@ -137,6 +146,8 @@ class QuantLinear(Multiplies, PackedModule, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Take x `[..., in_features]` in any float dtype -> `[..., out_features]` in the same dtype."""
+        if self._mixed is not None:
+            return linear_mixed(x, self.packed(), self._spec, bias_of(self), *self._mixed)
         return linear(x, self.packed(), self._spec, bias_of(self), self._accuracy)
 
     def manifest_entry(self) -> dict[str, Any]:
@@ -147,5 +158,5 @@ class QuantLinear(Multiplies, PackedModule, nn.Linear):
         """Sizes, format, bytes and ratio."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self._size_repr()}{self._accuracy_repr()}"
+            f"bias={self.bias is not None}, {self._size_repr()}{self._accuracy_repr()}{self._mixed_repr()}"
         )

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.errors import PackedDataError
-from bitfold.nn._base import PackedModule, bias_of, carry_over, embedding, linear
+from bitfold.nn._base import PackedModule, bias_of, carry_over, embedding, linear, linear_mixed
 from bitfold.nn.accuracy import Multiplies
 from bitfold.nn.embedding import apply_scale, scale_or_stored
+from bitfold.nn.mixed import MixesProducts
 
 
 class _Tied(nn.Module):
@@ -83,7 +84,7 @@ def _check_shape(module: nn.Linear | nn.Embedding, source: PackedModule) -> None
         raise PackedDataError(msg)
 
 
-class TiedHead(Multiplies, _Tied):
+class TiedHead(Multiplies, MixesProducts, _Tied):
     """A linear layer that shares the packed matrix of an embedding: `y = x @ E.T + bias`.
 
     Args:
@@ -126,6 +127,8 @@ class TiedHead(Multiplies, _Tied):
             owner, name = self._bias_owner
             bias = getattr(owner, name)
         source = self._source
+        if self._mixed is not None:
+            return linear_mixed(x, source.packed(), source._spec, bias, *self._mixed)
         return linear(x, source.packed(), source._spec, bias, self._accuracy)
 
     def manifest_entry(self, names: Mapping[nn.Module, str]) -> dict[str, Any]:
@@ -142,7 +145,7 @@ class TiedHead(Multiplies, _Tied):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, "
             f"format={self.format}, no bytes of its own (shares the matrix of a {type(self.source).__name__})"
-            f"{self._accuracy_repr()}"
+            f"{self._accuracy_repr()}{self._mixed_repr()}"
         )
 
 

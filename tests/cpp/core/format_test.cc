@@ -31,6 +31,7 @@ TEST(Format, PrintsWhatItParses) {
 TEST(Format, OptionsMayComeInAnyOrder) {
   EXPECT_EQ(format_of("int4-sym-g128-dq"), format_of("int4-g128-sym-dq"));
   EXPECT_EQ(format_of("nf4-nodq-g128").to_string(), "nf4-g128-nodq");
+  EXPECT_EQ(format_of("int4-outliers5-sym").to_string(), "int4-g64-sym-outliers5");
 }
 
 TEST(Format, BareNamesHaveDefaults) {
@@ -44,6 +45,9 @@ TEST(Format, BareNamesHaveDefaults) {
   EXPECT_EQ(format_of("kmeans4").to_string(), "kmeans4-row");
   EXPECT_EQ(format_of("nf4-tensor").to_string(), "nf4-tensor");
   EXPECT_FALSE(format_of("nf4-tensor").double_quant);
+  EXPECT_EQ(format_of("nf4").outliers, 0);
+  EXPECT_EQ(format_of("nf4-outliers").outliers, 10);
+  EXPECT_EQ(format_of("nf4-outliers10").to_string(), "nf4-outliers");
 }
 
 TEST(Format, ErrorsNameTheToken) {
@@ -67,6 +71,12 @@ TEST(Format, ErrorsNameTheToken) {
       {"kmeans4-dq", {"'dq'", "impossible", "no scales"}},
       {"kmeans4-zp", {"'zp'", "impossible"}},
       {"int4-tensor-dq", {"'dq'", "impossible", "'tensor'"}},
+      {"int4-outliers0", {"'outliers0'", "allowed"}},
+      {"int4-outliers101", {"'outliers101'", "per mille", "1 to 100"}},
+      {"int4-outliers-1", {"'1'", "outliersN"}},
+      {"int4-outliers05", {"'outliers05'"}},
+      {"int4-outliers99999999999", {"'outliers99999999999'"}},
+      {"nf4-outliers-outliers5", {"'outliers5'", "second option", "outliers"}},
       {"int4-", {"''", "allowed"}},
       {"int4--g64", {"''"}},
       {"int4-g64 ", {"'g64 '"}},
@@ -123,6 +133,32 @@ TEST(Format, BuffersFollowFromFormatAndShape) {
   EXPECT_EQ(shapes("kmeans2-tensor", 5, 197), ":int8,250 _codebook:int16,1,4 _exponent:int8,1 ");
   EXPECT_EQ(shapes("nf4", 1000, 128),
             ":int8,64000 _scale:int8,1000,2 _scale_absmax:int32,8 _scale_offset:int32,1 ");
+  EXPECT_EQ(shapes("int4-tensor-outliers", 5, 197),
+            ":int8,495 _scale:int16,1,1 _exponent:int8,1 _zero:int8,1 _outlier_value:int16,10 "
+            "_outlier_column:int16,10 _outlier_row:int32,6 _outlier_exponent:int8,1 ");
+  EXPECT_EQ(shapes("int8-outliers1", 1, 65537),
+            ":int8,65537 _scale:int16,1,1 _exponent:int8,1 _outlier_value:int16,66 "
+            "_outlier_column:int32,66 _outlier_row:int32,2 _outlier_exponent:int8,1 ");
+}
+
+TEST(Format, DenseBuffersComeFirst) {
+  for (const std::string& text : every_format()) {
+    const Format format = format_of(text), dense = format.dense();
+    EXPECT_EQ(dense.outliers, 0);
+    const BufferTable all = format.buffers(5, 197), first = dense.buffers(5, 197);
+    ASSERT_EQ(all.size(), first.size() + (format.outliers > 0 ? 4 : 0));
+    for (size_t i = 0; i < first.size(); ++i) EXPECT_STREQ(all[i].suffix, first[i].suffix);
+  }
+}
+
+TEST(Format, ShapesThatOutliersCannotCountAreRefused) {
+  const int64_t rows = 1 << 20, cols = 1 << 20;
+  EXPECT_TRUE(check_shape(format_of("int4-outliers1"), rows, cols).ok());
+  for (const auto& [r, c] : {std::pair{rows, cols}, {int64_t{1}, int64_t{INT32_MAX} + 1}}) {
+    const Status status = check_shape(format_of("int4-outliers"), r, c);
+    EXPECT_NE(status.message.find("too large for int4-g64-outliers"), std::string::npos);
+    EXPECT_TRUE(check_shape(format_of("int4"), r, c).ok());
+  }
 }
 
 TEST(Format, TheLongestTableFillsItsList) {
@@ -189,12 +225,15 @@ TEST(Format, IsPossibleExactlyWhenItsStringParsesBack) {
       for (int64_t group_size : {-16, 0, 8, 16, 17, 64, 65536, 65552}) {
         for (Zero zero : {Zero::kNone, Zero::kInt, Zero::kFloat, Zero::kMidrise}) {
           for (bool double_quant : {false, true}) {
-            const Format format{code, grouping, group_size, zero, double_quant};
-            Format parsed;
-            const bool parses = Format::parse(format.to_string(), &parsed).ok() && parsed == format;
-            EXPECT_EQ(format.is_possible(), parses)
-                << format.to_string() << ", group size " << group_size;
-            possible += parses;
+            for (int outliers : {-1, 0, 1, 10, 100, 101}) {
+              const Format format{code, grouping, group_size, zero, double_quant, outliers};
+              Format parsed;
+              const bool parses =
+                  Format::parse(format.to_string(), &parsed).ok() && parsed == format;
+              EXPECT_EQ(format.is_possible(), parses)
+                  << format.to_string() << ", group size " << group_size;
+              possible += parses;
+            }
           }
         }
       }
@@ -207,7 +246,7 @@ TEST(Spec, RefusesAnotherLength) {
   Format format;
   int64_t rows, cols;
   const Status status = parse_spec({0, 0, 64}, &format, &rows, &cols);
-  EXPECT_NE(status.message.find("must hold 7 ints, got 3"), std::string::npos) << status.message;
+  EXPECT_NE(status.message.find("must hold 8 ints, got 3"), std::string::npos) << status.message;
 }
 
 }  // namespace

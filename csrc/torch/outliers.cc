@@ -1,0 +1,120 @@
+#include "solvers/outliers.h"
+
+#include <optional>
+
+#include "torch/checks.h"
+
+namespace bitfold::binding {
+namespace {
+
+struct Source {
+  Format format;
+  MatrixView weight;
+};
+
+Source source_of(const Tensor& weight, const std::vector<int64_t>& spec, const char* op) {
+  Source source;
+  int64_t rows = 0, cols = 0;
+  check(parse_spec(spec, &source.format, &rows, &cols), op);
+  if (source.format.outliers == 0)
+    fail(op, "format " + source.format.to_string() + " has no outliers; add '-outliers' to it");
+  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols || !weight.is_cpu()) {
+    fail(op, "weight must be a CPU tensor [out, in] = [" + std::to_string(rows) + ", " +
+                 std::to_string(cols) + "], got " + shape_of(weight));
+  }
+  source.weight = {weight.const_data_ptr(),
+                   float_type(weight.scalar_type(), op, "weight"),
+                   rows,
+                   cols,
+                   weight.stride(0),
+                   weight.stride(1)};
+  return source;
+}
+
+Tensor contiguous_mask(const Tensor& mask, const MatrixView& w, const char* op) {
+  if (mask.scalar_type() != ScalarType::Byte || !mask.is_cpu() || mask.dim() != 2 ||
+      mask.size(0) != w.rows || mask.size(1) != w.cols) {
+    fail(op, "mask must be a uint8 CPU tensor [" + std::to_string(w.rows) + ", " +
+                 std::to_string(w.cols) + "], got " + name_of(mask.scalar_type()) + " " +
+                 shape_of(mask));
+  }
+  return as_contiguous(mask);
+}
+
+Tensor choose_outliers(Tensor weight, std::vector<int64_t> spec, int64_t method,
+                       std::optional<Tensor> importance) {
+  constexpr const char* kOp = "choose_outliers";
+  const Source source = source_of(weight, spec, kOp);
+  if (method != 0 && method != 1)
+    fail(kOp, "method must be 0 (round) or 1 (search), got " + std::to_string(method));
+  std::optional<Tensor> factors;
+  if (importance.has_value()) {
+    if (importance->scalar_type() != ScalarType::Float || !importance->is_cpu() ||
+        importance->dim() != 1 || importance->numel() != source.weight.cols) {
+      fail(kOp, "importance must be a float32 CPU tensor [" + std::to_string(source.weight.cols) +
+                    "] (in_features), got " + name_of(importance->scalar_type()) + " " +
+                    shape_of(*importance));
+    }
+    factors = as_contiguous(*importance);
+    const auto* at = static_cast<const float*>(factors->const_data_ptr());
+    for (int64_t c = 0; c < source.weight.cols; ++c) {
+      if (!(at[c] >= 0.0f && at[c] <= 3e38f))
+        fail(kOp, "importance[" + std::to_string(c) + "] must be finite and not negative, got " +
+                      std::to_string(at[c]));
+    }
+  }
+  Tensor mask =
+      torch::stable::new_empty(weight, {source.weight.rows, source.weight.cols}, ScalarType::Byte);
+  check(bitfold::choose_outliers(
+            kernels(kOp), source.format, static_cast<Method>(method), source.weight,
+            factors ? static_cast<const float*>(factors->const_data_ptr()) : nullptr,
+            static_cast<uint8_t*>(mask.mutable_data_ptr()), torch_parallel()),
+        kOp);
+  return mask;
+}
+
+Tensor set_aside_outliers(Tensor weight, std::vector<int64_t> spec, Tensor mask) {
+  constexpr const char* kOp = "set_aside_outliers";
+  const Source source = source_of(weight, spec, kOp);
+  const Tensor marked = contiguous_mask(mask, source.weight, kOp);
+  Tensor out =
+      torch::stable::new_empty(weight, {source.weight.rows, source.weight.cols}, ScalarType::Float);
+  set_aside(kernels(kOp), source.format, source.weight,
+            static_cast<const uint8_t*>(marked.const_data_ptr()),
+            static_cast<float*>(out.mutable_data_ptr()), torch_parallel());
+  return out;
+}
+
+std::vector<Tensor> fill_outliers(std::vector<Tensor> dense, std::vector<int64_t> spec,
+                                  Tensor weight, Tensor mask) {
+  constexpr const char* kOp = "fill_outliers";
+  const Source source = source_of(weight, spec, kOp);
+  const int64_t rows = source.weight.rows, cols = source.weight.cols;
+  const Tensor marked = contiguous_mask(mask, source.weight, kOp);
+  const Spec dense_spec = make_spec(source.format.dense(), rows, cols);
+  unpack(dense, {dense_spec.begin(), dense_spec.end()}, kOp);  // checks them
+  std::vector<void*> data;
+  for (const Tensor& tensor : dense) data.push_back(tensor.mutable_data_ptr());
+  std::vector<Tensor> made;
+  const BufferTable buffers = source.format.buffers(rows, cols);
+  for (size_t i = dense.size(); i < buffers.size(); ++i) {
+    made.push_back(torch::stable::new_empty(
+        weight, {buffers[i].shape.data(), buffers[i].shape.size()}, scalar_type(buffers[i].dtype)));
+    data.push_back(made.back().mutable_data_ptr());
+  }
+  check(bitfold::fill_outliers(kernels(kOp), source.format, source.weight,
+                               static_cast<const uint8_t*>(marked.const_data_ptr()), data.data(),
+                               torch_parallel()),
+        kOp);
+  return made;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
+  m.impl("choose_outliers", TORCH_BOX(&choose_outliers));
+  m.impl("set_aside_outliers", TORCH_BOX(&set_aside_outliers));
+  m.impl("fill_outliers", TORCH_BOX(&fill_outliers));
+}
+
+}  // namespace bitfold::binding
