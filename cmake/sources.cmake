@@ -68,6 +68,8 @@ set(BITFOLD_CPP_TESTS
   cpu/activations
   cpu/instruction_sets
   cpu/isa
+  solvers/gptq
+  solvers/hessian
   solvers/kmeans
   solvers/quantize
 )
@@ -76,6 +78,7 @@ set(BITFOLD_CPP_PER_ISA_TESTS
   cpu/decode
   cpu/dequantize
   cpu/extreme_values
+  cpu/feedback
   cpu/gemm
   cpu/integer_product
   cpu/linear
