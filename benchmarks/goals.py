@@ -122,6 +122,17 @@ def overhead_goals(overhead: dict[str, dict[str, float]]) -> list[Goal]:
     ]
 
 
+def solver_goals(records: dict[str, Record]) -> list[Goal]:
+    """Seconds for 4096 x 4096 and 8192 rows on two cores, and the loss beside the public algorithm's."""
+    reference = records.get("public solve", {}).get("relative_loss")
+    loss = None if reference is None else records["solve"]["relative_loss"] / reference
+    return [
+        goal("Hessian, seconds", "hessian", 1.6, records["hessian"]["median_s"], most=True),
+        goal("GPTQ, seconds", "solve", 1.1, records["solve"]["median_s"], most=True),
+        goal("GPTQ, loss of the public one's", "solve", 1.0, loss, most=True),
+    ]
+
+
 def folding_goals(speeds: dict[str, float], copy: float, clone: float) -> list[Goal]:
     """`speeds` by "quantize <format>" (GB/s of fp32) and "dequantize <format>[ to bf16]" (GB/s moved).
 

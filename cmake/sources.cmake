@@ -72,6 +72,8 @@ set(BITFOLD_CPP_TESTS
   cpu/activations
   cpu/instruction_sets
   cpu/isa
+  solvers/gptq
+  solvers/hessian
   solvers/kmeans
   solvers/outliers
   solvers/quantize
@@ -81,6 +83,7 @@ set(BITFOLD_CPP_PER_ISA_TESTS
   cpu/decode
   cpu/dequantize
   cpu/extreme_values
+  cpu/feedback
   cpu/gemm
   cpu/integer_product
   cpu/linear

@@ -6,9 +6,10 @@
 #include <string>
 
 #include "core/scale_coding.h"
+#include "solvers/kmeans.h"
 #include "solvers/panel_scales.h"
-#include "solvers/quantize.h"
 #include "solvers/refit.h"
+#include "solvers/row_reader.h"
 
 namespace bitfold {
 namespace {
@@ -47,8 +48,7 @@ class Gptq {
     if (f_.found && options_.cross) move_target();
     const double read = now();
     if (is_learned()) {
-      const Status learned = learn_books();
-      if (!learned.ok()) return learned;
+      learn_books();
     } else {
       choose_static_scales();
     }
@@ -103,11 +103,43 @@ class Gptq {
     if (!is_dynamic()) w_.store_scales(exponent_, &storage_);
   }
 
-  // Levels as without a Hessian.
-  Status learn_books() {
-    const Status status = quantize(w_.k, format_, Method::kSearch, source_, buffers_, parallel_);
-    if (status.ok()) w_.read_books(make_view(format_, w_.rows, w_.cols, buffers_));
-    return status;
+  // Levels by k-means, weighted by importance.
+  void learn_books() {
+    const int levels = 1 << format_.bits();
+    const std::vector<float> of_column =
+        options_.scales == ScaleChoice::kRange
+            ? std::vector<float>(static_cast<size_t>(w_.cols), 1.0f)
+            : importance();
+    const bool shared = format_.grouping == Grouping::kTensor;
+    std::vector<float> books(static_cast<size_t>(format_.scale_rows(w_.rows) * levels));
+    PointHistogram histogram;
+    const auto learn = [&](int64_t begin, int64_t end) {
+      std::vector<float> row(static_cast<size_t>(w_.cols)), weight(row.size());
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t p = r / kPanelLanes, lane = r % kPanelLanes;
+        for (int64_t c = 0; c < w_.cols; ++c) {
+          const int64_t at = c * kPanelLanes + lane;
+          const bool counts = !w_.exact || !w_.exact_of(p)[at];
+          row[static_cast<size_t>(c)] = w_.weights_of(p)[at];
+          weight[static_cast<size_t>(c)] = counts ? of_column[static_cast<size_t>(c)] : 0.0f;
+        }
+        if (shared) {
+          histogram.add(row.data(), weight.data(), w_.cols);
+        } else {
+          const std::vector<float> found =
+              kmeans(points_of(row.data(), weight.data(), w_.cols), levels);
+          std::copy(found.begin(), found.end(), books.begin() + r * levels);
+        }
+      }
+    };
+    if (shared) {
+      learn(0, w_.rows);
+      books = kmeans(histogram.points(), levels);
+    } else {
+      parallel_(w_.rows, grain(w_.cols, kGrainWeights), learn);
+    }
+    storage_.store_books(&books);
+    w_.read_books(make_view(format_, w_.rows, w_.cols, buffers_));
   }
 
   // W <- W + alpha W C H^-1 (solvers/gptq.h), transposed as H^-1 C^T W^T.

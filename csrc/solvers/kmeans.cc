@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <utility>
 
 #include "core/float16.h"
 
@@ -106,6 +107,24 @@ WeightedPoints points_of(const float* w, int64_t n) {
   return points;
 }
 
+WeightedPoints points_of(const float* w, const float* importance, int64_t n) {
+  std::vector<std::pair<float, float>> pairs;
+  for (int64_t i = 0; i < n; ++i) {
+    if (importance[i] > 0.0f) pairs.emplace_back(w[i] == 0.0f ? 0.0f : w[i], importance[i]);
+  }
+  std::sort(pairs.begin(), pairs.end());
+  WeightedPoints points;
+  for (const auto& [value, weight] : pairs) {
+    if (!points.value.empty() && points.value.back() == value) {
+      points.weight.back() += weight;
+    } else {
+      points.value.push_back(value);
+      points.weight.push_back(weight);
+    }
+  }
+  return points;
+}
+
 PointHistogram::PointHistogram() : count_(1 << 16), sum_(1 << 16) {}
 
 void PointHistogram::add(const float* w, int64_t n) {
@@ -113,6 +132,14 @@ void PointHistogram::add(const float* w, int64_t n) {
     const uint32_t bin = ascending_key(w[i]) >> 16;
     count_[bin] += 1.0;
     sum_[bin] += w[i];
+  }
+}
+
+void PointHistogram::add(const float* w, const float* importance, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bin = ascending_key(w[i]) >> 16;
+    count_[bin] += importance[i];
+    sum_[bin] += static_cast<double>(importance[i]) * w[i];
   }
 }
 

@@ -13,6 +13,8 @@ struct WeightedPoints {  // ascending values
 
 // The distinct values of w[n], ascending, with their multiplicity.
 WeightedPoints points_of(const float* w, int64_t n);
+// The same with the summed importance[n] for multiplicity; what has none is left out.
+WeightedPoints points_of(const float* w, const float* importance, int64_t n);
 
 // Collects a stream of weights of any length in 65536 bins by the leading 16 bits of each float
 // (relative width 2^-7), each represented by the mean of what fell in it.
@@ -20,6 +22,7 @@ class PointHistogram {
  public:
   PointHistogram();
   void add(const float* w, int64_t n);
+  void add(const float* w, const float* importance, int64_t n);
   WeightedPoints points() const;
 
  private:

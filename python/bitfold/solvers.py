@@ -1,8 +1,8 @@
 """Native solvers of calibrated quantization, one wrapper per op with its fake kernel beside it.
 
-A solver sees one matrix ``W`` ``[out, in]`` and statistics of its input ``x`` ``[tokens, in]``, never a model.
-What counts is ``||(W - Q) x||²`` summed over the tokens, which is ``tokens * tr(E H Eᵀ)`` with ``E = W - Q`` and
-``H = mean(x xᵀ)``, the Hessian of that error.
+A solver sees one matrix ``W`` ``[out, in]`` and statistics of its input ``x`` ``[tokens, in]``, never a
+model. What counts is ``||(W - Q) x||²`` summed over the tokens, which is ``tokens * tr(E H Eᵀ)`` with
+``E = W - Q`` and ``H = mean(x xᵀ)``, the Hessian of that error.
 
     >>> import torch
     >>> x, weight = torch.randn(512, 64) @ torch.randn(64, 64), torch.randn(32, 64)
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold import _C, ops
+from bitfold import _C, ops  # noqa: F401  (ops loads the library; examples use it)
 from bitfold.errors import WeightError
 from bitfold.formats import Format, as_format
 
@@ -62,9 +62,9 @@ def hessian_update(
     """Takes a batch of inputs into the running mean of ``x xᵀ``; any split in batches gives one answer.
 
     Args:
-        hessian: ``[in, in]``, float32 or float64, contiguous; updated in place. With ``tokens=0`` what it holds
-            is not read. Sums are made in its dtype. Only what lies on and below the diagonal (and some more)
-            is kept up to date: `hessian_finish` fills in the rest once all batches are in.
+        hessian: ``[in, in]``, float32 or float64, contiguous; updated in place. With ``tokens=0`` what it
+            holds is not read. Sums are made in its dtype. Only what lies on and below the diagonal (and some
+            more) is kept up to date: `hessian_finish` fills in the rest once all batches are in.
         x: ``[..., in]``, float32, float16 or bfloat16.
         mask: bool or uint8, one entry per row of x: rows where it is 0 (padding) are passed over. None counts
             all.
@@ -143,14 +143,14 @@ def gptq_quantize(
 ) -> tuple[list[Tensor], dict[str, Any]]:
     """Folds a matrix such that its products with the calibrated inputs change least (GPTQ, 2210.17323).
 
-    Columns are rounded one after the other; what each leaves as an error is made good by those after it. With
-    ``H = R Rᵀ``, R upper triangular, column k is rounded from ``w_k + sum_{j<k} e_j R_jk / R_kk``, which gives
-    GPTQ's codes from a single Cholesky factorization. The loss that is left is
+    Columns are rounded one after the other; what each leaves as an error is made good by those after it.
+    With ``H = R Rᵀ``, R upper triangular, column k is rounded from ``w_k + sum_{j<k} e_j R_jk / R_kk``, which
+    gives GPTQ's codes from a single Cholesky factorization. The loss that is left is
     ``sum_k R_kk² (that - q_k)²``, and ``tr(E H Eᵀ)`` at the same time.
 
     Args:
         weight: ``[out, in]``, float32, float16 or bfloat16, any strides.
-        fmt: any format. Learned codebooks (kmeans) take the levels that they have without calibration.
+        fmt: any format. Learned codebooks (kmeans) are weighted by the diagonal of H.
         hessian: ``[in, in]`` mean of ``x xᵀ``, both halves filled, float32 or float64.
         cross: ``[in, in]`` from `cross_update`, or None. Given, the matrix that is rounded is
             ``W + alpha W cross H⁻¹``, the least-squares answer to ``||W x_float - Q x||²``: the layer then
@@ -158,8 +158,8 @@ def gptq_quantize(
             matrix.
         alpha: how far to go there, 0 to 1.
         order: of rounding. ``"descending"``: inputs by falling mean square ("act-order"); scales stay those
-            of contiguous groups, nothing is permuted in storage. ``"groups"``: the same inside each group, and
-            groups by their means. ``"none"``: first to last.
+            of contiguous groups, nothing is permuted in storage. ``"groups"``: the same inside each group,
+            and groups by their means. ``"none"``: first to last.
         damping: part of the mean diagonal of H added to its diagonal. Where H is not positive definite the
             factorization is tried in float64, then with more damping, in growing steps up to 0.5.
         scales: ``"range"`` (absmax or min-max of each group), ``"search"`` (least squared error weighted by

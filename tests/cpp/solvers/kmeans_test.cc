@@ -84,5 +84,20 @@ TEST(Histogram, FewDistinctValuesAreExactAlsoWhenClose) {
   for (float v : w) EXPECT_NE(std::find(levels.begin(), levels.end(), v), levels.end()) << v;
 }
 
+TEST(Kmeans, ImportanceCountsLikeCopies) {
+  const std::vector<float> w = {0.5f, -1.0f, 0.25f, 0.0f, 2.0f, 0.0f, 9.0f};
+  const std::vector<float> importance = {2.0f, 1.0f, 3.0f, 1.0f, 1.0f, 1.0f, 0.0f};
+  const std::vector<float> copies = {0.5f, 0.5f, -1.0f, 0.25f, 0.25f, 0.25f, 0.0f, 0.0f, 2.0f};
+  const auto n = static_cast<int64_t>(w.size()), many = static_cast<int64_t>(copies.size());
+  const WeightedPoints a = points_of(w.data(), importance.data(), n);
+  const WeightedPoints b = points_of(copies.data(), many);
+  EXPECT_EQ(a.value, b.value);
+  EXPECT_EQ(a.weight, b.weight);
+  PointHistogram weighted, plain;
+  weighted.add(w.data(), importance.data(), n);
+  plain.add(copies.data(), many);
+  EXPECT_EQ(kmeans(weighted.points(), 3), kmeans(plain.points(), 3));
+}
+
 }  // namespace
 }  // namespace bitfold
