@@ -35,12 +35,12 @@ class Block(nn.Module):
 def resident(what):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(what))
 
-size, rows, kind = 640, 2048, sys.argv[1]
-if kind == "solver":
-    size, rows = 900, 300
+size, rows, kind = 480, 1024, sys.argv[1]
+if kind == "cross":
+    size, rows = 640, 150
 torch.manual_seed(0)
-model = nn.Sequential(*[Block(size) for _ in range(4)])
-data = [torch.randn(rows, size) for _ in range(24 if kind == "streams" else 4)]
+model = nn.Sequential(*[Block(size) for _ in range(3)])
+data = [torch.randn(rows, size) for _ in range(20 if kind == "streams" else 4)]
 settings = bitfold.calibration.Settings(float_stream=kind == "cross")
 bitfold.quantize(nn.Sequential(Block(32), Block(32)), "int4-g64", calibration=[torch.randn(200, 32)],
                  method="gptq", checkpoint=False, progress=False)  # what torch and Python load on first use
@@ -53,7 +53,8 @@ print(json.dumps([bitfold.calibration.report(model).predicted_bytes, measured]))
 """
 
 
-@pytest.mark.parametrize("kind", ["streams", "cross", "solver"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["streams", "cross"])
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak")
 def test_prediction_is_within_fifteen_percent_of_the_peak(kind, tmp_path):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
@@ -61,7 +62,7 @@ def test_prediction_is_within_fifteen_percent_of_the_peak(kind, tmp_path):
         [sys.executable, "-c", SCRIPT, kind], capture_output=True, text=True, check=True, env=environment
     )
     predicted, measured = json.loads(done.stdout.splitlines()[-1])
-    assert measured > 50e6
+    assert measured > 25e6
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
