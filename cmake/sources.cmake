@@ -24,6 +24,7 @@ set(BITFOLD_CPU_SOURCES
 
 set(BITFOLD_SOLVER_SOURCES
   csrc/solvers/group_search.cc
+  csrc/solvers/hqq.cc
   csrc/solvers/kmeans.cc
   csrc/solvers/quantize.cc
   csrc/solvers/scale_search.cc
@@ -36,6 +37,7 @@ set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni)
 set(BITFOLD_OPS_SOURCES
   csrc/torch/checks.cc
   csrc/torch/dequantize.cc
+  csrc/torch/hqq.cc
   csrc/torch/linear.cc
   csrc/torch/pack.cc
   csrc/torch/quantize.cc
@@ -58,6 +60,7 @@ set(BITFOLD_CPP_TESTS
   cpu/activations
   cpu/instruction_sets
   cpu/isa
+  solvers/hqq
   solvers/kmeans
   solvers/quantize
 )

@@ -34,6 +34,12 @@ struct SpanFits {
   float w[kSpanLanes], d[kSpanLanes];                       // sum w, d
 };
 
+// Sums over each span of the residuals r = w / scale + zero - code, in steps of the grid.
+struct ShrinkSums {
+  float error[kSpanLanes];  // sum |r|
+  float pull[kSpanLanes];   // sum of r less its proximal point: r min(1, |r|^(p - 2) / beta)
+};
+
 // A row is cut in spans of `group` weights (a multiple of 16, or the whole row), each with its own
 // scale.
 struct KernelTable {
@@ -55,6 +61,11 @@ struct KernelTable {
   // One choice for each lane.
   void (*fit)(const Encoding& encoding, const float* block, int64_t n, const float* scale,
               const float* zero, SpanFits* fits);
+
+  // Residuals of a grid of 2^bits codes under the norm |r|^p, p from 0 to 2, its power to 3e-5
+  // relative (HQQ; solvers/hqq.h).
+  void (*shrink)(int bits, const float* block, int64_t n, const float* scale, const float* zero,
+                 float p, float beta, ShrinkSums* sums);
 
   // One packed row from scale[g] and zero[g] (null for codebooks).
   void (*encode)(const Encoding& encoding, const float* w, int64_t n, int64_t group,

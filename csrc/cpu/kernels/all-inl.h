@@ -7,6 +7,8 @@
 #include "cpu/kernels/quantize-inl.h"
 #include "cpu/kernels/search-inl.h"
 
+#include "cpu/kernels/hqq-inl.h"
+
 #include "cpu/kernels/activations-inl.h"
 #include "cpu/kernels/codecs-inl.h"
 #include "cpu/kernels/units-inl.h"

@@ -55,6 +55,7 @@ const KernelTable table = {
     .interleave = interleave,
     .errors = errors,
     .fit = fit,
+    .shrink = shrink,
     .encode = encode,
     .decode = decode,
     .decode_row = decode_row,
