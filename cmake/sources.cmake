@@ -23,11 +23,19 @@ set(BITFOLD_CPU_SOURCES
 )
 
 set(BITFOLD_SOLVER_SOURCES
+  csrc/solvers/factor.cc
+  csrc/solvers/feedback.cc
+  csrc/solvers/gptq.cc
   csrc/solvers/group_search.cc
+  csrc/solvers/hessian.cc
   csrc/solvers/hqq.cc
   csrc/solvers/kmeans.cc
+  csrc/solvers/panel_scales.cc
+  csrc/solvers/panels.cc
   csrc/solvers/quantize.cc
+  csrc/solvers/refit.cc
   csrc/solvers/scale_search.cc
+  csrc/solvers/scale_storage.cc
 )
 
 # name of the target file in csrc/cpu/targets
@@ -39,9 +47,11 @@ set(BITFOLD_OPS_SOURCES
   csrc/torch/dequantize.cc
   csrc/torch/hqq.cc
   csrc/torch/linear.cc
+  csrc/torch/linear_algebra.cc
   csrc/torch/pack.cc
   csrc/torch/quantize.cc
   csrc/torch/schemas.cc
+  csrc/torch/solvers.cc
 )
 
 set(BITFOLD_PYTHON_SOURCES

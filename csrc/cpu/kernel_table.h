@@ -34,6 +34,42 @@ struct SpanFits {
   float w[kSpanLanes], d[kSpanLanes];                       // sum w, d
 };
 
+// Rounding with error feedback. Column k is rounded from v = w + c, where c is what the errors
+// (w - decoded) of other columns add up to; the error that it leaves, or its change, moves the c of
+// the columns after it. With a Cholesky factor for `matrix` that is GPTQ, with the Hessian itself
+// and errors of an earlier pass it is cyclic coordinate descent.
+inline constexpr int64_t kFeedbackColumns = 128;  // c of sixteen rows: 8 KiB, in the first cache
+
+struct FeedbackColumns {  // in the order of rounding; the same for all panels
+  int64_t count;          // at most kFeedbackColumns
+  const float* matrix;  // [count, count]: row k, column j > k: what the error of k adds to c of j;
+                        // null if nothing
+  const float* factor;  // [count] makes `correction` c
+  const float* cost;    // [count] of (v - decoded)^2
+  const int32_t* column;  // [count] where the column is in the panel
+  const int32_t* group;   // [count] whose scale it has
+};
+
+struct FeedbackPanel {   // sixteen rows, one to a lane
+  const float* weights;  // [columns of the matrix, 16]
+  const float* scale;    // [groups, 16]
+  const float* zero;     // [groups, 16]
+  // [columns of the matrix, 16] or null: not 0 where w is stored elsewhere, without an error.
+  const uint8_t* exact;
+  // [3, 16, 16] or null: learned codebooks, by rank and lane: the pivot above, the level, its code.
+  const float* books;
+  int64_t stride;  // between the rows of the three below; may be negative
+  // [count, 16] sums over other columns (and the column itself where `change` is given) of which
+  // `factor` makes c; null: nothing.
+  const float* correction;
+  float* error;  // [count, 16] w - decoded
+  // [count, 16] or null. Not null: `error` and `codes` hold an earlier choice, which yields only to
+  // a better one; receives by how much `error` has changed.
+  float* change;
+  uint8_t* codes;  // [columns of the matrix, 16]
+  float* cost;     // [16] grows by (the change of) the sum of cost * (v - decoded)^2
+};
+
 // Sums over each span of the residuals r = w / scale + zero - code, in steps of the grid.
 struct ShrinkSums {
   float error[kSpanLanes];  // sum |r|
@@ -61,6 +97,17 @@ struct KernelTable {
   // One choice for each lane.
   void (*fit)(const Encoding& encoding, const float* block, int64_t n, const float* scale,
               const float* zero, SpanFits* fits);
+
+  // The same with every square and product multiplied by importance[16 * j + lane].
+  void (*weighted_errors)(const Encoding& encoding, const float* block, const float* importance,
+                          int64_t n, int64_t count, const float* scale, const float* zero,
+                          float* errors);
+  void (*weighted_fit)(const Encoding& encoding, const float* block, const float* importance,
+                       int64_t n, const float* scale, const float* zero, SpanFits* fits);
+
+  // Chooses the codes of `columns` of a panel, one column after the other.
+  void (*feed_back)(const Encoding& encoding, const FeedbackColumns& columns,
+                    const FeedbackPanel& panel);
 
   // Residuals of a grid of 2^bits codes under the norm |r|^p, p from 0 to 2, its power to 3e-5
   // relative (HQQ; solvers/hqq.h).

@@ -17,7 +17,7 @@ class SpanBlock : public GroupProbe {
   // spans [count] of n weights each; absent ones are copies of the first.
   void fill(const float* const* spans, int64_t count, int64_t n);
 
-  int64_t size() const override { return n_; }
+  double total(int /*lane*/) const override { return static_cast<double>(n_); }
   void errors(int64_t count, const float* scale, const float* zero, float* errors) const override;
   void fit(const float* scale, const float* zero, SpanFits* fits) const override;
 
@@ -80,7 +80,9 @@ class WholeTensor : public GroupProbe {
               const Parallel& parallel)
       : k_(k), encoding_(encoding), w_(w), parallel_(parallel) {}
 
-  int64_t size() const override { return w_.rows * w_.cols; }
+  double total(int /*lane*/) const override {
+    return static_cast<double>(w_.rows) * static_cast<double>(w_.cols);
+  }
   void errors(int64_t count, const float* scale, const float* zero, float* errors) const override;
   void fit(const float* scale, const float* zero, SpanFits* fits) const override;
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "core/view.h"
@@ -44,5 +45,17 @@ class RowReader {
   std::vector<float> row_;
   std::vector<uint16_t> gathered_;
 };
+
+// Names the first weight of a row that is NaN or infinite.
+inline Status non_finite_row(const KernelTable& k, const MatrixView& w, int64_t r) {
+  RowReader reader(k, w);
+  const float* row = reader(r);
+  const int64_t col =
+      std::find_if(row, row + w.cols, [](float v) { return !std::isfinite(v); }) - row;
+  return Status::error(StatusCode::kNonFinite, "weight[" + std::to_string(r) + ", " +
+                                                   std::to_string(col) + "] is " +
+                                                   (std::isnan(row[col]) ? "NaN" : "infinite") +
+                                                   "; every weight must be finite");
+}
 
 }  // namespace bitfold

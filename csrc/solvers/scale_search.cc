@@ -48,14 +48,14 @@ Shrinks shrinks_for(int bits, bool asymmetric) {
 }
 
 // Least squares for fixed codes: one unknown (scale), or two (scale and a real zero point).
-void least_squares(const Encoding& encoding, int64_t n, const SpanFits& sums, float* scales,
-                   float* zeros) {
-  const double count = static_cast<double>(n);
+void least_squares(const Encoding& encoding, const GroupProbe& probe, const SpanFits& sums,
+                   float* scales, float* zeros) {
   for (int i = 0; i < kLanes; ++i) {
     if (encoding.zero != Zero::kFloat) {
       scales[i] = sums.dd[i] > 0.0f ? sums.wd[i] / sums.dd[i] : 0.0f;
       continue;
     }
+    const double count = probe.total(i);
     const double mean_d = sums.d[i] / count, mean_w = sums.w[i] / count;
     const double variance = sums.dd[i] / count - mean_d * mean_d;
     const double scale = variance > 0.0 ? (sums.wd[i] / count - mean_d * mean_w) / variance : 0.0;
@@ -120,7 +120,7 @@ void search_scales(const KernelTable& k, const Encoding& encoding, const GroupPr
   for (int step = 0; step < kRefinements; ++step) {
     float next_scale[kLanes], next_zero[kLanes];
     std::copy_n(zero, kLanes, next_zero);
-    least_squares(encoding, probe.size(), sums, next_scale, next_zero);
+    least_squares(encoding, probe, sums, next_scale, next_zero);
     for (int i = 0; i < kLanes; ++i) {
       active[i] = active[i] && is_choice(next_scale[i], next_zero[i]);
       if (!active[i]) next_scale[i] = scale[i];

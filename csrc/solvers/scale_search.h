@@ -10,7 +10,7 @@ namespace bitfold {
 class GroupProbe {
  public:
   virtual ~GroupProbe() = default;
-  virtual int64_t size() const = 0;  // of a group
+  virtual double total(int lane) const = 0;  // number (or summed importance) of its weights
   // As the kernels of the same names (cpu/kernel_table.h), over whole groups.
   virtual void errors(int64_t count, const float* scale, const float* zero,
                       float* errors) const = 0;

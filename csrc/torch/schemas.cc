@@ -29,4 +29,21 @@ STABLE_TORCH_LIBRARY(bitfold, m) {
       "hqq_solve(Tensor weight, int[] spec, float p, float beta, float kappa, int iterations) -> "
       "Tensor[]");
   m.def("instruction_set() -> int");
+
+  // Calibrated solvers; bitfold/solvers.py says what the arguments mean.
+  m.def(
+      "hessian_update(Tensor(a!) hessian, Tensor x, Tensor? mask, int tokens) -> (int counted, int "
+      "dropped)");
+  m.def("hessian_finish(Tensor(a!) hessian) -> ()");
+  m.def(
+      "cross_update(Tensor(a!) cross, Tensor x_float, Tensor x, Tensor? mask, int tokens) -> (int "
+      "counted, int dropped)");
+  m.def(
+      "gptq_quantize(Tensor weight, Tensor hessian, int[] spec, int order, float damping, int "
+      "scales, bool dynamic, int sweeps, int refits, Tensor? cross, float alpha, Tensor? exact, "
+      "int "
+      "measured_rows, bool timed) -> (Tensor[] packed, Tensor report)");
+  m.def(
+      "refit_scales(Tensor[] packed, int[] spec, Tensor weight, Tensor hessian, float damping, int "
+      "sweeps) -> (Tensor[] packed, Tensor report)");
 }

@@ -32,6 +32,7 @@ except (ImportError, OSError, RuntimeError) as _error:
     _import_error = _error
 
 if TYPE_CHECKING:
+    from bitfold import calibration
     from bitfold.hf.config import BitfoldConfig
     from bitfold.hf.loading import load, save_pretrained
     from bitfold.saving import load_into, save
@@ -49,6 +50,7 @@ __all__ = [
     "BitfoldConfig",
     "BitfoldError",
     "Format",
+    "calibration",
     "load",
     "load_into",
     "nn",
@@ -68,6 +70,8 @@ def __getattr__(name: str) -> Any:
         reason = f"{type(_import_error).__name__}: {_import_error}"
         message = f"bitfold cannot be used: {reason}; `bitfold doctor` says more"
         raise ImportError(message) from _import_error
+    if name == "calibration":
+        return import_module("bitfold.calibration")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     if name == "__version__":

@@ -159,11 +159,12 @@ def _fold(uses: list[Use], fmt: Format) -> Fold:
             raise FormatError(msg)
         return Fold(owner, tied, fmt, done=True)
     check_float_weight(module.weight, f"{owner.name}.weight")
-    fmt.buffers(_matrix_shape(owner))  # FormatError here, before anything changes
+    fmt.buffers(matrix_shape(owner))  # FormatError here, before anything changes
     return Fold(owner, tied, fmt)
 
 
-def _matrix_shape(use: Use) -> tuple[int, int]:
+def matrix_shape(use: Use) -> tuple[int, int]:
+    """`(out, in)` of the float matrix; a Conv1D holds the transpose."""
     rows, columns = use.module.weight.shape
     return (columns, rows) if use.kind == "conv1d" else (rows, columns)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from bitfold import methods
-from bitfold.choosing import Fold, choose
+from bitfold.choosing import Choice, Fold, choose
 from bitfold.errors import WeightError
 from bitfold.formats import Format
 from bitfold.manifest import PACKED_KINDS, QUANT_METHOD, bias_owner, describe, forget_tied_keys
@@ -16,15 +17,26 @@ from bitfold.nn import PackedModule, TiedEmbedding, TiedHead
 from bitfold.nn._base import check_finite
 from bitfold.nn._places import Places
 
+if TYPE_CHECKING:
+    from bitfold.calibration import Settings
+
+CALIBRATED_METHOD = "gptq"  # where there is data and no method is named
+
 
 def quantize(
     model: nn.Module,
-    fmt: Format | str = "nf4",
+    fmt: Any = "nf4",
     *,
     embeddings: Format | str | None = "int8-g64",
     skip: Iterable[str] = (),
     rules: Mapping[str, Format | str | None] | None = None,
     method: str | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    options: Mapping[str, Any] | None = None,
+    settings: Settings | None = None,
+    checkpoint: str | os.PathLike[str] | bool | None = None,
+    log: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> nn.Module:
     """Fold the weights of `model` in place, and return it.
@@ -36,13 +48,28 @@ def quantize(
     calling again finishes the work. Folding again with the same formats changes nothing. On the meta device
     the modules are swapped for empty packed ones.
 
+    With `calibration` the model is walked through block by block: each matrix is folded for what it is fed
+    by the blocks folded before it. An interrupted run, also one that was killed, goes on where it was when
+    called again with the same arguments. What was done to each matrix: `bitfold.calibration.report(model)`.
+
     Args:
         model: any torch model, in fp32, fp16 or bf16, on any one device.
-        fmt: Format of the linear layers, such as `"nf4"`.
+        fmt: Format of the linear layers, such as `"nf4"`, or a plan (`bitfold.plan`), which says everything
+            that `embeddings`, `skip` and `rules` would.
         embeddings: Format of the embeddings, or None to leave them in float.
         skip: modules to leave in float: names, prefixes up to a dot, or regular expressions for whole names.
         rules: pattern (as in `skip`) -> Format, or None for float. The first match wins; `skip` goes before.
-        method: `"round"`, `"search"`, …; default what each Format does best.
+        method: `"round"`, `"search"`, `"gptq"`, …; default what each Format does best, `"gptq"` where there
+            is `calibration`. Embeddings are folded without data whatever the method.
+        calibration: data for methods that need it: an iterable of texts, of token ids, or of batches of the
+            model's arguments (`bitfold.calibration.batches.as_batches`). A few hundred sequences like those
+            that the model is for; at least four tokens per input of the widest matrix.
+        tokenizer: for texts; default the one that the model came with.
+        options: keyword arguments for the method.
+        settings: of calibration: batch size, sequence length, memory limit, ….
+        checkpoint: directory in which a calibrated run keeps its state, removed when it is done; None takes
+            one below `~/.cache/bitfold`, False keeps none.
+        log: file for a JSON line per matrix of a calibrated run.
         progress: show a bar, where tqdm is installed.
 
     Raises:
@@ -51,7 +78,10 @@ def quantize(
             parent reads itself. The message lists them ready to paste.
         WeightError: NaN, Inf, integer, complex or empty weights, named.
         FormatError: bad format, or folded in another one already.
-        ValueError: unknown method, or a pattern that matches nothing.
+        ValueError: unknown method, a pattern that matches nothing, a method that needs calibration without
+            it, or calibration data that cannot be used.
+        CheckpointError: `checkpoint` is of another model, other data or another plan; the message says which.
+        MemoryLimitError: a calibrated run would not fit in memory.
 
     Example:
         >>> import torch
@@ -64,21 +94,122 @@ def quantize(
         found = type(model).__name__  # type: ignore[unreachable]
         msg = f"quantize(): model must be a torch.nn.Module, got {found}"
         raise TypeError(msg)
-    if method is not None:
-        methods.get(method)
-    choice = choose(model, fmt, embeddings=embeddings, skip=skip, rules=rules)
+    choice, planned = _choose(model, fmt, embeddings, skip, rules)
     choice.check_coverage()
-    todo = [fold for fold in choice.folds if not fold.done]
-    _check_values(todo)
+    method_of = _methods(choice, method, planned, calibration)
+    _check_values([fold for fold in choice.folds if not fold.done])
+    calibrated = [fold for fold in choice.folds if methods.is_calibrated(method_of(fold.owner.name))]
+    folds = [fold for fold in choice.folds if fold not in calibrated]
     del choice  # it refers to the float modules, which are to be released one by one
-    found = Places(model)
     try:
-        for fold in _consumed(todo, progress):
-            _fold_one(model, fold, method, found)
+        if calibrated:
+            _calibrate(
+                model,
+                calibrated,
+                folds,
+                method_of,
+                calibration,
+                tokenizer,
+                options,
+                settings,
+                checkpoint,
+                log,
+                progress,
+            )
+        found = Places(model)
+        folds = [fold for fold in folds if not fold.done]
+        for fold in _consumed(folds, progress):
+            _fold_one(model, fold, method_of(fold.owner.name), found)
     finally:  # also after an interrupt: what is folded by now must be saved as such
         forget_tied_keys(model)
         record(model)
     return model
+
+
+def _choose(
+    model: nn.Module,
+    fmt: Any,
+    embeddings: Format | str | None,
+    skip: Iterable[str],
+    rules: Mapping[str, Format | str | None] | None,
+) -> tuple[Choice, Mapping[str, str]]:
+    """What to fold, and the methods that a plan names."""
+    if isinstance(fmt, Format | str) or not hasattr(fmt, "choose"):
+        return choose(model, fmt, embeddings=embeddings, skip=skip, rules=rules), {}
+    if rules is not None or list(skip):
+        msg = "quantize(): a plan says what is folded; skip and rules belong to the making of the plan"
+        raise ValueError(msg)
+    return fmt.choose(model), fmt.methods
+
+
+def _methods(
+    choice: Choice, method: str | None, planned: Mapping[str, str], calibration: Any
+) -> Callable[[str], str | None]:
+    """Name of a matrix -> its method (never a calibrated one for embeddings); ValueError without data."""
+    for name in (method, *planned.values()):
+        if name is not None:
+            methods.get(name)
+    if method is None and calibration is not None:
+        method = CALIBRATED_METHOD
+    chosen: dict[str, str | None] = {}
+    for fold in choice.folds:
+        name = planned.get(fold.owner.name, method)
+        data_free = fold.owner.kind == "embedding" and methods.is_calibrated(name)
+        chosen[fold.owner.name] = None if data_free else name
+    needing = sorted({name for name in chosen.values() if name is not None and methods.is_calibrated(name)})
+    if needing and calibration is None:
+        msg = (
+            f"method {needing[0]!r} needs data: give calibration=[…], texts or token ids like those that the "
+            "model is for, or choose a method without, such as 'search'"
+        )
+        raise ValueError(msg)
+    if calibration is not None and not needing:
+        msg = (
+            f"method {method!r} uses no calibration data; leave calibration out, or choose a method that does"
+        )
+        raise ValueError(msg)
+    return chosen.get
+
+
+def _calibrate(
+    model: nn.Module,
+    folds: list[Fold],
+    data_free: list[Fold],
+    method_of: Callable[[str], str | None],
+    calibration: Any,
+    tokenizer: Any,
+    options: Mapping[str, Any] | None,
+    settings: Settings | None,
+    checkpoint: str | os.PathLike[str] | bool | None,
+    log: str | os.PathLike[str] | None,
+    progress: bool,
+) -> None:
+    from bitfold.calibration.batches import as_batches
+    from bitfold.calibration.driver import calibrate
+    from bitfold.calibration.settings import Settings
+
+    settings = settings or Settings()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        msg = "quantize(): a model on the meta device has no values to calibrate; load it first"
+        raise ValueError(msg)
+    batches = as_batches(calibration, model, tokenizer, settings)
+    bar = _bar(sum(not fold.done for fold in [*folds, *data_free])) if progress else None
+    try:
+        calibrate(
+            model,
+            folds,
+            data_free,
+            method_of,
+            batches,
+            options=options or {},
+            settings=settings,
+            checkpoint=checkpoint,
+            log=log,
+            bar=bar,
+        )
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def _check_values(todo: list[Fold]) -> None:
@@ -113,24 +244,25 @@ def _bar(total: int) -> Any:
 def _fold_one(model: nn.Module, fold: Fold, method: str | None, found: Places) -> None:
     owner = fold.owner
     if owner.module.weight.is_meta:
-        _swap(model, fold, PACKED_KINDS[owner.kind].empty_like(owner.module, fold.format), found)
+        empty = PACKED_KINDS[owner.kind].empty_like(owner.module, fold.format)
+        found.replace(swaps_of(model, fold, empty))
         return
     try:
         packed = PACKED_KINDS[owner.kind].from_float(owner.module, fold.format, method)
     except WeightError as error:
         raise WeightError(f"{owner.name}: {error}") from error  # noqa: EM102
-    _swap(model, fold, packed, found)
+    found.replace(swaps_of(model, fold, packed))
 
 
-def _swap(model: nn.Module, fold: Fold, packed: PackedModule, found: Places) -> None:
-    """Put the packed module and its tied ones in place, all or none."""
+def swaps_of(model: nn.Module, fold: Fold, packed: PackedModule) -> dict[nn.Module, nn.Module]:
+    """What takes the place of what when `packed` comes for the matrix of `fold` and what is tied to it."""
     swaps: dict[nn.Module, nn.Module] = {fold.owner.module: packed}
     for use in fold.tied:
         if use.kind == "embedding":
             swaps[use.module] = TiedEmbedding.from_float(use.module, packed)
         else:
             swaps[use.module] = TiedHead.from_float(use.module, packed, bias_owner(model, use.module))
-    found.replace(swaps)
+    return swaps
 
 
 # Called with each model that was folded; `bitfold.hf` adds what transformers models need.

@@ -7,6 +7,7 @@
 #include "cpu/kernels/quantize-inl.h"
 #include "cpu/kernels/search-inl.h"
 
+#include "cpu/kernels/feedback-inl.h"
 #include "cpu/kernels/hqq-inl.h"
 
 #include "cpu/kernels/activations-inl.h"

@@ -23,25 +23,24 @@ static inline F sum_of_parts(F* part) {
   return part[0];
 }
 
-// take(part, weights) for each weight of the spans. Four weights of a part follow each other, so
-// that sums stay in registers for a while.
+// take(its place in the block) for each weight of the spans. Four weights of a part follow each
+// other, so that sums stay in registers for a while.
 template <bool kUnroll, class Begin, class Take, class End>
-__attribute__((always_inline)) static inline void for_each_part(const float* block, int64_t n,
-                                                                const Begin& begin,
+__attribute__((always_inline)) static inline void for_each_part(int64_t n, const Begin& begin,
                                                                 const Take& take, const End& end) {
   constexpr int64_t kAtOnce = 4 * kParts;
   for (int64_t first = 0; first < n; first += kAtOnce) {
     const int64_t last = first + kAtOnce < n ? first + kAtOnce : n;
     for (int part = 0; part < kParts && first + part < last; ++part) {
       begin(part);
-      const float* w = block + 16 * (first + part);
+      const int64_t at = 16 * (first + part);
       if (kUnroll && last - first == kAtOnce) {
-        take(load(w));
-        take(load(w + 16 * kParts));
-        take(load(w + 32 * kParts));
-        take(load(w + 48 * kParts));
+        take(at);
+        take(at + 16 * kParts);
+        take(at + 32 * kParts);
+        take(at + 48 * kParts);
       } else {
-        for (int64_t j = first + part; j < last; j += kParts, w += 16 * kParts) take(load(w));
+        for (int64_t j = at; j < 16 * last; j += 16 * kParts) take(j);
       }
       end(part);
     }
@@ -52,9 +51,11 @@ constexpr float kFarthestZero = 2048.0f;  // where fp16 ceases to resolve whole 
 
 // Several choices in one walk: a weight is loaded once, and the sums of different choices do not
 // wait for each other.
-template <int Count, class Encoder>
-static inline void sum_errors(const float* block, int64_t n, const Encoder& encoder,
-                              const float* scale, const float* zero_point, float* errors) {
+// kWeighted: each square is multiplied by the number in the same place of `importance`.
+template <int Count, bool kWeighted, class Encoder>
+static inline void sum_errors(const float* block, const float* importance, int64_t n,
+                              const Encoder& encoder, const float* scale, const float* zero_point,
+                              float* errors) {
   Encoder encoders[Count];
   F scales[Count], sum[Count], parts[Count][kParts];
   for (int c = 0; c < Count; ++c) {
@@ -65,14 +66,19 @@ static inline void sum_errors(const float* block, int64_t n, const Encoder& enco
     for (F& part : parts[c]) part = zero();
   }
   for_each_part<Encoder::kUnroll>(
-      block, n,
+      n,
       [&](int part) __attribute__((always_inline)) {
         for (int c = 0; c < Count; ++c) sum[c] = parts[c][part];
       },
-      [&](F v) __attribute__((always_inline)) {
+      [&](int64_t at) __attribute__((always_inline)) {
+        const F v = load(block + at);
         for (int c = 0; c < Count; ++c) {
           const F off = sub(v, mul(encoders[c].unit(v), scales[c]));
-          sum[c] = add(sum[c], mul(off, off));
+          if constexpr (kWeighted) {
+            sum[c] = add(sum[c], mul(mul(off, off), load(importance + at)));
+          } else {
+            sum[c] = add(sum[c], mul(off, off));
+          }
         }
       },
       [&](int part) __attribute__((always_inline)) {
@@ -87,40 +93,64 @@ static inline void sum_errors(const float* block, int64_t n, const Encoder& enco
   }
 }
 
-static void errors(const Encoding& encoding, const float* block, int64_t n, int64_t count,
-                   const float* scale, const float* zero_point, float* errors) {
+template <bool kWeighted>
+static void all_errors(const Encoding& encoding, const float* block, const float* importance,
+                       int64_t n, int64_t count, const float* scale, const float* zero_point,
+                       float* errors) {
   with_encoder(encoding, [&](const auto& encoder) {
     int64_t c = 0;
     for (; c + 4 <= count; c += 4) {
-      sum_errors<4>(block, n, encoder, scale + 16 * c, zero_point + 16 * c, errors + 16 * c);
+      sum_errors<4, kWeighted>(block, importance, n, encoder, scale + 16 * c, zero_point + 16 * c,
+                               errors + 16 * c);
     }
-    for (; c < count; ++c)
-      sum_errors<1>(block, n, encoder, scale + 16 * c, zero_point + 16 * c, errors + 16 * c);
+    for (; c < count; ++c) {
+      sum_errors<1, kWeighted>(block, importance, n, encoder, scale + 16 * c, zero_point + 16 * c,
+                               errors + 16 * c);
+    }
   });
 }
 
-template <bool kMoments, class Encoder>
-static inline void fit_with(const float* block, int64_t n, F scale, const Encoder& encoder,
-                            SpanFits* fits) {
+static void errors(const Encoding& encoding, const float* block, int64_t n, int64_t count,
+                   const float* scale, const float* zero_point, float* errors) {
+  all_errors<false>(encoding, block, nullptr, n, count, scale, zero_point, errors);
+}
+
+static void weighted_errors(const Encoding& encoding, const float* block, const float* importance,
+                            int64_t n, int64_t count, const float* scale, const float* zero_point,
+                            float* errors) {
+  all_errors<true>(encoding, block, importance, n, count, scale, zero_point, errors);
+}
+
+template <bool kMoments, bool kWeighted, class Encoder>
+static inline void fit_with(const float* block, const float* importance, int64_t n, F scale,
+                            const Encoder& encoder, SpanFits* fits) {
   constexpr int kSums = kMoments ? 5 : 3;
   F sum[kSums], parts[kSums][kParts];
   for (auto& of_sum : parts) {
     for (F& part : of_sum) part = zero();
   }
   for_each_part<Encoder::kUnroll>(
-      block, n,
+      n,
       [&](int part) __attribute__((always_inline)) {
         for (int s = 0; s < kSums; ++s) sum[s] = parts[s][part];
       },
-      [&](F v) __attribute__((always_inline)) {
+      [&](int64_t at) __attribute__((always_inline)) {
+        const F v = load(block + at);
         const F d = encoder.unit(v);
         const F off = sub(v, mul(d, scale));
-        sum[0] = add(sum[0], mul(off, off));
-        sum[1] = add(sum[1], mul(v, d));
-        sum[2] = add(sum[2], mul(d, d));
+        F of_v = v, of_d = d, of_off = off;
+        if constexpr (kWeighted) {
+          const F h = load(importance + at);
+          of_v = mul(v, h);
+          of_d = mul(d, h);
+          of_off = mul(off, h);
+        }
+        sum[0] = add(sum[0], mul(off, of_off));
+        sum[1] = add(sum[1], mul(v, of_d));
+        sum[2] = add(sum[2], mul(d, of_d));
         if constexpr (kMoments) {
-          sum[3] = add(sum[3], v);
-          sum[4] = add(sum[4], d);
+          sum[3] = add(sum[3], of_v);
+          sum[4] = add(sum[4], of_d);
         }
       },
       [&](int part) __attribute__((always_inline)) {
@@ -130,14 +160,26 @@ static inline void fit_with(const float* block, int64_t n, F scale, const Encode
   for (int s = 0; s < kSums; ++s) store(to[s], sum_of_parts(parts[s]));
 }
 
-static void fit(const Encoding& encoding, const float* block, int64_t n, const float* scale,
-                const float* zero_point, SpanFits* fits) {
+template <bool kWeighted>
+static void fit_as(const Encoding& encoding, const float* block, const float* importance, int64_t n,
+                   const float* scale, const float* zero_point, SpanFits* fits) {
   float inverse[16];
   for (int lane = 0; lane < 16; ++lane) inverse[lane] = inverse_of(scale[lane]);
-  const F inverses = load(inverse);
+  const F inverses = load(inverse), scales = load(scale);
   with_encoder(encoding, [&](auto encoder) {
     encoder.use(inverses, load(zero_point));
-    encoding.zero == Zero::kFloat ? fit_with<true>(block, n, load(scale), encoder, fits)
-                                  : fit_with<false>(block, n, load(scale), encoder, fits);
+    encoding.zero == Zero::kFloat
+        ? fit_with<true, kWeighted>(block, importance, n, scales, encoder, fits)
+        : fit_with<false, kWeighted>(block, importance, n, scales, encoder, fits);
   });
+}
+
+static void fit(const Encoding& encoding, const float* block, int64_t n, const float* scale,
+                const float* zero_point, SpanFits* fits) {
+  fit_as<false>(encoding, block, nullptr, n, scale, zero_point, fits);
+}
+
+static void weighted_fit(const Encoding& encoding, const float* block, const float* importance,
+                         int64_t n, const float* scale, const float* zero_point, SpanFits* fits) {
+  fit_as<true>(encoding, block, importance, n, scale, zero_point, fits);
 }

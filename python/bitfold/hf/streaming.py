@@ -237,7 +237,7 @@ def _outputs(plan: StreamPlan, home: str, tensor: torch.Tensor) -> dict[str, tor
     matrix = tensor.t() if entry["kind"] == "conv1d" else tensor
     check_finite(matrix, home)
     fmt = Format(entry["format"])
-    packed = methods.fold_weight(matrix, fmt, plan.method)
+    packed = methods.fold_weight(matrix, fmt, plan.method).packed
     suffixes = [suffix for suffix, _, _ in fmt.buffers(tuple(entry["shape"]))]
     return {f"{home}{suffix}": part for suffix, part in zip(suffixes, packed, strict=True)}
 

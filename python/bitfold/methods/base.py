@@ -1,13 +1,52 @@
-"""The protocol of a method, and the registry."""
+"""The contract of a method: what it gets, what it returns, and the registry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from bitfold.formats import Format
+
+
+@dataclass
+class Statistics:
+    """What calibration gathered of the input x `[tokens, in]` of one matrix; float32.
+
+    Args:
+        hessian: `[in, in]`, mean of x xᵀ over the tokens; symmetric, both halves filled.
+        tokens: rows of x that were counted.
+        mean: `[in]`, mean of x.
+        mean_abs: `[in]`, mean of |x|.
+        cross: `[in, in]`, mean of (x_float - x) xᵀ, x_float being what the float model would have fed
+            (GPTAQ, arXiv 2504.02692); None unless asked for.
+        sample: `[<= 512, in]`, rows of x (AWQ's clip search); None unless asked for.
+    """
+
+    hessian: Tensor
+    tokens: int
+    mean: Tensor
+    mean_abs: Tensor
+    cross: Tensor | None = None
+    sample: Tensor | None = None
+
+
+@dataclass
+class Solution:
+    """One folded matrix.
+
+    Args:
+        packed: the tensors in the order of `fmt.buffers(weight.shape)`.
+        report: JSON types only: loss, predicted, damping, dead, fallback, …; empty for data-free methods.
+        bias_shift: `[out]`, to be added to the module's bias where it has one (the mean error of the
+            outputs), or None.
+    """
+
+    packed: list[Tensor]
+    report: dict[str, Any] = field(default_factory=dict)
+    bias_shift: Tensor | None = None
 
 
 class Method(Protocol):
@@ -16,28 +55,35 @@ class Method(Protocol):
     Args:
         weight: float `[out, in]`, finite.
         fmt: the Format to fill.
-        statistics: what calibration gathered for this matrix, or None for methods that need none.
-
-    Returns:
-        The packed tensors in the order of `fmt.buffers(weight.shape)`.
+        statistics: what calibration gathered for this matrix; None for methods that need none.
+        options: of the method's own.
     """
 
-    def __call__(self, weight: Tensor, fmt: Format, statistics: Any = None) -> list[Tensor]:
+    def __call__(
+        self, weight: Tensor, fmt: Format, statistics: Statistics | None = None, **options: Any
+    ) -> Solution:
         """Fold `weight`."""
         ...
 
 
-_METHODS: dict[str, Method] = {}
+_Chooser = Callable[..., Solution]  # a Method; mypy wants no keyword of its own spelled out in a Protocol
+_METHODS: dict[str, _Chooser] = {}
+_CALIBRATED: set[str] = set()
 
 
-def register(name: str) -> Callable[[Method], Method]:
-    """Decorator that registers a method under `name`; a second registration of a name is an error."""
+def register(name: str, calibrated: bool = False) -> Callable[[_Chooser], _Chooser]:
+    """Decorator that registers a method under `name`; a second registration of a name is an error.
 
-    def add(method: Method) -> Method:
+    `calibrated` says that the method cannot do without `statistics`.
+    """
+
+    def add(method: _Chooser) -> _Chooser:
         if name in _METHODS:
             msg = f"register(): there is a method named {name!r} already"
             raise ValueError(msg)
         _METHODS[name] = method
+        if calibrated:
+            _CALIBRATED.add(name)
         return method
 
     return add
@@ -56,8 +102,28 @@ def get(name: str) -> Method:
     return _METHODS[name]
 
 
+def is_calibrated(name: str | None) -> bool:
+    """Whether the method needs calibration; None stands for the format's own method, which never does."""
+    return name is not None and get(name) is not None and name in _CALIBRATED
+
+
 def fold_weight(
-    weight: Tensor, fmt: Format, method: str | None = None, statistics: Any = None
-) -> list[Tensor]:
-    """Pack `weight` `[out, in]` with the named method, or with the format's own default one."""
-    return get(method or fmt.default_method)(weight, fmt, statistics)
+    weight: Tensor,
+    fmt: Format,
+    method: str | None = None,
+    statistics: Statistics | None = None,
+    **options: Any,
+) -> Solution:
+    """Fold `weight` `[out, in]` with the named method, or with the format's own default one.
+
+    Raises ValueError for an unknown method, and for one that needs calibration where there is none.
+    """
+    name = method or fmt.default_method
+    chosen = get(name)
+    if statistics is None and name in _CALIBRATED:
+        msg = (
+            f"method {name!r} needs calibration data: bitfold.quantize(model, {str(fmt)!r}, "
+            f"method={name!r}, calibration=[texts or batches of token ids])"
+        )
+        raise ValueError(msg)
+    return chosen(weight, fmt, statistics, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from bitfold import ops
 from bitfold.errors import PackedDataError, WeightError
 from bitfold.formats import Format, as_format
+
+if TYPE_CHECKING:
+    from bitfold.methods import Solution
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -165,17 +168,22 @@ class PackedModule(nn.Module):
             return self.dequantize(torch.float32).double()
         return ops.dequantize(self.packed(), self.format, self.shape, dtype)
 
-    def _fill(self, weight: Tensor, method: str | None) -> None:
-        """Fold `weight` `[out, in]` into the buffers; all of them are swapped only once all are made."""
+    def _fill(self, weight: Tensor, method: str | None, solution: Solution | None) -> Solution:
+        """Fold `weight` `[out, in]` into the buffers, or put a `solution` made elsewhere there.
+
+        All buffers are swapped only once all are made.
+        """
         from bitfold.methods import fold_weight
 
-        weight = weight.detach()
-        if weight.dtype == torch.float64:
-            weight = weight.float()
-        packed = fold_weight(weight, self.format, method)
-        check_packed(self, packed)
-        for name, tensor in zip(self.packed_names, packed, strict=True):
+        if solution is None:
+            weight = weight.detach()
+            if weight.dtype == torch.float64:
+                weight = weight.float()
+            solution = fold_weight(weight, self.format, method)
+        check_packed(self, solution.packed)
+        for name, tensor in zip(self.packed_names, solution.packed, strict=True):
             self._buffers[name] = tensor
+        return solution
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         def keep_integers(tensor: Tensor) -> Tensor:

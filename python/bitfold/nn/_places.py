@@ -17,6 +17,10 @@ class Places:
                 if child is not None:
                     self._places.setdefault(id(child), []).append((parent, attribute))
 
+    def of(self, module: nn.Module) -> list[tuple[nn.Module, str]]:
+        """(parent, attribute) wherever `module` hangs."""
+        return self._places[id(module)]
+
     def replace(self, swaps: Mapping[nn.Module, nn.Module]) -> None:
         """Put each new module wherever its old one hangs (shared modules hang in several places).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from bitfold.errors import WeightError
 from bitfold.formats import Format
 from bitfold.nn._base import PackedModule, carry_over, check_finite, check_float_weight, embedding
+
+if TYPE_CHECKING:
+    from bitfold.methods import Solution
 
 
 class QuantEmbedding(PackedModule, nn.Embedding):
@@ -59,8 +62,17 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         return isinstance(module, nn.Embedding)
 
     @classmethod
-    def from_float(cls, module: nn.Embedding, fmt: Format | str, method: str | None = None) -> QuantEmbedding:
-        """Fold an `nn.Embedding` (or a known scaled one); `module` is left unchanged.
+    def from_float(
+        cls,
+        module: nn.Embedding,
+        fmt: Format | str,
+        method: str | None = None,
+        *,
+        solution: Solution | None = None,
+    ) -> QuantEmbedding:
+        """Fold an `nn.Embedding` (or a known scaled one), or take a `solution` made elsewhere.
+
+        `module` is left unchanged.
 
         Raises WeightError for a table that is not a finite float matrix, or one with `max_norm`, which
         rewrites rows of the table at each look-up.
@@ -69,7 +81,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
         check_float_weight(module.weight, f"{type(module).__name__}.weight")
         check_finite(module.weight, f"{type(module).__name__}.weight")
         new = cls._like(module, fmt, torch.device("meta"), None, None)
-        new._fill(module.weight, method)
+        new._fill(module.weight, method, solution)
         return new
 
     @classmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from bitfold.formats import Format
 from bitfold.nn._base import PackedModule, bias_of, carry_over, check_finite, check_float_weight, linear
 from bitfold.nn.accuracy import Multiplies
+
+if TYPE_CHECKING:
+    from bitfold.methods import Solution
 
 
 class QuantLinear(Multiplies, PackedModule, nn.Linear):
@@ -66,8 +69,18 @@ class QuantLinear(Multiplies, PackedModule, nn.Linear):
         return isinstance(module, nn.Linear)
 
     @classmethod
-    def from_float(cls, module: nn.Linear, fmt: Format | str, method: str | None = None) -> QuantLinear:
+    def from_float(
+        cls,
+        module: nn.Linear,
+        fmt: Format | str,
+        method: str | None = None,
+        *,
+        solution: Solution | None = None,
+    ) -> QuantLinear:
         """Fold an `nn.Linear`; its bias parameter is taken over as it is, `module` is left unchanged.
+
+        With a `solution` nothing is computed: its packed tensors are taken, and its `bias_shift` is added
+        to a copy of the bias, where there is one.
 
         Raises TypeError for another kind of module, WeightError for a weight that is not a finite float
         matrix, FormatError for a bad format.
@@ -86,8 +99,11 @@ class QuantLinear(Multiplies, PackedModule, nn.Linear):
             dtype=weight.dtype,
             original_dtype=weight.dtype,
         )
-        new._fill(weight, method)
+        shift = new._fill(weight, method, solution).bias_shift
         new.bias = module.bias
+        if shift is not None and module.bias is not None:
+            shifted = module.bias.detach() + shift.to(module.bias)
+            new.bias = nn.Parameter(shifted, requires_grad=module.bias.requires_grad)
         carry_over(module, new)
         return new
 

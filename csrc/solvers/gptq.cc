@@ -1,0 +1,368 @@
+#include "solvers/gptq.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <string>
+
+#include "core/scale_coding.h"
+#include "solvers/panel_scales.h"
+#include "solvers/quantize.h"
+#include "solvers/refit.h"
+
+namespace bitfold {
+namespace {
+
+constexpr int kRefitSweeps = 2;
+
+double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+class Gptq {
+ public:
+  Gptq(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
+       const MatrixView& w, const HessianView& h, const GptqOptions& options, void* const* buffers,
+       const Parallel& parallel, GptqReport* report)
+      : algebra_(algebra),
+        format_(format),
+        source_(w),
+        h_(h),
+        options_(options),
+        buffers_(buffers),
+        parallel_(parallel),
+        report_(*report),
+        w_(k, format, w.rows, w.cols),
+        storage_(k, format, w.rows, w.cols, buffers, parallel) {}
+
+  Status run() {
+    const double start = now();
+    f_ =
+        factorize(h_, order_columns(options_.order, h_.diagonal(), w_.group_size), options_.damping,
+                  options_.sweeps > 0 || options_.refits > 0, algebra_, parallel_);
+    const double factored = now();
+    const Status status = w_.read(source_, f_.dead, parallel_);
+    if (!status.ok()) return status;
+    if (options_.exact) w_.read_exact(options_.exact, parallel_);
+    if (f_.found && options_.cross) move_target();
+    const double read = now();
+    if (is_learned()) {
+      const Status learned = learn_books();
+      if (!learned.ok()) return learned;
+    } else {
+      choose_static_scales();
+    }
+    const double scaled = now();
+    f_.found ? solve() : round_plainly();
+    w_.store_codes(&storage_, parallel_);
+    report_.damping = f_.damping;
+    report_.dead = static_cast<double>(f_.dead_count);
+    report_.fp64 = f_.fp64;
+    report_.fallback = !f_.found;
+    report_.seconds.factor += factored - start;
+    report_.seconds.scales += scaled - read;
+    return Status::success();
+  }
+
+ private:
+  bool is_learned() const { return format_.family() == Family::kLearnedCodebook; }
+  bool is_dynamic() const {
+    return options_.dynamic && f_.found && !is_learned() && format_.grouping == Grouping::kGroup;
+  }
+
+  // Of each column, for the scale search.
+  std::vector<float> importance() const {
+    std::vector<float> values(static_cast<size_t>(w_.cols), 1.0f);
+    for (int64_t a = 0; a < w_.cols; ++a) {
+      const int64_t c = f_.column[static_cast<size_t>(a)];
+      float& value = values[static_cast<size_t>(c)];
+      if (f_.dead[static_cast<size_t>(c)]) {
+        value = static_cast<float>(f_.added);
+      } else if (options_.scales == ScaleChoice::kFactor && f_.found) {
+        const float own = f_.lower[static_cast<size_t>(a * w_.cols + a)];
+        value = own * own;
+      } else {
+        value = static_cast<float>(std::max(0.0, h_.at(c, c)) + std::max(0.0, f_.added));
+      }
+    }
+    // Weights of zero would leave nothing to choose by.
+    if (std::all_of(values.begin(), values.end(), [](float v) { return !(v > 0.0f); }))
+      std::fill(values.begin(), values.end(), 1.0f);
+    return values;
+  }
+
+  void choose_static_scales() {
+    // Where they are chosen on the way, these tell only how large they will be.
+    const bool search = (options_.scales != ScaleChoice::kRange || !f_.found) && !is_dynamic();
+    choose_scales(&w_, search, importance(), parallel_);
+    MagnitudeRange range;
+    std::vector<float> scales, zeros;
+    w_.collect(&scales, &zeros);
+    range.add(scales.data(), static_cast<int64_t>(scales.size()));
+    exponent_ = choose_exponent(range);
+    if (!is_dynamic()) w_.store_scales(exponent_, &storage_);
+  }
+
+  // Levels as without a Hessian.
+  Status learn_books() {
+    const Status status = quantize(w_.k, format_, Method::kSearch, source_, buffers_, parallel_);
+    if (status.ok()) w_.read_books(make_view(format_, w_.rows, w_.cols, buffers_));
+    return status;
+  }
+
+  // W <- W + alpha W C H^-1 (solvers/gptq.h), transposed as H^-1 C^T W^T.
+  void move_target() {
+    const int64_t n = w_.cols, width = w_.width();
+    const auto size = static_cast<size_t>(n * width);
+    std::unique_ptr<float[]> transposed(new float[size]), product(new float[size]);
+    for (int64_t p = 0; p < w_.panels; ++p) {
+      for (int64_t c = 0; c < n; ++c) {
+        std::copy_n(w_.weights_of(p) + c * kPanelLanes, kPanelLanes,
+                    transposed.get() + c * width + p * kPanelLanes);
+      }
+    }
+    algebra_.gemm(true, false, n, width, n, static_cast<float>(options_.alpha), options_.cross, n,
+                  transposed.get(), width, 0.0f, product.get(), width);
+    for (int64_t a = 0; a < n; ++a) {
+      const int64_t c = f_.column[static_cast<size_t>(a)];
+      std::copy_n(product.get() + c * width, width, transposed.get() + a * width);
+    }
+    algebra_.cholesky_solve(n, f_.lower.get(), width, transposed.get(), width);
+    for (int64_t p = 0; p < w_.panels; ++p) {
+      for (int64_t a = 0; a < n; ++a) {
+        const int64_t c = f_.column[static_cast<size_t>(a)];
+        if (f_.dead[static_cast<size_t>(c)]) continue;
+        float* to = w_.weights_of(p) + c * kPanelLanes;
+        const float* from = transposed.get() + a * width + p * kPanelLanes;
+        for (int64_t i = 0; i < kPanelLanes; ++i) to[i] += from[i];
+      }
+    }
+  }
+
+  void solve() {
+    Feedback feedback(&w_, f_, algebra_, parallel_);
+    if (is_dynamic()) {
+      const bool search = options_.scales != ScaleChoice::kRange;
+      feedback.solve(
+          [&](const float* block, const float* weight, int64_t n, float* scale, float* zero) {
+            choose_group_scales(w_.k, w_.encoding, search, block, weight, n, scale, zero);
+            storage_.round(exponent_, kPanelLanes, scale, zero);
+          });
+      w_.store_scales(exponent_, &storage_);
+    }
+    // Double-quantized scales are known once all of them are: a second pass takes them as they are.
+    if (!is_dynamic() || format_.double_quant) feedback.solve();
+    report_.feedback = feedback.total_loss();
+    measure(nullptr);
+
+    for (int i = 0; i < options_.sweeps; ++i) feedback.sweep();
+    for (int i = 0; i < options_.refits; ++i) {
+      const int64_t changed =
+          refit_scales(&w_, &feedback, f_, kRefitSweeps, exponent_, &storage_, algebra_, parallel_);
+      report_.refitted += static_cast<double>(changed);
+      if (options_.sweeps > 0) feedback.sweep();
+      if (changed == 0) break;
+    }
+    report_.damped = feedback.total_loss();
+    report_.loss = report_.damped - f_.added * squares(&feedback);
+    measure(&feedback);
+    report_.seconds = feedback.seconds;
+  }
+
+  // Sum of squared errors, dead inputs left out.
+  double squares(Feedback* feedback) const {
+    std::vector<double> of_position(static_cast<size_t>(w_.cols));
+    parallel_(w_.cols, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t a = begin; a < end; ++a) {
+        if (f_.dead[static_cast<size_t>(f_.column[static_cast<size_t>(a)])]) continue;
+        const float* row = feedback->error() + a * feedback->stride();
+        double sum = 0.0;
+        for (int64_t r = 0; r < w_.rows; ++r) sum += static_cast<double>(row[r]) * row[r];
+        of_position[static_cast<size_t>(a)] = sum;
+      }
+    });
+    double sum = 0.0;
+    for (double v : of_position) sum += v;
+    return sum;
+  }
+
+  // Panels spread evenly over the rows.
+  std::vector<int64_t> sample() const {
+    int64_t count = w_.panels;
+    if (options_.measured_rows >= 0)
+      count = std::min(count, (options_.measured_rows + kPanelLanes - 1) / kPanelLanes);
+    std::vector<int64_t> chosen;
+    for (int64_t i = 0; i < count; ++i) chosen.push_back(i * w_.panels / count);
+    return chosen;
+  }
+
+  // Direct measurements of some rows: of what `feedback` holds, else of plain rounding.
+  void measure(Feedback* feedback) {
+    constexpr int64_t kAtOnce = 16;
+    const std::vector<int64_t> panels = sample();
+    std::vector<double> costs(static_cast<size_t>(w_.cols));  // R_kk^2 by column
+    for (int64_t a = 0; f_.found && a < w_.cols; ++a) {
+      const double own = f_.lower[static_cast<size_t>(a * w_.cols + a)];
+      costs[static_cast<size_t>(f_.column[static_cast<size_t>(a)])] = own * own;
+    }
+    double rows = 0.0, loss = 0.0, damped = 0.0, predicted = 0.0, tracked = 0.0;
+    for (size_t first = 0; first < panels.size(); first += kAtOnce) {
+      const size_t count = std::min<size_t>(kAtOnce, panels.size() - first);
+      const int64_t width = static_cast<int64_t>(count) * kPanelLanes;
+      std::vector<float> errors(static_cast<size_t>(w_.cols * width));
+      parallel_(static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i)
+          read_errors(feedback, panels[first + static_cast<size_t>(i)],
+                      errors.data() + i * kPanelLanes, width);
+      });
+      const std::vector<double> products = times_hessian(errors, width);
+      for (size_t i = 0; i < count; ++i) {
+        const int64_t p = panels[first + i];
+        for (int64_t lane = 0; lane < w_.rows_of(p); ++lane, ++rows) {
+          if (feedback) tracked += feedback->loss()[static_cast<size_t>(p * kPanelLanes + lane)];
+          for (int64_t c = 0; c < w_.cols; ++c) {
+            if (f_.dead[static_cast<size_t>(c)]) continue;
+            const auto at =
+                static_cast<size_t>(c * width + static_cast<int64_t>(i) * kPanelLanes + lane);
+            const double e = errors[at];
+            loss += e * products[at];
+            damped += e * e * f_.added;
+            if (!feedback && f_.found) predicted += e * e * costs[static_cast<size_t>(c)];
+          }
+        }
+      }
+    }
+    const double all = rows > 0.0 ? static_cast<double>(w_.rows) / rows : 0.0;
+    report_.measured_rows = rows;
+    if (feedback) {
+      report_.measured = loss + damped;
+      report_.tracked = tracked;
+    } else {
+      report_.plain = loss * all;
+      report_.plain_damped = (loss + damped) * all;
+      report_.predicted = predicted * all;
+    }
+  }
+
+  // error of panel p [cols, 16] at `width`.
+  void read_errors(Feedback* feedback, int64_t p, float* errors, int64_t width) {
+    if (feedback) {
+      for (int64_t c = 0; c < w_.cols; ++c) {
+        std::copy_n(
+            feedback->error() + feedback->position_of(c) * feedback->stride() + p * kPanelLanes,
+            kPanelLanes, errors + c * width);
+      }
+      return;
+    }
+    std::vector<float> error(static_cast<size_t>(w_.cols * kPanelLanes));
+    std::vector<uint8_t> codes(error.size());
+    w_.round(p, error.data(), codes.data());
+    for (int64_t c = 0; c < w_.cols; ++c)
+      std::copy_n(error.data() + c * kPanelLanes, kPanelLanes, errors + c * width);
+  }
+
+  // H errors, both [cols, width].
+  std::vector<double> times_hessian(const std::vector<float>& errors, int64_t width) const {
+    const int64_t n = w_.cols;
+    std::vector<double> out(errors.size());
+    if (h_.fp64) {
+      const std::vector<double> wide(errors.begin(), errors.end());
+      algebra_.gemm64(false, false, n, width, n, 1.0, static_cast<const double*>(h_.data), n,
+                      wide.data(), width, 0.0, out.data(), width);
+    } else {
+      std::vector<float> narrow(errors.size());
+      algebra_.gemm(false, false, n, width, n, 1.0f, static_cast<const float*>(h_.data), n,
+                    errors.data(), width, 0.0f, narrow.data(), width);
+      std::copy(narrow.begin(), narrow.end(), out.begin());
+    }
+    return out;
+  }
+
+  void round_plainly() {
+    parallel_(w_.panels, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> error(static_cast<size_t>(w_.cols * kPanelLanes));
+      for (int64_t p = begin; p < end; ++p) w_.round(p, error.data(), w_.codes_of(p));
+    });
+    measure(nullptr);
+    report_.loss = report_.plain;
+    report_.damped = report_.feedback = report_.plain_damped;
+    report_.measured = report_.tracked = report_.predicted = report_.plain_damped;
+  }
+
+  const LinearAlgebra& algebra_;
+  const Format& format_;
+  const MatrixView& source_;
+  const HessianView& h_;
+  const GptqOptions& options_;
+  void* const* buffers_;
+  const Parallel& parallel_;
+  GptqReport& report_;
+  PanelMatrix w_;
+  ScaleStorage storage_;
+  Factorization f_;
+  int exponent_ = 0;
+};
+
+Status check_sizes(const MatrixView& w, const HessianView& h) {
+  if (w.rows <= 0 || w.cols <= 0) {
+    return Status::error(StatusCode::kInvalidArgument,
+                         "weight must have at least one row and one column, got [" +
+                             std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
+  }
+  if (h.n != w.cols) {
+    return Status::error(StatusCode::kInvalidArgument,
+                         "hessian must be [in, in] = [" + std::to_string(w.cols) + ", " +
+                             std::to_string(w.cols) + "], got [" + std::to_string(h.n) + ", " +
+                             std::to_string(h.n) + "]");
+  }
+  return Status::success();
+}
+
+}  // namespace
+
+Status gptq_quantize(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
+                     const MatrixView& w, const HessianView& h, const GptqOptions& options,
+                     void* const* buffers, const Parallel& parallel, GptqReport* report) {
+  Status status = check_sizes(w, h);
+  if (status.ok()) status = h.check_finite(parallel);
+  if (!status.ok()) return status;
+  if (options.dynamic && options.order == ColumnOrder::kDescending) {
+    return Status::error(StatusCode::kInvalidArgument,
+                         "dynamic scales need the columns of a group one after the other: order "
+                         "must be none or groups, not descending");
+  }
+  return Gptq(k, algebra, format, w, h, options, buffers, parallel, report).run();
+}
+
+Status refit_packed(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
+                    const MatrixView& w, const HessianView& h, double damping, int sweeps,
+                    void* const* buffers, const Parallel& parallel, double* before, double* after) {
+  Status status = check_sizes(w, h);
+  if (status.ok()) status = h.check_finite(parallel);
+  if (!status.ok()) return status;
+  const std::vector<double> diagonal = h.diagonal();
+  const Factorization f =
+      factorize(h, order_columns(ColumnOrder::kGiven, diagonal, w.cols), damping,
+                /*keep_hessian=*/true, algebra, parallel);
+  if (!f.found) {
+    return Status::error(StatusCode::kInvalidArgument,
+                         "hessian is not positive definite, even with " +
+                             std::to_string(kMostDamping) + " of its mean diagonal added");
+  }
+  PanelMatrix panels(k, format, w.rows, w.cols);
+  status = panels.read(w, f.dead, parallel);
+  if (!status.ok()) return status;
+  const PackedView packed = make_view(format, w.rows, w.cols, buffers);
+  panels.read_packed(packed, parallel);
+  ScaleStorage storage(k, format, w.rows, w.cols, buffers, parallel);
+  int exponent = 0;
+  if (storage.stores_halves()) exponent = *storage.buffer<int8_t>(BufferRole::kExponent);
+  Feedback feedback(&panels, f, algebra, parallel);
+  feedback.measure();
+  *before = feedback.total_loss();
+  refit_scales(&panels, &feedback, f, sweeps, exponent, &storage, algebra, parallel);
+  *after = feedback.total_loss();
+  return Status::success();
+}
+
+}  // namespace bitfold

@@ -1,0 +1,284 @@
+"""Folding a model block by block on calibration data: how one block goes through is `_Walk.fold_stage`."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.calibration import fingerprint, memory
+from bitfold.calibration.batches import Batch
+from bitfold.calibration.blocks import Stage
+from bitfold.calibration.checkpoint import Checkpoint, directory_for
+from bitfold.calibration.distributed import Processes
+from bitfold.calibration.gathering import gather
+from bitfold.calibration.guards import FloatView, frozen
+from bitfold.calibration.replay import device_of
+from bitfold.calibration.report import CalibrationWarning, Log, Report, peak_rss_bytes, remember
+from bitfold.calibration.sets import MatrixSet, find_sets
+from bitfold.calibration.settings import Settings
+from bitfold.calibration.solving import FALLBACK, fold_alone, solve_set
+from bitfold.calibration.statistics import InputStatistics
+from bitfold.calibration.streams import Stream
+from bitfold.calibration.survey import predict_memory, survey
+from bitfold.choosing import Fold, matrix_shape
+from bitfold.errors import WeightError
+from bitfold.manifest import PACKED_KINDS, bias_owner
+from bitfold.methods import Solution
+from bitfold.nn._places import Places
+from bitfold.quantizing import swaps_of
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    model: nn.Module,
+    folds: list[Fold],
+    data_free: list[Fold],
+    method_of: Callable[[str], str | None],
+    batches: list[Batch],
+    *,
+    options: Mapping[str, Any],
+    settings: Settings,
+    checkpoint: str | os.PathLike[str] | bool | None,
+    log: str | os.PathLike[str] | None,
+    bar: Any,
+) -> None:
+    """Fold `folds` of `model` in place with calibrated methods.
+
+    Args:
+        model: changed in place.
+        folds: matrices of calibrated methods. They too are listed that are folded already, where an
+            interrupted run goes on. Emptied, so that each float matrix is released as soon as it is folded.
+        data_free: all others, such as embeddings; they are folded first. Emptied too.
+        method_of: name of a matrix -> name of its method, None for the format's own.
+        batches: all data, the same in every process.
+        options: for the methods.
+        settings: of calibration.
+        checkpoint: directory, None for the default one, False for none.
+        log: file for a JSON line per matrix.
+        bar: a tqdm bar to be advanced by one per matrix, or None.
+    """
+    processes = Processes(device_of(model))
+    try:
+        with frozen(model):
+            walk = _Walk(model, folds, data_free, method_of, batches, options, settings, processes)
+            walk.log, walk.bar = Log(log if processes.rank == 0 else None, walk.report), bar
+            store = walk.open(checkpoint, batches)
+            walk.go(store)
+        if store is not None and processes.everywhere(True) and processes.rank == 0:
+            store.remove()
+    finally:
+        processes.close()
+
+
+class _Walk:
+    """One walk through a model."""
+
+    log: Log
+    bar: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folds: list[Fold],
+        data_free: list[Fold],
+        method_of: Callable[[str], str | None],
+        batches: list[Batch],
+        options: Mapping[str, Any],
+        settings: Settings,
+        processes: Processes,
+    ) -> None:
+        self.model, self.options, self.settings, self.processes = model, options, settings, processes
+        self.batches = processes.share(batches)
+        every = [*folds, *data_free]
+        self.method_of = {f.owner.name: method_of(f.owner.name) or f.format.default_method for f in every}
+        self.plan = {f.owner.name: f"{f.format} {self.method_of[f.owner.name]}" for f in every}
+        self.data_free = data_free
+        data_free[:] = [fold for fold in data_free if not fold.done]
+        self.todo = {fold.owner.name: fold for fold in folds if not fold.done}
+        self.places, self.floats = Places(model), FloatView()
+        names = [fold.owner.name for fold in folds]
+        del every
+        folds.clear()
+        found = survey(model, names, self.batches, processes)
+        self.stages = found.layout.stages
+        self.stream = Stream(model, found.layout.stacks, len(self.batches), found.keep_all)
+        self.float_stream = self.stream.another() if settings.float_stream else None
+        prediction = predict_memory(model, found, self.todo, self.batches[0], settings)
+        memory.check(prediction, settings.max_memory)
+        self.report = Report(notes=found.notes, predicted_bytes=prediction.peak)
+        remember(model, self.report)
+        self.thinnest: tuple[float, str] | None = None  # tokens per input of the matrix that saw fewest
+
+    def open(
+        self, checkpoint: str | os.PathLike[str] | bool | None, batches: list[Batch]
+    ) -> Checkpoint | None:
+        """The checkpoint directory, or None where none is wanted."""
+        if checkpoint is False:
+            return None
+        from bitfold import __version__
+
+        settings = {**vars(self.settings), **self.options}
+        made = {
+            "model": fingerprint.of_model(self.model),
+            "calibration": fingerprint.of_batches(batches),
+            "plan": self.plan,
+            "options": {name: repr(value) for name, value in settings.items()},
+            "processes": self.processes.size,
+            "versions": {"bitfold": __version__, "torch": torch.__version__},
+        }
+        made = self.processes.agree(made)
+        directory = (
+            directory_for(self.model, made) if checkpoint is None or checkpoint is True else checkpoint
+        )
+        return self.processes.one_by_one(lambda: Checkpoint(directory, made, self.processes.rank))
+
+    def go(self, store: Checkpoint | None) -> None:
+        """All stages, from where the checkpoint is."""
+        self._fold_data_free()
+        start = 0 if store is None else self.processes.agree(store.finished())
+        if store is not None and start:
+            self._go_on(store, start)
+        for number, stage in enumerate(self.stages[start:], start):
+            solutions, lines = self.fold_stage(stage)
+            self._advance(stage)
+            if store is not None:
+                store.save_streams(number, self._streams())
+                if self.processes.everywhere(True) and self.processes.rank == 0:
+                    store.save(number, solutions, lines)
+                if self.processes.everywhere(True) and number:
+                    store.forget_streams(number - 1)
+            self.floats.forget()
+        for name in list(self.todo):
+            line = {"method": FALLBACK, "tokens": 0, "fallback": "the data does not reach it"}
+            self._put(name, fold_alone(self.todo[name], FALLBACK, line))
+        self._warn()
+
+    def fold_stage(self, stage: Stage) -> tuple[dict[str, Solution], list[dict[str, Any]]]:
+        """Gather, solve and put in place the matrices of one block, set after set."""
+        first = len(self.report.lines)
+        solutions: dict[str, Solution] = {}
+        for matrices in self._sets(stage):
+            gathered = gather(
+                self.model,
+                matrices,
+                self.batches,
+                self.stream,
+                self.settings,
+                self.float_stream,
+                self.floats.view,
+            )
+            self.processes.reduce(gathered)
+            self._note_thin_data(matrices, gathered)
+            solved = solve_set(
+                matrices,
+                gathered,
+                self.todo,
+                self.method_of,
+                self.options,
+                self.settings,
+                self.processes,
+            )
+            for name, solution in solved.items():
+                self._put(name, solution)
+            solutions |= solved
+        return solutions, self.report.lines[first:]
+
+    def _sets(self, stage: Stage) -> list[MatrixSet]:
+        names = [name for name in stage.matrices if name in self.todo]
+        if not names:
+            return []
+        sets = find_sets(self.model, stage, self.batches[0], self.stream.stubs(0), names)
+        if not self.settings.true_sequential:
+            sets = [MatrixSet.joined(sets)]
+        return self.processes.agree(sets)
+
+    def _advance(self, stage: Stage) -> None:
+        """Run the block, now folded, for what it feeds to the next (and as it was, for the float stream)."""
+        if stage.block is None:
+            return
+        if self.float_stream is not None:
+            with self.floats.view():
+                self.float_stream.advance(stage.block, self.batches)
+        self.stream.advance(stage.block, self.batches)
+
+    def _put(self, name: str, solution: Solution, quiet: bool = False) -> None:
+        """Swap the packed module in, and record its line."""
+        fold = self.todo.pop(name)
+        owner, shape = fold.owner, matrix_shape(fold.owner)
+        if solution.bias_shift is not None and bias_owner(self.model, owner.module) is not None:
+            solution = Solution(solution.packed, solution.report)  # another module adds this bias too
+        try:
+            packed = PACKED_KINDS[owner.kind].from_float(owner.module, fold.format, solution=solution)
+        except WeightError as error:
+            raise WeightError(f"{name}: {error}") from error  # noqa: EM102
+        swaps = swaps_of(self.model, fold, packed)
+        if self.float_stream is not None:
+            self.floats.remember(self.places, swaps)
+        self.places.replace(swaps)
+        if not quiet:
+            line = {"name": name, "shape": list(shape), "format": str(fold.format), **solution.report}
+            self.log.add({**line, "peak_rss_bytes": peak_rss_bytes()})
+        if self.bar is not None:
+            self.bar.set_postfix_str(name, refresh=False)
+            self.bar.update()
+
+    def _fold_data_free(self) -> None:
+        while self.data_free:
+            fold = self.data_free.pop(0)
+            name = fold.owner.name
+            self.todo[name] = fold
+            self._put(name, fold_alone(fold, self.method_of[name], {"method": self.method_of[name]}))
+        self.floats.keep()
+
+    def _go_on(self, store: Checkpoint, start: int) -> None:
+        """Put the packed matrices of finished stages in place, and get the streams back."""
+        loaded = self.processes.everywhere(store.load_streams(start - 1, self._streams()))
+        if not loaded:
+            self.stream = self.stream.another()
+            self.float_stream = self.stream.another() if self.float_stream is not None else None
+        device = device_of(self.model)
+        for number, stage in enumerate(self.stages[:start]):
+            solutions, lines = store.load(number)
+            for line in lines:
+                self.log.add(line)
+            for name, solution in solutions.items():
+                if name in self.todo:  # not folded before the interrupt, in this process
+                    packed = [tensor.to(device) for tensor in solution.packed]
+                    self._put(name, Solution(packed, {}, solution.bias_shift), quiet=True)
+            if not loaded:
+                self._advance(stage)
+            self.floats.forget()
+        self.report.notes.append(f"went on after {start} of {len(self.stages)} stages")
+
+    def _streams(self) -> dict[str, Stream]:
+        found = {"folded": self.stream}
+        if self.float_stream is not None:
+            found["float"] = self.float_stream
+        return found
+
+    def _note_thin_data(self, matrices: MatrixSet, gathered: list[InputStatistics]) -> None:
+        for group, part in zip(matrices.groups, gathered, strict=True):
+            depth = part.tokens / part.size
+            if depth < 4 and (self.thinnest is None or depth < self.thinnest[0]):
+                rank = f"effective rank {part.effective_rank():.1f}"
+                self.thinnest = (depth, f"{group[0]} saw {part.tokens} for {part.size} inputs, {rank}")
+
+    def _warn(self) -> None:
+        bad = {line["name"]: line["dropped_rows"] for line in self.report.lines if line.get("dropped_rows")}
+        if bad:
+            shown = ", ".join(f"{name} ({count} rows)" for name, count in list(bad.items())[:5])
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            text = f"activations that are not finite were left out at the inputs of {shown}{more}"
+            warnings.warn(text, CalibrationWarning, stacklevel=5)
+        if self.thinnest is not None:
+            text = (
+                f"little calibration data: {self.thinnest[1]}; at least four tokens per input are wanted, "
+                "give more or longer sequences"
+            )
+            warnings.warn(text, CalibrationWarning, stacklevel=5)

@@ -1,0 +1,73 @@
+"""What is done to a model for the time of a calibration, and undone afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bitfold.nn._places import Places
+
+
+class FloatView:
+    """The float modules of the stage in work (and those folded without data), to be put back for a moment."""
+
+    def __init__(self) -> None:
+        self._swapped: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self._kept = 0
+
+    def remember(self, places: Places, swaps: Mapping[nn.Module, nn.Module]) -> None:
+        """Hold the keys of `swaps`, which are about to be replaced by their values."""
+        for old, new in swaps.items():
+            self._swapped += [(parent, attribute, old, new) for parent, attribute in places.of(old)]
+
+    def keep(self) -> None:
+        """Never forget those that are there by now: every pass runs through them."""
+        self._kept = len(self._swapped)
+
+    def forget(self) -> None:
+        """Release all others."""
+        del self._swapped[self._kept :]
+
+    @contextlib.contextmanager
+    def view(self) -> Iterator[None]:
+        """The float model, as far as it is remembered."""
+        for parent, attribute, old, _ in self._swapped:
+            parent._modules[attribute] = old
+        try:
+            yield
+        finally:
+            for parent, attribute, _, new in self._swapped:
+                parent._modules[attribute] = new
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no key-value cache; all as before afterwards, also in modules put in place."""
+    training = {name: module.training for name, module in model.named_modules()}
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", False) is True]
+    for config in caching:
+        config.use_cache = False
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+        for name, module in model.named_modules():
+            if name in training:
+                module.training = training[name]
+
+
+@contextlib.contextmanager
+def seeded(seed: int, name: str) -> Iterator[None]:
+    """Random numbers that depend on nothing but the seed and the matrix; the caller's are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed ^ zlib.crc32(name.encode()))
+        yield

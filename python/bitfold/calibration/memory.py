@@ -1,0 +1,175 @@
+"""How much memory a run will add at its peak, said before it starts."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bitfold.errors import BitfoldError
+
+
+class MemoryLimitError(BitfoldError, MemoryError):
+    """The run would need more memory than there is."""
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made and still alive while the mode is on; `peak` is the most of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        before = {
+            _storage_id(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor) and _storage_id(leaf) not in before | self._known:
+                self._count(leaf)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        number, nbytes = storage._cdata, storage.nbytes()
+        self._known.add(number)
+        self.live += nbytes
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._forget, number, nbytes)
+
+    def _forget(self, number: int, nbytes: int) -> None:
+        self._known.discard(number)
+        self.live -= nbytes
+
+
+def _storage_id(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage holds, in bytes.
+
+    Args:
+        hessians: statistics of its largest set.
+        solver: workspace of its largest matrix.
+        freed: float matrices released when it is done.
+        packed: packed matrices made by it.
+    """
+
+    hessians: int
+    solver: int
+    freed: int
+    packed: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The peak, and what it is made of, in bytes."""
+
+    streams: int
+    activations: int
+    hessians: int
+    solver: int
+    packed: int
+    freed: int
+
+    @property
+    def peak(self) -> int:
+        """What the process will hold at most beyond what it holds now."""
+        return self.streams + max(self.activations, self.solver) + self.hessians + self.packed - self.freed
+
+    def __str__(self) -> str:
+        parts = [
+            f"{_mib(self.streams)} outputs of blocks",
+            f"{_mib(self.hessians)} Hessians",
+            f"{_mib(max(self.activations, self.solver))} for one pass or one matrix",
+            f"{_mib(self.packed - self.freed)} packed matrices less released ones",
+        ]
+        return f"{_mib(self.peak)} ({', '.join(parts)})"
+
+
+def predict(streams: int, activations: int, stages: Sequence[StageCost]) -> Prediction:
+    """The peak over all stages: each starts with what those before it released and made."""
+    worst: Prediction | None = None
+    freed = packed = 0
+    for stage in stages:
+        found = Prediction(streams, activations, stage.hessians, stage.solver, packed, freed)
+        if worst is None or found.peak > worst.peak:
+            worst = found
+        freed += stage.freed
+        packed += stage.packed
+    return worst or Prediction(streams, activations, 0, 0, 0, 0)
+
+
+def solver_bytes(shape: tuple[int, int]) -> int:
+    """Workspace of a method that works on a copy of the weight and on factors of the Hessian."""
+    rows, columns = shape
+    return 4 * (2 * rows * columns + 2 * columns * columns)
+
+
+def hessian_bytes(size: int, cross: bool) -> int:
+    """Statistics of one input of `size` columns."""
+    return 4 * (size * size * (2 if cross else 1) + 2 * size)
+
+
+def check(prediction: Prediction, limit: int | None) -> None:
+    """Raise MemoryLimitError where the prediction exceeds `limit`, or what is available."""
+    available = available_bytes() if limit is None else limit
+    if available is not None and prediction.peak > available:
+        whose = "available here" if limit is None else "allowed by max_memory"
+        msg = (
+            f"calibration would add {prediction}, but {_mib(available)} are {whose}; nothing was changed. "
+            "Fewer or shorter calibration sequences lessen the outputs of blocks, a smaller batch_size the "
+            "memory of one pass"
+        )
+        raise MemoryLimitError(msg)
+
+
+def available_bytes() -> int | None:
+    """What a process may still take: of the machine, and of its control group; None where not known."""
+    found = [*_of_machine(), *_of_group()]
+    return min(found) if found else None
+
+
+def _of_machine() -> list[int]:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return []
+    return [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+
+
+def _of_group() -> list[int]:
+    root = Path("/sys/fs/cgroup")
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):
+        return []
+    # File pages in the cache are given back before anything fails.
+    return [] if limit == "max" else [max(0, int(limit) - used + int(stat.get("inactive_file", 0)))]
+
+
+def tensor_bytes(tree: Any) -> int:
+    """Bytes of all tensors in `tree`."""
+    return sum(
+        leaf.numel() * leaf.itemsize for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)
+    )
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.0f} MiB"

@@ -1,0 +1,77 @@
+"""What happened to each matrix: kept for the caller, and written as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+class CalibrationWarning(UserWarning):
+    """Calibration data that will not carry what it is used for."""
+
+
+@dataclass
+class Report:
+    """The calibration of one model.
+
+    Attributes:
+        lines: one dict of JSON types per matrix, in the order of folding: `name`, `shape`, `format`,
+            `method`, `tokens`, what the method reported (`loss`, `predicted`, `damping`, …), `seconds`,
+            `peak_rss_bytes`; `fallback` says why a matrix was folded without calibration, `dropped_rows`
+            how many rows of its input were not finite, `blended` how much an expert took from the others.
+        notes: what was decided about the model as a whole.
+        predicted_bytes: memory that the run was predicted to add at its peak.
+    """
+
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    predicted_bytes: int = 0
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        for line in self.lines:
+            if line["name"] == name:
+                return line
+        raise KeyError(name)
+
+
+_REPORTS: weakref.WeakKeyDictionary[nn.Module, Report] = weakref.WeakKeyDictionary()
+
+
+def report(model: nn.Module) -> Report | None:
+    """The report of the last calibration of `model` in this process, or None."""
+    return _REPORTS.get(model)
+
+
+def remember(model: nn.Module, made: Report) -> None:
+    """Make `made` what `report(model)` returns."""
+    _REPORTS[model] = made
+
+
+class Log:
+    """Appends a JSON line per matrix to a file as it is folded; None writes nowhere."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, made: Report) -> None:
+        self._path = None if path is None else Path(path)
+        self._report = made
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text("")
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Record one matrix."""
+        self._report.lines.append(line)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process ever held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,130 @@
+"""What is found out before anything changes: layout, whether replay works, memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitfold.calibration import memory
+from bitfold.calibration.batches import Batch
+from bitfold.calibration.blocks import Layout, Stage, arrange, find_layout
+from bitfold.calibration.distributed import Processes
+from bitfold.calibration.replay import run
+from bitfold.calibration.sets import find_sets
+from bitfold.calibration.settings import Settings
+from bitfold.calibration.streams import needs_all_outputs
+from bitfold.choosing import Fold, matrix_shape
+
+
+@dataclass
+class Survey:
+    """What is known of the model; the same on all ranks but for the bytes.
+
+    Args:
+        layout: stacks and stages.
+        keep_all: blocks read outputs of others than the one before.
+        activations: bytes of tensors alive at most during one pass.
+        widest: bytes of the largest input of a matrix, as float32.
+        outputs: block -> bytes of its outputs over all data of this rank.
+        notes: for the report.
+    """
+
+    layout: Layout
+    keep_all: bool
+    activations: int
+    widest: int
+    outputs: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+
+
+def survey(model: nn.Module, names: Collection[str], batches: list[Batch], processes: Processes) -> Survey:
+    """Look at the float `model`, of which the matrices `names` are to be folded, with a few passes."""
+    layout = processes.agree(find_layout(model, names, batches[0]))
+    notes: list[str] = []
+    keep_all = processes.agree(needs_all_outputs(model, layout, batches[0]))
+    if keep_all is None:
+        notes.append("the inputs of blocks could not be replayed; the whole model was taken as one block")
+        layout, keep_all = processes.agree(arrange(model, [], names, batches[0])), False
+    elif keep_all:
+        notes.append("blocks read outputs of earlier blocks: the outputs of all were kept")
+    return Survey(layout, keep_all, *_weigh(model, layout, batches), notes)
+
+
+def _weigh(
+    model: nn.Module, layout: Layout, batches: list[Batch]
+) -> tuple[int, int, dict[str, int]]:
+    """One pass over the largest batch: peak, widest input, and outputs of blocks scaled up to all data."""
+    sizes = [memory.tensor_bytes(batch.tensors()) for batch in batches]
+    share = sum(sizes) / max(*sizes, 1)
+    outputs: dict[str, int] = {}
+
+    def weigh(name: str, output: Any) -> None:
+        outputs[name] = int(memory.tensor_bytes(output) * share)
+
+    def measure(args: Any, kwargs: Any) -> None:
+        inputs.extend(4 * x.numel() for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
+
+    inputs = [0]
+    matrices = [name for stage in layout.stages for name in stage.matrices]
+    blocks = [block for stack in layout.stacks for block in stack.blocks]
+    with memory.LiveBytes() as live:
+        run(
+            model,
+            batches[sizes.index(max(sizes))],
+            before=dict.fromkeys(matrices, measure),
+            after={name: partial(weigh, name) for name in blocks},
+        )
+    return live.peak, max(inputs), outputs
+
+
+def predict_memory(
+    model: nn.Module, found: Survey, todo: dict[str, Fold], batch: Batch, settings: Settings
+) -> memory.Prediction:
+    """The peak of a run over `todo`."""
+    cross = settings.float_stream
+    streams = 0
+    for stack in found.layout.stacks:
+        sizes = [found.outputs.get(name, 0) for name in stack.blocks]
+        streams += sum(sizes) if found.keep_all else max(sizes)
+    costs: list[memory.StageCost] = []
+    largest: dict[tuple[tuple[int, int], ...], int] = {}  # blocks of one shape have sets of one shape
+    for stage in found.layout.stages:
+        names = [name for name in stage.matrices if name in todo]
+        if not names:
+            continue
+        shapes = {name: matrix_shape(todo[name].owner) for name in names}
+        kind = tuple(shapes.values())
+        if kind not in largest:
+            largest[kind] = _hessians(model, stage, batch, shapes, settings)
+        weights = [todo[name].owner.module.weight for name in names]
+        costs.append(
+            memory.StageCost(
+                hessians=largest[kind],
+                solver=max(memory.solver_bytes(shape) for shape in shapes.values()),
+                freed=sum(weight.numel() * weight.itemsize for weight in weights),
+                packed=sum(todo[name].format.nbytes(shapes[name]) for name in names),
+            )
+        )
+    # For the cross term the float model's input is held beside the folded one's, and their difference.
+    activations = found.activations + (2 * found.widest if cross else 0)
+    return memory.predict(streams * (2 if cross else 1), activations, costs)
+
+
+def _hessians(
+    model: nn.Module,
+    stage: Stage,
+    batch: Batch,
+    shapes: dict[str, tuple[int, int]],
+    settings: Settings,
+) -> int:
+    """Bytes of the statistics of the largest set of a stage."""
+    sets = find_sets(model, stage, batch, {}, shapes)
+    sizes = [
+        sum(memory.hessian_bytes(shapes[group[0]][1], settings.float_stream) for group in part.groups)
+        for part in sets
+    ]
+    return max(sizes) if settings.true_sequential else sum(sizes)

@@ -1,0 +1,343 @@
+"""Native solvers of calibrated quantization, one wrapper per op with its fake kernel beside it.
+
+A solver sees one matrix ``W`` ``[out, in]`` and statistics of its input ``x`` ``[tokens, in]``, never a model.
+What counts is ``||(W - Q) x||²`` summed over the tokens, which is ``tokens * tr(E H Eᵀ)`` with ``E = W - Q`` and
+``H = mean(x xᵀ)``, the Hessian of that error.
+
+    >>> import torch
+    >>> x, weight = torch.randn(512, 64) @ torch.randn(64, 64), torch.randn(32, 64)
+    >>> hessian = torch.zeros(64, 64)
+    >>> hessian_update(hessian, x)
+    (512, 0)
+    >>> packed, report = gptq_quantize(weight, "int4-g16", hessian_finish(hessian))
+    >>> report["loss"] < report["plain"]  # of rounding without feedback
+    True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitfold import _C, ops
+from bitfold.errors import WeightError
+from bitfold.formats import Format, as_format
+
+_ops = torch.ops.bitfold
+
+ORDERS = {"none": 0, "descending": 1, "groups": 2}
+SCALES = {"range": 0, "search": 1, "search-factor": 2}
+
+# What the native report holds, in its order.
+GPTQ_REPORT = (
+    "loss",
+    "loss_damped",
+    "loss_feedback",
+    "predicted",
+    "plain",
+    "plain_damped",
+    "measured",
+    "tracked",
+    "damping",
+    "dead",
+    "fp64",
+    "fallback",
+    "measured_rows",
+    "refitted",
+    "seconds_factor",
+    "seconds_scales",
+    "seconds_products",
+    "seconds_columns",
+)
+_COUNTS = ("dead", "measured_rows", "refitted")
+_FLAGS = ("fp64", "fallback")
+
+
+def hessian_update(
+    hessian: Tensor, x: Tensor, mask: Tensor | None = None, tokens: int = 0
+) -> tuple[int, int]:
+    """Takes a batch of inputs into the running mean of ``x xᵀ``; any split in batches gives one answer.
+
+    Args:
+        hessian: ``[in, in]``, float32 or float64, contiguous; updated in place. With ``tokens=0`` what it holds
+            is not read. Sums are made in its dtype. Only what lies on and below the diagonal (and some more)
+            is kept up to date: `hessian_finish` fills in the rest once all batches are in.
+        x: ``[..., in]``, float32, float16 or bfloat16.
+        mask: bool or uint8, one entry per row of x: rows where it is 0 (padding) are passed over. None counts
+            all.
+        tokens: how many rows the mean stands for so far, i.e. the sum of what earlier calls counted.
+
+    Returns:
+        How many rows were counted, and how many were dropped because they hold a NaN or an infinity. Masked
+            rows are neither.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit.
+
+    Example:
+        >>> h = torch.empty(4, 4)
+        >>> first = hessian_update(h, torch.ones(3, 4))
+        >>> hessian_update(h, torch.tensor([[1.0, 2, 3, 4], [float("nan")] * 4]), tokens=first[0])
+        (1, 1)
+        >>> hessian_finish(h)[0].tolist()
+        [1.0, 1.25, 1.5, 1.75]
+    """
+    return _ops.hessian_update(hessian, x.detach(), mask, tokens)
+
+
+def hessian_finish(hessian: Tensor) -> Tensor:
+    """Makes an updated Hessian symmetric, in place, and returns it.
+
+    Example:
+        >>> hessian_finish(torch.tensor([[1.0, float("nan")], [2.0, 3.0]])).tolist()
+        [[1.0, 2.0], [2.0, 3.0]]
+    """
+    _ops.hessian_finish(hessian)
+    return hessian
+
+
+def cross_update(
+    cross: Tensor, x_float: Tensor, x: Tensor, mask: Tensor | None = None, tokens: int = 0
+) -> tuple[int, int]:
+    """Takes a batch into the running mean of ``(x_float - x) xᵀ`` (GPTAQ, 2504.02692).
+
+    Args:
+        cross: ``[in, in]``, float32 or float64, contiguous; updated in place, all of it.
+        x_float: ``[..., in]``, what the float model would have fed.
+        x: the same shape, what the model quantized so far does feed.
+        mask: as in `hessian_update`.
+        tokens: as in `hessian_update`.
+
+    Returns:
+        Rows counted, and rows dropped because either input is not finite there.
+
+    Example:
+        >>> c = torch.zeros(2, 2)
+        >>> cross_update(c, torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
+        (1, 0)
+        >>> c.tolist()
+        [[1.0, 1.0], [0.0, 0.0]]
+    """
+    return _ops.cross_update(cross, x_float.detach(), x.detach(), mask, tokens)
+
+
+def gptq_quantize(
+    weight: Tensor,
+    fmt: Format | str,
+    hessian: Tensor,
+    *,
+    cross: Tensor | None = None,
+    alpha: float = 1.0,
+    order: str = "descending",
+    damping: float = 0.01,
+    scales: str = "search",
+    dynamic: bool = False,
+    sweeps: int = 0,
+    refit: int = 0,
+    exact: Tensor | None = None,
+    measured_rows: int = 64,
+    timed: bool = False,
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Folds a matrix such that its products with the calibrated inputs change least (GPTQ, 2210.17323).
+
+    Columns are rounded one after the other; what each leaves as an error is made good by those after it. With
+    ``H = R Rᵀ``, R upper triangular, column k is rounded from ``w_k + sum_{j<k} e_j R_jk / R_kk``, which gives
+    GPTQ's codes from a single Cholesky factorization. The loss that is left is
+    ``sum_k R_kk² (that - q_k)²``, and ``tr(E H Eᵀ)`` at the same time.
+
+    Args:
+        weight: ``[out, in]``, float32, float16 or bfloat16, any strides.
+        fmt: any format. Learned codebooks (kmeans) take the levels that they have without calibration.
+        hessian: ``[in, in]`` mean of ``x xᵀ``, both halves filled, float32 or float64.
+        cross: ``[in, in]`` from `cross_update`, or None. Given, the matrix that is rounded is
+            ``W + alpha W cross H⁻¹``, the least-squares answer to ``||W x_float - Q x||²``: the layer then
+            makes good what quantizing the layers before it has done to its input. Losses are around that
+            matrix.
+        alpha: how far to go there, 0 to 1.
+        order: of rounding. ``"descending"``: inputs by falling mean square ("act-order"); scales stay those
+            of contiguous groups, nothing is permuted in storage. ``"groups"``: the same inside each group, and
+            groups by their means. ``"none"``: first to last.
+        damping: part of the mean diagonal of H added to its diagonal. Where H is not positive definite the
+            factorization is tried in float64, then with more damping, in growing steps up to 0.5.
+        scales: ``"range"`` (absmax or min-max of each group), ``"search"`` (least squared error weighted by
+            the diagonal of H), ``"search-factor"`` (weighted by R_kk², what an error costs once later columns
+            have made good what they can).
+        dynamic: choose the scales of a group when its first column is due, for the weights as the feedback
+            has made them by then. Not with ``order="descending"``; no effect where a group is a whole row.
+        sweeps: of cyclic coordinate descent after the columns (QuantEase, 2309.01885): each code in turn
+            becomes the best one while all others stay. Never raises the loss.
+        refit: rounds of fitting the scales again with codes fixed (`refit_scales`), each followed by one more
+            sweep if ``sweeps`` is not 0. Never raises the loss.
+        exact: bool or uint8 ``[out, in]`` or None: weights that are stored elsewhere without an error. They
+            take no part in scales and pass no error on; their codes mean nothing.
+        measured_rows: how many rows the report's direct measurements are taken of; all if negative. Each row
+            costs ``4 in²`` operations.
+        timed: whether the report holds the seconds of each part (else 0).
+
+    Returns:
+        The packed tensors, and a report; losses are sums over rows of ``e H eᵀ``:
+
+            - ``loss``: of what is stored. ``loss_damped``: with the damped H, which is what was minimized.
+            - ``loss_feedback``: the sum of squares that the column pass adds up, damped H, before sweeps and
+              refits.
+            - ``predicted``: what the column pass should leave, ``sum_k R_kk² mean(e_k²)``, with the errors of
+              plain rounding. ``plain``, ``plain_damped``: what rounding without feedback would leave, same
+              scales. All three are extrapolated from the measured rows.
+            - ``measured``, ``tracked``: ``loss_damped`` of the measured rows, as ``tr(E H Eᵀ)`` and as added
+              up on the way; equal but for rounding.
+            - ``damping``: what was used. ``dead``: inputs that are always 0 (their weights become 0).
+            - ``fp64``: the factorization took float64. ``fallback``: no damping helped, the weights were
+              rounded plainly with searched scales.
+            - ``measured_rows``, ``refitted`` (scales that refits changed), ``seconds_*``.
+
+    Raises:
+        WeightError: not a float matrix, no elements, or a NaN or infinity.
+        ValueError: an option that does not exist.
+        RuntimeError: a Hessian of another shape or dtype, or one that is not finite.
+
+    Example:
+        >>> x = torch.randn(256, 32) @ torch.randn(32, 32)
+        >>> packed, report = gptq_quantize(torch.randn(8, 32), "nf4-g32", x.T @ x / 256, sweeps=2)
+        >>> report["fallback"], report["dead"]
+        (False, 0)
+    """
+    fmt = as_format(fmt)
+    _check_weight("gptq_quantize", weight)
+    try:
+        packed, report = _ops.gptq_quantize(
+            weight.detach(),
+            hessian,
+            fmt.spec((weight.shape[0], weight.shape[1])),
+            _choice("gptq_quantize", "order", order, ORDERS),
+            damping,
+            _choice("gptq_quantize", "scales", scales, SCALES),
+            dynamic,
+            sweeps,
+            refit,
+            cross,
+            alpha,
+            exact,
+            measured_rows,
+            timed,
+        )
+    except RuntimeError as error:
+        raise _weight_error(error) from None
+    values: dict[str, Any] = dict(zip(GPTQ_REPORT, report.tolist(), strict=True))
+    values |= {name: int(values[name]) for name in _COUNTS} | {name: bool(values[name]) for name in _FLAGS}
+    return packed, values
+
+
+def refit_scales(
+    packed: Sequence[Tensor],
+    fmt: Format | str,
+    weight: Tensor,
+    hessian: Tensor,
+    *,
+    damping: float = 0.01,
+    sweeps: int = 2,
+) -> tuple[list[Tensor], dict[str, float]]:
+    """Fits the scales of a packed weight again in the metric of the Hessian; codes stay.
+
+    With d the unit decode of a group and E the errors of its row, the scale moves by ``(d H E) / (d H d)``,
+    a real zero point along with it, one group after the other (Gauss-Seidel). New values are rounded to how
+    they are stored and kept where the loss of the row falls; double-quantized scales are kept or left as a
+    whole. Learned codebooks come back as they are.
+
+    Args:
+        packed: the stored tensors.
+        fmt: their format.
+        weight: ``[out, in]``, what they should stand for.
+        hessian: as in `gptq_quantize`.
+        damping: as in `gptq_quantize`.
+        sweeps: how often to go over the groups.
+
+    Returns:
+        New packed tensors, and ``{"before": …, "after": …}``, the losses ``tr(E H Eᵀ)`` with the damped H.
+
+    Example:
+        >>> x, w = torch.randn(256, 32) @ torch.randn(32, 32), torch.randn(8, 32)
+        >>> packed = ops.quantize(w, "int3-g16")
+        >>> packed, losses = refit_scales(packed, "int3-g16", w, x.T @ x / 256)
+        >>> losses["after"] < losses["before"]
+        True
+    """
+    fmt = as_format(fmt)
+    _check_weight("refit_scales", weight)
+    spec = fmt.spec((weight.shape[0], weight.shape[1]))
+    try:
+        refitted, report = _ops.refit_scales(list(packed), spec, weight.detach(), hessian, damping, sweeps)
+    except RuntimeError as error:
+        raise _weight_error(error) from None
+    return refitted, dict(zip(("before", "after"), report.tolist(), strict=True))
+
+
+def _choice(op: str, argument: str, value: str, known: dict[str, int]) -> int:
+    if value not in known:
+        msg = f"{op}(): {argument} must be one of {', '.join(known)}, got {value!r}"
+        raise ValueError(msg)
+    return known[value]
+
+
+def _check_weight(op: str, weight: Tensor) -> None:
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        msg = f"{op}(): weight must be float32, float16 or bfloat16, got {weight.dtype}"
+        raise WeightError(msg)
+    if weight.dim() != 2 or weight.numel() == 0:
+        msg = f"{op}(): weight must be [out, in] with at least one element, got {tuple(weight.shape)}"
+        raise WeightError(msg)
+
+
+def _weight_error(error: RuntimeError) -> Exception:
+    sentence = str(error).splitlines()[0]
+    return WeightError(sentence) if "every weight must be finite" in sentence else RuntimeError(sentence)
+
+
+# ---- fake kernels ----
+
+
+def _empty_packed(weight: Tensor, spec: Sequence[int]) -> list[Tensor]:
+    buffers = _C.buffers_of_spec(list(spec))
+    return [weight.new_empty(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in buffers]
+
+
+@torch.library.register_fake("bitfold::hessian_update")
+def _(hessian: Tensor, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Any, Any]:  # noqa: ARG001
+    context = torch.library.get_ctx()
+    return context.new_dynamic_size(), context.new_dynamic_size()
+
+
+@torch.library.register_fake("bitfold::hessian_finish")
+def _(hessian: Tensor) -> None:
+    pass
+
+
+@torch.library.register_fake("bitfold::cross_update")
+def _(
+    cross: Tensor,  # noqa: ARG001
+    x_float: Tensor,  # noqa: ARG001
+    x: Tensor,  # noqa: ARG001
+    mask: Tensor | None,  # noqa: ARG001
+    tokens: int,  # noqa: ARG001
+) -> tuple[Any, Any]:
+    context = torch.library.get_ctx()
+    return context.new_dynamic_size(), context.new_dynamic_size()
+
+
+@torch.library.register_fake("bitfold::gptq_quantize")
+def _(weight: Tensor, hessian: Tensor, spec: Sequence[int], *_options: Any) -> tuple[list[Tensor], Tensor]:  # noqa: ARG001
+    return _empty_packed(weight, spec), weight.new_empty((len(GPTQ_REPORT),), dtype=torch.float64)
+
+
+@torch.library.register_fake("bitfold::refit_scales")
+def _(
+    packed: Sequence[Tensor],
+    spec: Sequence[int],  # noqa: ARG001
+    weight: Tensor,
+    hessian: Tensor,  # noqa: ARG001
+    damping: float,  # noqa: ARG001
+    sweeps: int,  # noqa: ARG001
+) -> tuple[list[Tensor], Tensor]:
+    return [torch.empty_like(p) for p in packed], weight.new_empty((2,), dtype=torch.float64)

@@ -1,0 +1,270 @@
+"""Going on after whatever happened: the result is that of a run nothing happened to."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+
+import bitfold
+from bitfold import calibration, methods
+from bitfold.calibration import CheckpointError, Settings
+from bitfold.calibration import checkpoint as checkpoints
+
+pytest.importorskip("transformers")
+
+HERE = Path(__file__).parent
+
+# Folds a model, and saves the result unless the process kills itself at the n-th matrix or file.
+SCRIPT = """
+import os, signal, sys
+sys.path[:0] = [{here!r}, {hf!r}]
+import torch
+torch.set_num_threads(1)
+import bitfold, networks, plain_gptq
+from bitfold import methods
+from bitfold.io import atomic
+plain_gptq.install()
+name, directory, result, kind, count = sys.argv[1:]
+left = [int(count)]
+
+def die(what):
+    if kind == what:
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+
+def dying(weight, fmt, statistics=None, **options):
+    die("method")
+    return plain_gptq.plain_gptq(weight, fmt, statistics, **options)
+
+methods.base._METHODS[plain_gptq.NAME] = dying
+fsync = atomic._fsync
+def fsync_and_die(path):
+    die("before-flush")
+    fsync(path)
+    die("after-flush")
+atomic._fsync = fsync_and_die
+model = networks.make(name)
+networks.quantize(model, name, checkpoint=directory)
+torch.save(model.state_dict(), result)
+"""
+
+
+def fold_in_a_process(name, directory, result, kind="never", count=0):
+    code = SCRIPT.format(here=str(HERE), hf=str(HERE.parent / "hf"))
+    arguments = [sys.executable, "-c", code, name, str(directory), str(result), kind, str(count)]
+    return subprocess.run(arguments, capture_output=True, text=True, check=False)
+
+
+def assert_same_bytes(a, b):
+    assert list(a) == list(b)
+    for name, tensor in a.items():
+        assert tensor.dtype == b[name].dtype
+        assert torch.equal(tensor, b[name]), name
+
+
+def stages(directory):
+    return sorted(file.name for file in Path(directory).glob("stage-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:little calibration data")
+def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path):
+    whole = networks.quantize(networks.make("moe"), "moe", checkpoint=False).state_dict()
+    result = tmp_path / "result.pt"
+    for kind, count, finished in (
+        ("before-flush", 0, 0),  # while the directory is made
+        ("method", 17, 1),  # in the second of three stages
+        ("after-flush", 2, 1),  # its packed file is whole, but has not got its name
+        ("before-flush", 3, 2),  # it has; the streams of the stage before are still there
+    ):
+        done = fold_in_a_process("moe", tmp_path / "state", result, kind, count)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert len(stages(tmp_path / "state")) == finished
+        assert not result.exists()
+    done = fold_in_a_process("moe", tmp_path / "state", result)
+    assert done.returncode == 0, done.stderr
+    assert_same_bytes(torch.load(result), whole)
+    assert not (tmp_path / "state").exists()
+
+
+class Failing:
+    """The slow GPTQ, which raises at its n-th call."""
+
+    def __init__(self, after, error=RuntimeError):
+        self.left, self.error, self.calls = after, error, 0
+
+    def __call__(self, weight, fmt, statistics=None, **options):
+        import plain_gptq
+
+        self.calls += 1
+        if self.left == 0:
+            raise self.error("broken on purpose")
+        self.left -= 1
+        return plain_gptq.plain_gptq(weight, fmt, statistics, **options)
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    def install(after, error=RuntimeError):
+        made = Failing(after, error)
+        monkeypatch.setitem(methods.base._METHODS, "plain-gptq", made)
+        return made
+
+    return install
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "moe", "unet"])
+@pytest.mark.parametrize("settings", [Settings(), Settings(float_stream=True)], ids=["one", "two"])
+@pytest.mark.filterwarnings("ignore:little calibration data")
+def test_an_exception_half_way_and_a_second_run_on_a_fresh_model(failing, tmp_path, name, settings):
+    arguments = {"checkpoint": tmp_path / "state", "settings": settings}
+    whole = networks.quantize(networks.make(name), name, settings=settings).state_dict()
+    failing(5 if name != "unet" else 2)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        networks.quantize(networks.make(name), name, **arguments)
+    failing(-1)
+    model = networks.quantize(networks.make(name), name, **arguments)
+    assert_same_bytes(model.state_dict(), whole)
+    assert len(calibration.report(model).lines) == len(bitfold.manifest.describe(model)["modules"]) - sum(
+        entry["kind"].startswith("tied") for entry in bitfold.manifest.describe(model)["modules"].values()
+    )
+
+
+def test_going_on_solves_only_what_is_left(failing, tmp_path):
+    failing(10)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path / "state")
+    assert stages(tmp_path / "state") == ["stage-0000.safetensors"]
+    made = failing(-1)
+    model = networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path / "state")
+    assert made.calls == 8  # seven of the second block, and the head
+    assert "went on after 1 of 3 stages" in calibration.report(model).notes
+
+
+@pytest.mark.parametrize("after", [3, 10])
+def test_going_on_with_the_same_model_object(failing, tmp_path, after):
+    whole = networks.quantize(networks.make("llama"), "llama", checkpoint=False).state_dict()
+    model = networks.make("llama")
+    failing(after, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        networks.quantize(model, "llama")
+    assert torch.isfinite(networks.outputs(model, "llama")).all()
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    failing(-1)
+    networks.quantize(model, "llama")
+    assert_same_bytes(model.state_dict(), whole)
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "bitfold" / "calibration"
+    assert list(cache.iterdir()) == []
+
+
+def test_lost_streams_are_made_again(failing, tmp_path):
+    whole = networks.quantize(networks.make("t5"), "t5", checkpoint=False).state_dict()
+    failing(30)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        networks.quantize(networks.make("t5"), "t5", checkpoint=tmp_path / "state")
+    (stream,) = (tmp_path / "state").glob("stream-*")
+    stream.write_bytes(stream.read_bytes()[:1000])
+    failing(-1)
+    model = networks.quantize(networks.make("t5"), "t5", checkpoint=tmp_path / "state")
+    assert_same_bytes(model.state_dict(), whole)
+
+
+def test_another_run_is_refused_with_what_changed(failing, tmp_path):
+    failing(10)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path)
+    failing(-1)
+
+    def again(model=None, **others):
+        arguments = {"checkpoint": tmp_path, **others}
+        networks.quantize(model or networks.make("llama"), "llama", **arguments)
+
+    with pytest.raises(CheckpointError, match=r"changed: the calibration data \(digest\)\. Undo"):
+        again(calibration=networks.data("llama", seed=9))
+    with pytest.raises(CheckpointError, match=r"options or settings \(damping: None before, '0.05' now\)"):
+        again(options={"damping": 0.05})
+    with pytest.raises(CheckpointError, match=r"settings \(true_sequential: 'True' before, 'False' now\)"):
+        again(settings=Settings(true_sequential=False))
+    changed = networks.make("llama")
+    with torch.no_grad():
+        changed.model.layers[1].mlp.up_proj.weight[3, 3] += 1e-3
+    with pytest.raises(CheckpointError, match=r"the model \(model.layers.1.mlp.up_proj.weight\)"):
+        again(changed)
+    with pytest.raises(CheckpointError, match=r"the plan \(lm_head: 'int3-g16 plain-gptq' before, 'nf4 plain"):
+        bitfold.quantize(
+            networks.make("llama"),
+            "int3-g16",
+            rules={"lm_head": "nf4"},
+            calibration=networks.data("llama"),
+            method="plain-gptq",
+            checkpoint=tmp_path,
+            progress=False,
+        )
+    assert stages(tmp_path) == ["stage-0000.safetensors"]
+    again()
+
+
+def test_a_directory_of_somebody_else_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match="is no checkpoint; choose another"):
+        networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "dear"
+
+
+def test_a_damaged_stage_is_named(failing, tmp_path):
+    failing(10)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path)
+    path = tmp_path / "stage-0000.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    failing(-1)
+    with pytest.raises(CheckpointError, match=r"stage-0000.safetensors: damaged .*delete"):
+        networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("nth", [0, 1, 2, 3])
+def test_a_full_disk_is_told_and_what_was_written_before_stays(monkeypatch, tmp_path, nth):
+    """The n-th file that is written fills the disk: streams and packed matrices of stages 0 and 1."""
+    whole = networks.quantize(networks.make("llama"), "llama", checkpoint=False).state_dict()
+    left = [nth]
+    put = checkpoints.SafetensorsWriter._put
+
+    def full(self, data, position):
+        if position == 0:
+            left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(self, data, position)
+
+    monkeypatch.setattr(checkpoints.SafetensorsWriter, "_put", full)
+    with pytest.raises(OSError, match=r"checkpoint, .*stage.*No space left.* bytes are free.*make room") as caught:
+        networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path / "state")
+    assert caught.value.errno == errno.ENOSPC
+    assert len(stages(tmp_path / "state")) == nth // 2
+    assert not list((tmp_path / "state").glob(".*"))  # no half-written file
+    monkeypatch.setattr(checkpoints.SafetensorsWriter, "_put", put)
+    model = networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path / "state")
+    assert_same_bytes(model.state_dict(), whole)
+
+
+def test_the_default_directory_is_below_the_cache_and_goes_when_done(failing):
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "bitfold" / "calibration"
+    failing(10)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        networks.quantize(networks.make("llama"), "llama")
+    (directory,) = cache.iterdir()
+    assert json.loads((directory / "fingerprint.json").read_text())["processes"] == 1
+    failing(-1)
+    model = networks.quantize(networks.make("llama"), "llama")
+    assert "went on after 1 of 3 stages" in calibration.report(model).notes
+    assert list(cache.iterdir()) == []

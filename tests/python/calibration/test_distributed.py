@@ -1,0 +1,113 @@
+"""Two gloo processes give what one gives, up to the order of additions."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import networks
+import pytest
+import torch
+
+import bitfold
+
+HERE = Path(__file__).parent
+
+# What every rank runs. Rank 1 kills itself at its n-th matrix, where asked to.
+SCRIPT = """
+import json, os, signal, sys
+sys.path[:0] = [{here!r}, {hf!r}]
+import torch
+torch.set_num_threads(1)
+import bitfold, networks, plain_gptq
+from bitfold import calibration, methods
+plain_gptq.install()
+directory, after = sys.argv[1], int(sys.argv[2])
+rank = int(os.environ["RANK"])
+calls = [0]
+
+def counting(weight, fmt, statistics=None, **options):
+    if rank == 1 and calls[0] == after:
+        os.kill(os.getpid(), signal.SIGKILL)
+    calls[0] += 1
+    return plain_gptq.plain_gptq(weight, fmt, statistics, **options)
+
+methods.base._METHODS[plain_gptq.NAME] = counting
+model = networks.make("moe")
+settings = calibration.Settings(float_stream=True, sample_rows=64, batch_size=5)
+networks.quantize(model, "moe", checkpoint=directory + "/state", log=directory + "/log.jsonl", settings=settings)
+torch.save(model.state_dict(), f"{{directory}}/result-{{rank}}.pt")
+print(json.dumps({{"calls": calls[0], "notes": calibration.report(model).notes}}))
+"""
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start_two(directory, after=-1):
+    """Start as torchrun does; the environment is all that it gives."""
+    code = SCRIPT.format(here=str(HERE), hf=str(HERE.parent / "hf"))
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, str(directory), str(after)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def finish(processes):
+    done = [process.communicate(timeout=120) for process in processes]
+    return [process.returncode for process in processes], done
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.filterwarnings("ignore:little calibration data")
+def test_two_processes_agree_with_one_also_after_one_was_killed(tmp_path):
+    settings = bitfold.calibration.Settings(float_stream=True, sample_rows=64, batch_size=5)
+    alone = networks.quantize(networks.make("moe"), "moe", settings=settings)
+    processes = start_two(tmp_path, after=9)  # in the second stage
+    processes[1].wait(timeout=120)
+    processes[0].kill()  # as torchrun does with those that are left
+    codes, _ = finish(processes)
+    assert codes[1] == -signal.SIGKILL
+    assert (tmp_path / "state" / "stage-0000.safetensors").exists()
+
+    codes, said = finish(start_two(tmp_path))
+    assert codes == [0, 0], said
+    told = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    assert all("went on after 1 of 3 stages" in part["notes"] for part in told)
+    # fourteen matrices of the second block and the head, in shares
+    assert sum(part["calls"] for part in told) == 15
+    assert min(part["calls"] for part in told) >= 5
+    assert not (tmp_path / "state").exists()
+
+    first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in range(2))
+    same = total = 0
+    for name, tensor in alone.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        if tensor.dtype == torch.int8:
+            same += int((first[name] == tensor).sum())
+            total += tensor.numel()
+    assert same / total > 0.999
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    report = bitfold.calibration.report(alone)
+    assert {line["name"] for line in lines} == {line["name"] for line in report.lines}
+    for line in lines:
+        expected = report[line["name"]]
+        assert line.get("tokens") == expected.get("tokens")
+        if "loss" in expected:
+            assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-7)
