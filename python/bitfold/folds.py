@@ -90,6 +90,13 @@ def find_folds(block: nn.Module, inputs: Inputs, shared: Collection[int] = ()) -
 
 
 @torch.no_grad()
+def holds(block: nn.Module, inputs: Inputs, folds: Sequence[ScaleFold], shared: Collection[int] = ()) -> bool:
+    """Whether `folds`, found in a block like this one, are all legal here; much cheaper than `find_folds`."""
+    trial = _Trial(block, inputs, shared)
+    return trial.try_together(folds)
+
+
+@torch.no_grad()
 def apply_folds(block: nn.Module, folds: Sequence[ScaleFold], scales: Sequence[Tensor]) -> None:
     """Divide sources by their scale and multiply readers, in place; the block computes what it did.
 
@@ -111,7 +118,8 @@ def apply_folds(block: nn.Module, folds: Sequence[ScaleFold], scales: Sequence[T
     """
     for fold, scale in zip(folds, scales, strict=True):
         if scale.shape != (fold.channels,):
-            msg = f"apply_folds(): the scale of {fold.source} must be [{fold.channels}], got {list(scale.shape)}"
+            size = list(scale.shape)
+            msg = f"apply_folds(): the scale of {fold.source} must be [{fold.channels}], got {size}"
             raise ValueError(msg)
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
             msg = f"apply_folds(): the scale of {fold.source} must be positive and finite"
@@ -176,7 +184,9 @@ class _Trial:
         uses = Counter(id(p) for module in names.values() for p in module._parameters.values())
         uses.update(dict.fromkeys(shared, 2))
         self._shared = {
-            name for name, m in names.items() if any(uses[id(p)] > 1 for p in m._parameters.values() if p is not None)
+            name
+            for name, m in names.items()
+            if any(uses[id(p)] > 1 for p in m._parameters.values() if p is not None)
         }
         self.block = copy.deepcopy(block).float()
         self._inputs = [(args, dict(kwargs)) for args, kwargs in pytree.tree_map(_widened, list(inputs))]
@@ -196,7 +206,12 @@ class _Trial:
             return None
         scale = _random_scale(channels).to(outputs[0].device)
         for form in ("rows",) if is_matrix(module) else ("gain", "one_plus_gain"):
-            saved = [(p, p.clone()) for m in self._modules.values() for p in m._parameters.values() if p is not None]
+            saved = [
+                (p, p.clone())
+                for m in self._modules.values()
+                for p in m._parameters.values()
+                if p is not None
+            ]
             try:
                 _divide(module, form, scale)
                 found = self._search(name, form, scale, taken)
@@ -206,6 +221,31 @@ class _Trial:
             if found != "its output does not scale with its weight":
                 break
         return found
+
+    def try_together(self, folds: Sequence[ScaleFold]) -> bool:
+        """Whether the output stays with random scales in all of `folds`; leaves the copy changed."""
+        names = {name for fold in folds for name in (fold.source, *fold.readers)}
+        if not names <= self._modules.keys() or names & self._shared:
+            return False
+        for fold in folds:
+            source, readers = self._modules[fold.source], fold.readers.items()
+            if is_matrix(source) != (fold.form == "rows") or not self._fits(source, fold.channels):
+                return False
+            if any(
+                not is_matrix(self._modules[n]) or _in_features(self._modules[n]) != len(c)
+                for n, c in readers
+            ):
+                return False
+        reached = {name for name in self._matrices if self._base.inputs[name]}
+        siblings = {_role(name) for name in names & reached}
+        if any(_role(name) not in siblings for name in names - reached if name in self._matrices):
+            return False
+        widths = {len(channel) for fold in folds for channel in fold.readers.values()}
+        unreached = set(self._matrices) - reached - names
+        if any(_in_features(self._modules[name]) in widths for name in unreached):
+            return False
+        apply_folds(self.block, folds, [_random_scale(fold.channels) for fold in folds])
+        return _distance(self._base.result, self._run().result) <= TOLERANCE
 
     @staticmethod
     def _fits(module: nn.Module, channels: int) -> bool:
@@ -239,7 +279,9 @@ class _Trial:
             return obstacle
         error = _distance(self._base.result, now.result)
         if not error <= TOLERANCE:
-            return f"it feeds more than {', '.join(readers)}: the output of the block would move by {error:.1e}"
+            return (
+                f"it feeds more than {', '.join(readers)}: the output of the block would move by {error:.1e}"
+            )
         readers = {reader: readers[reader] for reader in self._matrices if reader in readers}
         return ScaleFold(name, form, scale.numel(), {k: v.cpu() for k, v in readers.items()})
 

@@ -1,9 +1,12 @@
 """How codes are chosen for a Format. One file per method; each registers itself under its name."""
 
+from bitfold.methods import awq as _awq
 from bitfold.methods import gptq as _gptq
+from bitfold.methods import hqq as _hqq
 from bitfold.methods import round as _round
 from bitfold.methods import search as _search
 from bitfold.methods.base import (
+    BlockView,
     Method,
     Solution,
     Statistics,
@@ -11,10 +14,12 @@ from bitfold.methods.base import (
     get,
     is_calibrated,
     names,
+    preparation,
     register,
 )
 
 __all__ = [
+    "BlockView",
     "Method",
     "Solution",
     "Statistics",
@@ -22,7 +27,8 @@ __all__ = [
     "get",
     "is_calibrated",
     "names",
+    "preparation",
     "register",
 ]
 
-del _gptq, _round, _search  # imported for their registration only
+del _awq, _gptq, _hqq, _round, _search  # imported for their registration only
