@@ -30,6 +30,7 @@ set(BITFOLD_SOLVER_SOURCES
   csrc/solvers/gptq.cc
   csrc/solvers/group_search.cc
   csrc/solvers/hessian.cc
+  csrc/solvers/hqq.cc
   csrc/solvers/kmeans.cc
   csrc/solvers/outliers.cc
   csrc/solvers/panel_scales.cc
@@ -47,6 +48,7 @@ set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni)
 set(BITFOLD_OPS_SOURCES
   csrc/torch/checks.cc
   csrc/torch/dequantize.cc
+  csrc/torch/hqq.cc
   csrc/torch/linear.cc
   csrc/torch/linear_algebra.cc
   csrc/torch/outliers.cc
@@ -74,6 +76,7 @@ set(BITFOLD_CPP_TESTS
   cpu/isa
   solvers/gptq
   solvers/hessian
+  solvers/hqq
   solvers/kmeans
   solvers/outliers
   solvers/quantize

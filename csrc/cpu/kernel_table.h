@@ -70,6 +70,12 @@ struct FeedbackPanel {   // sixteen rows, one to a lane
   float* cost;     // [16] grows by (the change of) the sum of cost * (v - decoded)^2
 };
 
+// Sums over each span of the residuals r = w / scale + zero - code, in steps of the grid.
+struct ShrinkSums {
+  float error[kSpanLanes];  // sum |r|
+  float pull[kSpanLanes];   // sum of r less its proximal point: r min(1, |r|^(p - 2) / beta)
+};
+
 // A row is cut in spans of `group` weights (a multiple of 16, or the whole row), each with its own
 // scale.
 struct KernelTable {
@@ -102,6 +108,11 @@ struct KernelTable {
   // Chooses the codes of `columns` of a panel, one column after the other.
   void (*feed_back)(const Encoding& encoding, const FeedbackColumns& columns,
                     const FeedbackPanel& panel);
+
+  // Residuals of a grid of 2^bits codes under the norm |r|^p, p from 0 to 2, its power to 3e-5
+  // relative (HQQ; solvers/hqq.h).
+  void (*shrink)(int bits, const float* block, int64_t n, const float* scale, const float* zero,
+                 float p, float beta, ShrinkSums* sums);
 
   // One packed row from scale[g] and zero[g] (null for codebooks).
   void (*encode)(const Encoding& encoding, const float* w, int64_t n, int64_t group,

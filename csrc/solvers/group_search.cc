@@ -1,7 +1,5 @@
 #include "solvers/group_search.h"
 
-#include <algorithm>
-
 #include "solvers/row_reader.h"
 
 namespace bitfold {
@@ -24,35 +22,25 @@ void SpanBlock::fit(const float* scale, const float* zero, SpanFits* fits) const
 
 void SpanSearch::run(const float* const* rows, int64_t count, const float* low, const float* high,
                      float* scale, float* zero) {
-  const int64_t tail = cols_ % group_size_;
-  for (int64_t size : {group_size_, tail}) {  // the last span of a row may be shorter
-    int64_t lanes = 0;
-    for (int64_t g = 0; size > 0 && g < count * groups_; ++g) {
-      const int64_t at = g % groups_ * group_size_;
-      if (std::min(group_size_, cols_ - at) == size) {
-        spans_[lanes] = rows[g / groups_] + at;
-        group_of_lane_[lanes++] = g;
-      }
-      if (lanes == kSpanLanes || (lanes > 0 && g + 1 == count * groups_)) {
-        search(lanes, size, low, high, scale, zero);
-        lanes = 0;
-      }
-    }
-  }
+  each_sixteen_spans(
+      rows, count, cols_, group_size_,
+      [&](int64_t lanes, int64_t size, const float* const* spans, const int64_t* groups) {
+        block_.fill(spans, lanes, size);
+        search(lanes, groups, low, high, scale, zero);
+      });
 }
 
-void SpanSearch::search(int64_t count, int64_t size, const float* low, const float* high,
+void SpanSearch::search(int64_t count, const int64_t* groups, const float* low, const float* high,
                         float* scale, float* zero) {
-  block_.fill(spans_, count, size);
   float lows[kSpanLanes], highs[kSpanLanes], scales[kSpanLanes], zeros[kSpanLanes];
   for (int64_t i = 0; i < kSpanLanes; ++i) {
-    lows[i] = low[group_of_lane_[i < count ? i : 0]];
-    highs[i] = high[group_of_lane_[i < count ? i : 0]];
+    lows[i] = low[groups[i < count ? i : 0]];
+    highs[i] = high[groups[i < count ? i : 0]];
   }
   search_scales(k_, encoding_, block_, lows, highs, scales, zeros);
   for (int64_t i = 0; i < count; ++i) {
-    scale[group_of_lane_[i]] = scales[i];
-    zero[group_of_lane_[i]] = zeros[i];
+    scale[groups[i]] = scales[i];
+    zero[groups[i]] = zeros[i];
   }
 }
 

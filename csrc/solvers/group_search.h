@@ -1,6 +1,7 @@
 // Where the groups of weights lie whose scales are searched: spans of rows, or a whole tensor.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "core/parallel.h"
@@ -27,31 +28,48 @@ class SpanBlock : public GroupProbe {
   int64_t n_ = 0;
 };
 
+// Cuts rows [count] of `cols` weights in groups, and calls take(lanes, size, spans, groups) for up
+// to sixteen at a time, all of `size` weights; groups [lanes] says which ones, of [count, groups].
+template <class Take>
+void each_sixteen_spans(const float* const* rows, int64_t count, int64_t cols, int64_t group_size,
+                        const Take& take) {
+  const int64_t groups = (cols + group_size - 1) / group_size, tail = cols % group_size;
+  const float* spans[kSpanLanes] = {};
+  int64_t group_of_lane[kSpanLanes] = {};
+  for (int64_t size : {group_size, tail}) {  // the last span of a row may be shorter
+    int64_t lanes = 0;
+    for (int64_t g = 0; size > 0 && g < count * groups; ++g) {
+      const int64_t at = g % groups * group_size;
+      if (std::min(group_size, cols - at) == size) {
+        spans[lanes] = rows[g / groups] + at;
+        group_of_lane[lanes++] = g;
+      }
+      if (lanes == kSpanLanes || (lanes > 0 && g + 1 == count * groups)) {
+        take(lanes, size, spans, group_of_lane);
+        lanes = 0;
+      }
+    }
+  }
+}
+
 // Searches the scales of some rows, sixteen spans of equal size at a time.
 class SpanSearch {
  public:
   SpanSearch(const KernelTable& k, const Encoding& encoding, int64_t cols, int64_t group_size)
-      : k_(k),
-        encoding_(encoding),
-        cols_(cols),
-        group_size_(group_size),
-        groups_((cols + group_size - 1) / group_size),
-        block_(k, encoding) {}
+      : k_(k), encoding_(encoding), cols_(cols), group_size_(group_size), block_(k, encoding) {}
 
   // rows [count] of `cols` weights each; low, high, scale and zero [count, groups].
   void run(const float* const* rows, int64_t count, const float* low, const float* high,
            float* scale, float* zero);
 
  private:
-  void search(int64_t count, int64_t size, const float* low, const float* high, float* scale,
-              float* zero);
+  void search(int64_t count, const int64_t* groups, const float* low, const float* high,
+              float* scale, float* zero);
 
   const KernelTable& k_;
   const Encoding& encoding_;
-  const int64_t cols_, group_size_, groups_;
+  const int64_t cols_, group_size_;
   SpanBlock block_;
-  const float* spans_[kSpanLanes] = {};
-  int64_t group_of_lane_[kSpanLanes] = {};
 };
 
 // All rows as one group, the same in every lane: sums per row first, then over rows in order, the

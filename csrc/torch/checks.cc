@@ -112,6 +112,30 @@ ScalarType scalar_type(DType dtype) {
                                   : ScalarType::Int;
 }
 
+MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op) {
+  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols) {
+    fail(op, "weight must be [out, in] = [" + std::to_string(rows) + ", " + std::to_string(cols) +
+                 "], got " + shape_of(weight));
+  }
+  return {weight.const_data_ptr(),
+          float_type(weight.scalar_type(), op, "weight"),
+          rows,
+          cols,
+          weight.stride(0),
+          weight.stride(1)};
+}
+
+std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int64_t rows,
+                                  int64_t cols, std::vector<void*>* data) {
+  std::vector<Tensor> packed;
+  for (const BufferSpec& spec : format.buffers(rows, cols)) {
+    packed.push_back(torch::stable::new_empty(like, {spec.shape.data(), spec.shape.size()},
+                                              scalar_type(spec.dtype)));
+    data->push_back(packed.back().mutable_data_ptr());
+  }
+  return packed;
+}
+
 namespace {
 
 // The sentence is put together only once something is wrong.

@@ -47,6 +47,13 @@ FloatType float_type(ScalarType dtype, const char* op, const char* argument);
 ScalarType scalar_type(FloatType dtype);
 ScalarType scalar_type(DType dtype);
 
+// The weight as [rows, cols] of floats; fails on another shape or dtype.
+MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op);
+
+// Fresh tensors for the buffers of a weight, on the device of `like`, and where their data lies.
+std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int64_t rows,
+                                  int64_t cols, std::vector<void*>* data);
+
 struct Packed {
   Format format;
   int64_t rows = 0, cols = 0;

@@ -33,6 +33,9 @@ STABLE_TORCH_LIBRARY(bitfold, m) {
   m.def("unpack_bits(Tensor packed, int bits, int rows, int cols) -> Tensor");
   m.def("double_quantize(Tensor scales) -> (Tensor, Tensor, Tensor)");
   m.def("double_dequantize(Tensor codes, Tensor absmax, Tensor offset) -> Tensor");
+  m.def(
+      "hqq_solve(Tensor weight, int[] spec, float p, float beta, float kappa, int iterations) -> "
+      "Tensor[]");
   m.def("instruction_set() -> int");
 
   // Calibrated solvers; bitfold/solvers.py says what the arguments mean.

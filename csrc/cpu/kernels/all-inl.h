@@ -8,6 +8,7 @@
 #include "cpu/kernels/search-inl.h"
 
 #include "cpu/kernels/feedback-inl.h"
+#include "cpu/kernels/hqq-inl.h"
 
 #include "cpu/kernels/activations-inl.h"
 #include "cpu/kernels/codecs-inl.h"

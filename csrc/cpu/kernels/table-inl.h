@@ -58,6 +58,7 @@ const KernelTable table = {
     .weighted_errors = weighted_errors,
     .weighted_fit = weighted_fit,
     .feed_back = feed_back,
+    .shrink = shrink,
     .encode = encode,
     .decode = decode,
     .decode_row = decode_row,

@@ -80,6 +80,21 @@ static inline I set_bit_above(I n, F x, F y, int bit) {
 }
 static inline I to_int(F x) { return {_mm256_cvttps_epi32(x.a), _mm256_cvttps_epi32(x.b)}; }
 static inline F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+static inline __m256 exponent_half(__m256 x) {
+  const __m256i exponent = _mm256_srli_epi32(_mm256_castps_si256(x), 23);
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(exponent, _mm256_set1_epi32(127)));
+}
+static inline F exponent_of(F x) { return {exponent_half(x.a), exponent_half(x.b)}; }
+static inline __m256 mantissa_half(__m256 x) {
+  const __m256 fraction = _mm256_and_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffff)));
+  return _mm256_or_ps(fraction, _mm256_set1_ps(1.0f));
+}
+static inline F mantissa_of(F x) { return {mantissa_half(x.a), mantissa_half(x.b)}; }
+static inline __m256 power_half(__m256 n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvttps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+static inline F power_of_two(F n) { return {power_half(n.a), power_half(n.b)}; }
 static inline __m256 lookup_half(__m256 low, __m256 high, __m256i at) {
   // vpermps reads three index bits; bit 3, moved to the sign, chooses between the two halves of the
   // table.

@@ -46,6 +46,11 @@ static inline I set_bit_above(I n, F x, F y, int bit) {
 }
 static inline I to_int(F x) { return _mm512_cvttps_epi32(x); }
 static inline F to_float(I x) { return _mm512_cvtepi32_ps(x); }
+static inline F exponent_of(F x) { return _mm512_getexp_ps(x); }
+static inline F mantissa_of(F x) {
+  return _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_zero);
+}
+static inline F power_of_two(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
 static inline F lookup(F table, I at) { return _mm512_permutexvar_ps(at, table); }
 static inline F lookup8(F table, I at) { return lookup(table, at); }
 static inline I lookup_int(I table, I at) { return _mm512_permutexvar_epi32(at, table); }

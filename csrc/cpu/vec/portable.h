@@ -120,6 +120,20 @@ static inline F to_float(I a) {
   BITFOLD_LANES r.lane[i] = static_cast<float>(a.lane[i]);
   return r;
 }
+// For positive normal x: the largest n with 2^n <= x, and x / 2^n in [1, 2).
+static inline F exponent_of(F x) {
+  BITFOLD_LANES x.lane[i] = static_cast<float>(bits_from_float(x.lane[i]) >> 23) - 127.0f;
+  return x;
+}
+static inline F mantissa_of(F x) {
+  BITFOLD_LANES x.lane[i] = float_from_bits((bits_from_float(x.lane[i]) & 0x7fffffu) | 0x3f800000u);
+  return x;
+}
+// 2^n for whole n from -126 to 127.
+static inline F power_of_two(F n) {
+  BITFOLD_LANES n.lane[i] = float_from_bits((static_cast<uint32_t>(n.lane[i] + 127.0f)) << 23);
+  return n;
+}
 static inline F lookup(F table, I at) {
   F r;
   BITFOLD_LANES r.lane[i] = table.lane[at.lane[i] & 15];

@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import weakref
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,10 @@ class Checkpoint:
         number: int,
         solutions: dict[str, Solution],
         lines: list[dict[str, Any]],
+        changed: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write the packed matrices of stage `number`: from here on it counts."""
-        tensors: dict[str, Tensor] = {}
+        """Write the packed matrices of stage `number`, and other changed values: from here on it counts."""
+        tensors = {f"{name}:value": tensor for name, tensor in (changed or {}).items()}
         for name, solution in solutions.items():
             tensors |= {f"{name}:{i}": tensor for i, tensor in enumerate(solution.packed)}
             if solution.bias_shift is not None:
@@ -129,8 +131,8 @@ class Checkpoint:
         with self._told(f"stage {number}"):
             _write(self._stage(number), tensors, metadata)
 
-    def load(self, number: int) -> tuple[dict[str, Solution], list[dict[str, Any]]]:
-        """The packed matrices and report lines of stage `number`."""
+    def load(self, number: int) -> tuple[dict[str, Solution], list[dict[str, Any]], dict[str, Tensor]]:
+        """The packed matrices, report lines and other changed parameters of stage `number`."""
         path = self._stage(number)
         try:
             with SafetensorsFile(path) as file:
@@ -141,7 +143,7 @@ class Checkpoint:
                     parts = sorted(
                         int(found.rpartition(":")[2])
                         for found in file.tensors
-                        if found.rpartition(":")[0] == name and not found.endswith(":shift")
+                        if found.rpartition(":")[0] == name and found.rpartition(":")[2].isdigit()
                     )
                     shift = f"{name}:shift"
                     solutions[name] = Solution(
@@ -149,7 +151,12 @@ class Checkpoint:
                         {},
                         file.read(shift) if shift in file.tensors else None,
                     )
-                return solutions, lines
+                changed = {
+                    found.removesuffix(":value"): file.read(found)
+                    for found in file.tensors
+                    if found.endswith(":value")
+                }
+                return solutions, lines, changed
         except (PackedDataError, KeyError, ValueError) as error:
             msg = f"{path}: damaged ({error}); delete {self.path} to start anew"
             raise CheckpointError(msg) from error

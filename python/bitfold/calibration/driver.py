@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitfold.calibration import fingerprint, memory
 from bitfold.calibration.batches import Batch
@@ -17,6 +17,7 @@ from bitfold.calibration.checkpoint import Checkpoint, directory_for
 from bitfold.calibration.distributed import Processes
 from bitfold.calibration.gathering import gather
 from bitfold.calibration.guards import FloatView, frozen
+from bitfold.calibration.preparing import prepare, restore
 from bitfold.calibration.replay import device_of
 from bitfold.calibration.report import CalibrationWarning, Log, Report, peak_rss_bytes, remember
 from bitfold.calibration.sets import MatrixSet, find_sets
@@ -113,6 +114,7 @@ class _Walk:
         memory.check(prediction, settings.max_memory)
         self.report = Report(notes=found.notes, predicted_bytes=prediction.peak)
         remember(model, self.report)
+        self.known: list[Any] = []  # what preparations of earlier blocks leave for later ones
         self.thinnest: tuple[float, str] | None = None  # tokens per input of the matrix that saw fewest
 
     def open(
@@ -145,12 +147,12 @@ class _Walk:
         if store is not None and start:
             self._go_on(store, start)
         for number, stage in enumerate(self.stages[start:], start):
-            solutions, lines = self.fold_stage(stage)
+            solutions, lines, changed = self.fold_stage(stage)
             self._advance(stage)
             if store is not None:
                 store.save_streams(number, self._streams())
                 if self.processes.everywhere(True) and self.processes.rank == 0:
-                    store.save(number, solutions, lines)
+                    store.save(number, solutions, lines, changed)
                 if self.processes.everywhere(True) and number:
                     store.forget_streams(number - 1)
             self.floats.forget()
@@ -159,21 +161,17 @@ class _Walk:
             self._put(name, fold_alone(self.todo[name], FALLBACK, line))
         self._warn()
 
-    def fold_stage(self, stage: Stage) -> tuple[dict[str, Solution], list[dict[str, Any]]]:
-        """Gather, solve and put in place the matrices of one block, set after set."""
+    def fold_stage(self, stage: Stage) -> tuple[dict[str, Solution], list[dict[str, Any]], dict[str, Tensor]]:
+        """Gather, solve and put in place the matrices of one block, set after set.
+
+        Returns the solutions, the lines of the report, and other parameters that have changed.
+        """
         first = len(self.report.lines)
         solutions: dict[str, Solution] = {}
-        for matrices in self._sets(stage):
-            gathered = gather(
-                self.model,
-                matrices,
-                self.batches,
-                self.stream,
-                self.settings,
-                self.float_stream,
-                self.floats.view,
-            )
-            self.processes.reduce(gathered)
+        sets = self._sets(stage)
+        remarks, changed = self._prepare(stage, sets)
+        for matrices in sets:
+            gathered = self._gather(matrices)
             self._note_thin_data(matrices, gathered)
             solved = solve_set(
                 matrices,
@@ -185,9 +183,45 @@ class _Walk:
                 self.processes,
             )
             for name, solution in solved.items():
+                solution.report |= remarks.get(name, {})
                 self._put(name, solution)
             solutions |= solved
-        return solutions, self.report.lines[first:]
+        return solutions, self.report.lines[first:], changed
+
+    def _gather(self, matrices: MatrixSet) -> list[InputStatistics]:
+        gathered = gather(
+            self.model,
+            matrices,
+            self.batches,
+            self.stream,
+            self.settings,
+            self.float_stream,
+            self.floats.view,
+        )
+        self.processes.reduce(gathered)
+        return gathered
+
+    def _prepare(
+        self, stage: Stage, sets: list[MatrixSet]
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+        """What the method does to the block as a whole: only while all of it is float, so not to one in which
+        an interrupt came.
+        """
+        whole = stage.block if stage.block is not None else "" if len(self.stages) == 1 else None
+        if whole is None or not sets or any(name not in self.todo for name in stage.matrices):
+            return {}, {}
+        return prepare(
+            self.model,
+            whole,
+            sets,
+            self._gather,
+            self.todo,
+            self.method_of,
+            self.batches[0],
+            self.stream.stubs(0),
+            self.known,
+            self.processes,
+        )
 
     def _sets(self, stage: Stage) -> list[MatrixSet]:
         names = [name for name in stage.matrices if name in self.todo]
@@ -244,7 +278,8 @@ class _Walk:
             self.float_stream = self.stream.another() if self.float_stream is not None else None
         device = device_of(self.model)
         for number, stage in enumerate(self.stages[:start]):
-            solutions, lines = store.load(number)
+            solutions, lines, changed = store.load(number)
+            restore(self.model, {name: value.to(device) for name, value in changed.items()})
             for line in lines:
                 self.log.add(line)
             for name, solution in solutions.items():

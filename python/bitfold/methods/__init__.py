@@ -1,10 +1,13 @@
 """How codes are chosen for a Format. One file per method; each registers itself under its name."""
 
+from bitfold.methods import awq as _awq
 from bitfold.methods import gptq as _gptq
+from bitfold.methods import hqq as _hqq
 from bitfold.methods import learned as _learned
 from bitfold.methods import round as _round
 from bitfold.methods import search as _search
 from bitfold.methods.base import (
+    BlockView,
     Method,
     Solution,
     Statistics,
@@ -12,10 +15,12 @@ from bitfold.methods.base import (
     get,
     is_calibrated,
     names,
+    preparation,
     register,
 )
 
 __all__ = [
+    "BlockView",
     "Method",
     "Solution",
     "Statistics",
@@ -23,7 +28,8 @@ __all__ = [
     "get",
     "is_calibrated",
     "names",
+    "preparation",
     "register",
 ]
 
-del _gptq, _learned, _round, _search  # imported for their registration only
+del _awq, _gptq, _hqq, _learned, _round, _search  # imported for their registration only

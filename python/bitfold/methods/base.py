@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitfold.formats import Format
 
@@ -66,15 +66,45 @@ class Method(Protocol):
         ...
 
 
+@dataclass
+class BlockView:
+    """A float block whose matrices are about to be folded. Names are relative to it.
+
+    Args:
+        block: a preparation may change its float weights, as long as it computes the same.
+        inputs: `(args, kwargs)` of a call, some dozens of tokens or more.
+        formats: of the matrices to be folded, by name.
+        statistics: of their inputs, a few at a time, all once; each pass over the data for a few is made
+            when they are asked for, on weights that are not changed yet.
+        shared: `id` of parameters that modules outside of the block use too.
+        known: what earlier blocks of this run left here for later ones.
+    """
+
+    block: nn.Module
+    inputs: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    formats: Mapping[str, Format]
+    statistics: Iterable[dict[str, Statistics]]
+    shared: Collection[int] = ()
+    known: list[Any] = field(default_factory=list)
+
+
+# What some methods do to a whole block before any of its codes is chosen. Returns what to report of matrices,
+# by name; JSON types.
+Preparation = Callable[[BlockView], dict[str, dict[str, Any]]]
+
 _Chooser = Callable[..., Solution]  # a Method; mypy wants no keyword of its own spelled out in a Protocol
 _METHODS: dict[str, _Chooser] = {}
 _CALIBRATED: set[str] = set()
+_PREPARATIONS: dict[str, Preparation] = {}
 
 
-def register(name: str, calibrated: bool = False) -> Callable[[_Chooser], _Chooser]:
+def register(
+    name: str, calibrated: bool = False, prepare: Preparation | None = None
+) -> Callable[[_Chooser], _Chooser]:
     """Decorator that registers a method under `name`; a second registration of a name is an error.
 
-    `calibrated` says that the method cannot do without `statistics`.
+    `calibrated` says that the method cannot do without `statistics`; `prepare` is called for each block
+    before the codes of its matrices are chosen.
     """
 
     def add(method: _Chooser) -> _Chooser:
@@ -84,6 +114,8 @@ def register(name: str, calibrated: bool = False) -> Callable[[_Chooser], _Choos
         _METHODS[name] = method
         if calibrated:
             _CALIBRATED.add(name)
+        if prepare is not None:
+            _PREPARATIONS[name] = prepare
         return method
 
     return add
@@ -105,6 +137,11 @@ def get(name: str) -> Method:
 def is_calibrated(name: str | None) -> bool:
     """Whether the method needs calibration; None stands for the format's own method, which never does."""
     return name is not None and get(name) is not None and name in _CALIBRATED
+
+
+def preparation(name: str) -> Preparation | None:
+    """What the method does to a block beforehand, or None."""
+    return _PREPARATIONS.get(name)
 
 
 def fold_weight(

@@ -1,0 +1,136 @@
+"""What some methods do to a block before its codes are chosen (AWQ's scales): the driver's side of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bitfold import methods
+from bitfold.calibration.batches import Batch
+from bitfold.calibration.distributed import Processes
+from bitfold.calibration.replay import Stop, run
+from bitfold.calibration.sets import MatrixSet
+from bitfold.calibration.statistics import InputStatistics
+from bitfold.choosing import Fold
+from bitfold.methods import BlockView, Statistics
+
+_PROBE_TOKENS = 512  # of the call that a preparation may try things on
+
+
+def prepare(
+    model: nn.Module,
+    block: str,
+    sets: Iterable[MatrixSet],
+    gather: Callable[[MatrixSet], list[InputStatistics]],
+    folds: Mapping[str, Fold],
+    method_of: Mapping[str, str],
+    batch: Batch,
+    stubs: Mapping[str, Callable[[], Any]],
+    known: list[Any],
+    processes: Processes,
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """Let the method of the matrices in `sets` change the weights of a block.
+
+    Args:
+        model: in eval mode, the matrices of the block float still.
+        block: its name; "" is the model itself.
+        sets: the matrices, in the order in which they run.
+        gather: statistics of the groups of a set, of all data.
+        folds: by name of the matrix.
+        method_of: by name of the matrix.
+        batch: what to run the model on, up to the block.
+        stubs: of the blocks before it.
+        known: kept from block to block.
+        processes: whose weights are to be the same afterwards.
+
+    Returns:
+        Name of a matrix -> what to add to its line; name of a parameter that has changed and is no matrix to
+        be folded -> its value, for the checkpoint.
+    """
+    sets = list(sets)
+    prefix = f"{block}." if block else ""
+    names = [name for matrices in sets for group in matrices.groups for name in group]
+    wanted = {method_of[name] for name in names if methods.preparation(method_of[name]) is not None}
+    if not wanted:
+        return {}, {}
+    preparing = methods.preparation(min(wanted))
+    assert preparing is not None
+    module = model.get_submodule(block)
+    view = BlockView(
+        block=module,
+        inputs=_inputs_of(model, block, batch, stubs),
+        formats={n.removeprefix(prefix): folds[n].format for n in names if method_of[n] in wanted},
+        statistics=_statistics(sets, gather, prefix),
+        shared=_used_elsewhere(model, prefix),
+        known=known,
+    )
+    before = {name: parameter._version for name, parameter in module.named_parameters()}
+    found = preparing(view)
+    changed = {n: p.detach() for n, p in module.named_parameters() if p._version != before[n]}
+    if processes.size > 1:
+        _copy(module, processes.agree(changed))
+    weights = {f"{name.removeprefix(prefix)}.weight" for name in names}
+    kept = {prefix + name: value.clone() for name, value in changed.items() if name not in weights}
+    return {prefix + name: line for name, line in found.items()}, kept
+
+
+@torch.no_grad()
+def _copy(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        module.get_parameter(name).copy_(value)
+
+
+def restore(model: nn.Module, changed: Mapping[str, Tensor]) -> None:
+    """Put the values that `prepare` returned back into a fresh model."""
+    _copy(model, changed)
+
+
+def _statistics(
+    sets: list[MatrixSet], gather: Callable[[MatrixSet], list[InputStatistics]], prefix: str
+) -> Iterator[dict[str, Statistics]]:
+    for matrices in sets:
+        parts = [part.finish() for part in gather(matrices)]
+        yield {
+            name.removeprefix(prefix): part
+            for group, part in zip(matrices.groups, parts, strict=True)
+            for name in group
+        }
+
+
+def _inputs_of(
+    model: nn.Module, block: str, batch: Batch, stubs: Mapping[str, Callable[[], Any]]
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What the block is called with, of as many sequences as make a few hundred tokens."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def look(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise Stop
+
+    run(model, batch, stubs=stubs, before={block: look})
+    tensors = batch.tensors()
+    if not tensors or tensors[0].ndim < 2:
+        return seen
+    rows, tokens = tensors[0].shape[:2]
+    few = max(1, _PROBE_TOKENS // max(tokens, 1))
+
+    def fewer(leaf: Any) -> Any:
+        cut = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
+        return leaf[:few] if cut else leaf
+
+    return [(args, dict(kwargs)) for args, kwargs in pytree.tree_map(fewer, seen)]
+
+
+def _used_elsewhere(model: nn.Module, prefix: str) -> set[int]:
+    """`id` of the parameters of all modules outside of the block, by whatever name they go there."""
+    return {
+        id(parameter)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if prefix and not f"{name}.".startswith(prefix)
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }

@@ -1,0 +1,201 @@
+"""awq: folds of a whole model, scales that pay, clipping that pays, and going on after an interrupt."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bitfold
+from bitfold import Format, calibration, methods, ops
+from bitfold.methods import Statistics
+from bitfold.methods._awq_search import Reader, clip, loss_of, search_scale
+
+QUIET = pytest.mark.filterwarnings("ignore:little calibration data")
+
+
+class Block(nn.Module):
+    def __init__(self, size=64):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(size), nn.Linear(size, 96), nn.Linear(96, size)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+class Model(nn.Module):
+    """Two blocks whose norms make some channels thirty times as large as the rest, as large models do."""
+
+    def __init__(self, size=64):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Embedding(50, size)
+        self.blocks = nn.ModuleList(Block(size) for _ in range(2))
+        with torch.no_grad():
+            for block in self.blocks:
+                block.norm.weight[::13] = 30.0
+                block.up.weight[:, ::13] *= 0.1
+        self.eval()
+
+    def forward(self, input_ids):
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def data(seed):
+    draw = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, 50, (4, 32), generator=draw) for _ in range(6)]
+
+
+def folded(method, model=None, fmt="int3-g32", **others):
+    model = Model() if model is None else model
+    if methods.is_calibrated(method):
+        others = {"calibration": data(1), "checkpoint": False, **others}
+    return bitfold.quantize(model, fmt, method=method, embeddings=None, progress=False, **others)
+
+
+@torch.no_grad()
+def error(model):
+    ids = torch.cat(data(2))
+    expected = Model()(ids)
+    return float((model(ids) - expected).norm() / expected.norm())
+
+
+def statistics_of(x):
+    return Statistics(x.t() @ x / len(x), len(x), x.mean(0), x.abs().mean(0))
+
+
+@QUIET
+def test_outlying_channels_keep_their_precision():
+    model = folded("awq")
+    assert error(model) < 0.8 * error(folded("search"))
+    lines = {line["name"]: line for line in calibration.report(model).lines}
+    for i in range(2):
+        scale = lines[f"blocks.{i}.up"]["scale"]
+        assert scale["source"] == "norm"
+        assert scale["after"] < scale["before"]
+        assert lines[f"blocks.{i}.down"]["scale"]["source"] == "up"
+        assert not torch.equal(model.blocks[i].norm.weight, Model().blocks[i].norm.weight)
+
+
+@QUIET
+def test_error_feedback_on_top(monkeypatch):
+    seen = []
+
+    def feedback(weight, fmt, statistics=None, **options):
+        seen.append((weight, statistics, options))
+        return methods.get("search")(weight, fmt)
+
+    monkeypatch.setitem(methods.base._METHODS, "gptq", feedback)
+    folded("awq+gptq", options={"damping": 0.02})
+    assert [options for _, _, options in seen] == [{"damping": 0.02}] * 4
+    up, plain = seen[0][0], Model().blocks[0].up.weight.detach()
+    ratio = (
+        up / plain
+    )  # columns by what the norm was divided by, rows divided by what `down` was multiplied by
+    columns = ratio[0] / ratio[0, 1]
+    assert torch.allclose(ratio, ratio[:, 1:2] * columns, rtol=1e-3)
+    assert columns[::13].min() > 3 * columns[1::13].max()
+    with torch.no_grad():
+        x = Model().blocks[0].norm(Model().embed(torch.cat(data(1)))).reshape(-1, 64)
+    undone = seen[0][1].hessian.diagonal() * columns**2 / (x * x).mean(0)  # its input is divided by the same
+    assert torch.allclose(undone, undone[1].expand(64), rtol=1e-3)
+
+
+@QUIET
+def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, tmp_path):
+    whole = folded("awq").state_dict()
+    plain, calls = methods.get("awq"), []
+
+    def failing(weight, fmt, statistics=None, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return plain(weight, fmt, statistics, **options)
+
+    monkeypatch.setitem(methods.base._METHODS, "awq", failing)
+    with pytest.raises(KeyboardInterrupt):
+        folded("awq", checkpoint=tmp_path / "state")
+    monkeypatch.setitem(methods.base._METHODS, "awq", plain)
+    again = folded("awq", checkpoint=tmp_path / "state").state_dict()
+    assert list(again) == list(whole)
+    assert all(torch.equal(value, whole[name]) for name, value in again.items())
+    assert not (tmp_path / "state").exists()
+
+
+def test_it_cannot_do_without_data():
+    with pytest.raises(ValueError, match="needs data"):
+        bitfold.quantize(Model(), "int4-g32", method="awq")
+
+
+def test_the_scale_found_is_the_best_of_those_tried():
+    x = torch.randn(400, 64) * torch.where(torch.arange(64) % 9 == 0, 25.0, 1.0)
+    weight, fmt = torch.randn(48, 64), Format("int3-g32")
+    reader = Reader(weight, fmt, statistics_of(x), torch.arange(64))
+    scale, line = search_scale([reader], 64)
+    packed = ops.quantize(weight * scale, fmt)
+    error = ops.dequantize(packed, fmt, (48, 64)) / scale - weight
+    assert line["after"] == pytest.approx(400 * float((x @ error.t()).square().sum(1).mean()), rel=1e-3)
+    assert line["after"] < 0.7 * line["before"]
+    assert scale[::9].min() > 1
+
+
+def test_columns_without_a_channel_and_channels_without_a_reader():
+    x, weight = torch.randn(200, 32), torch.randn(16, 32)
+    channel = torch.cat([torch.arange(16) // 2, torch.full((16,), -1)])
+    scale, _ = search_scale([Reader(weight, Format("int3-g16"), statistics_of(x), channel)], 9)
+    assert scale is None or (scale.shape == (9,) and bool(torch.isfinite(scale).all()))
+    dead = statistics_of(torch.zeros(200, 32))
+    assert search_scale([Reader(weight, Format("int3-g16"), dead, channel)], 9)[0] is None
+
+
+@pytest.mark.parametrize("fmt", ["int3-g32", "int2-g16", "nf4-g32", "int4-row", "int4-g48-fz"])
+def test_clipping_lowers_the_error_of_products(fmt):
+    fmt, shape = Format(fmt), (40, 70)
+    x = torch.randn(500, 70) @ (torch.eye(70) + 0.2 * torch.randn(70, 70))
+    weight = torch.distributions.Laplace(0.0, 1.0).sample(shape)
+    hessian = statistics_of(x).hessian
+
+    def loss(values):
+        return loss_of(ops.dequantize(ops.quantize(values, fmt), fmt, shape) - weight, hessian)
+
+    clipped, groups = clip(weight, fmt, hessian)
+    assert loss(clipped) <= loss(weight) * 1.001
+    assert (clipped.abs() <= weight.abs()).all()
+    assert groups > 0
+    assert bool(torch.equal(clipped, weight)) is False
+    solution = methods.fold_weight(weight, fmt, "awq", statistics_of(x))
+    assert solution.report["loss"] == pytest.approx(loss(clipped), rel=1e-5)
+    assert solution.report["clipped_groups"] == groups
+
+
+def test_one_scale_for_all_and_learned_levels_are_not_clipped():
+    weight = torch.randn(16, 64)
+    for fmt in ("int8-tensor", "kmeans4-row"):
+        clipped, groups = clip(weight, Format(fmt), torch.eye(64))
+        assert groups == 0
+        assert torch.equal(clipped, weight)
+
+
+@QUIET
+def test_half_precision_models_stay_what_they_are():
+    model = Model().bfloat16()
+    before = copy.deepcopy(model)
+    ids = torch.cat(data(2))
+    folded("awq", model, "int8-row")
+    with torch.no_grad():
+        assert model.blocks[0].norm.weight.dtype is torch.bfloat16
+        difference = (model(ids) - before(ids)).float().norm() / before(ids).float().norm()
+    assert difference < 0.02
