@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitfold import methods
 from bitfold.calibration import fingerprint, memory
 from bitfold.calibration.batches import Batch
 from bitfold.calibration.blocks import Stage
@@ -19,10 +21,11 @@ from bitfold.calibration.gathering import gather
 from bitfold.calibration.guards import FloatView, frozen
 from bitfold.calibration.preparing import prepare, restore
 from bitfold.calibration.replay import device_of
+from bitfold.calibration.refining import refine_block
 from bitfold.calibration.report import CalibrationWarning, Log, Report, peak_rss_bytes, remember
 from bitfold.calibration.sets import MatrixSet, find_sets
 from bitfold.calibration.settings import Settings
-from bitfold.calibration.solving import FALLBACK, fold_alone, solve_set
+from bitfold.calibration.solving import FALLBACK, float_matrix, fold_alone, solve_set
 from bitfold.calibration.statistics import InputStatistics
 from bitfold.calibration.streams import Stream
 from bitfold.calibration.survey import predict_memory, survey
@@ -94,11 +97,12 @@ class _Walk:
         settings: Settings,
         processes: Processes,
     ) -> None:
-        self.model, self.options, self.settings, self.processes = model, options, settings, processes
+        self.model, self.options, self.processes = model, options, processes
         self.batches = processes.share(batches)
         every = [*folds, *data_free]
         self.method_of = {f.owner.name: method_of(f.owner.name) or f.format.default_method for f in every}
         self.plan = {f.owner.name: f"{f.format} {self.method_of[f.owner.name]}" for f in every}
+        self.settings = self._complete(settings)
         self.data_free = data_free
         data_free[:] = [fold for fold in data_free if not fold.done]
         self.todo = {fold.owner.name: fold for fold in folds if not fold.done}
@@ -109,11 +113,12 @@ class _Walk:
         found = survey(model, names, self.batches, processes)
         self.stages = found.layout.stages
         self.stream = Stream(model, found.layout.stacks, len(self.batches), found.keep_all)
-        self.float_stream = self.stream.another() if settings.float_stream else None
-        prediction = predict_memory(model, found, self.todo, self.batches[0], settings)
+        self.float_stream = self.stream.another() if self.settings.float_stream else None
+        prediction = predict_memory(model, found, self.todo, self.batches[0], self.settings)
         memory.check(prediction, settings.max_memory)
         self.report = Report(notes=found.notes, predicted_bytes=prediction.peak)
         remember(model, self.report)
+        self.originals: dict[str, Fold] = {}  # of the stage in work, where a method refines it
         self.known: list[Any] = []  # what preparations of earlier blocks leave for later ones
         self.thinnest: tuple[float, str] | None = None  # tokens per input of the matrix that saw fewest
 
@@ -148,6 +153,8 @@ class _Walk:
             self._go_on(store, start)
         for number, stage in enumerate(self.stages[start:], start):
             solutions, lines, changed = self.fold_stage(stage)
+            self._advance_float(stage)
+            self._refine(stage, solutions)
             self._advance(stage)
             if store is not None:
                 store.save_streams(number, self._streams())
@@ -156,6 +163,7 @@ class _Walk:
                 if self.processes.everywhere(True) and number:
                     store.forget_streams(number - 1)
             self.floats.forget()
+            self.originals.clear()
         for name in list(self.todo):
             line = {"method": FALLBACK, "tokens": 0, "fallback": "the data does not reach it"}
             self._put(name, fold_alone(self.todo[name], FALLBACK, line))
@@ -181,6 +189,7 @@ class _Walk:
                 self.options,
                 self.settings,
                 self.processes,
+                [name for group in matrices.groups for name in group if self._has_bias(name)],
             )
             for name, solution in solved.items():
                 solution.report |= remarks.get(name, {})
@@ -233,18 +242,63 @@ class _Walk:
         return self.processes.agree(sets)
 
     def _advance(self, stage: Stage) -> None:
-        """Run the block, now folded, for what it feeds to the next (and as it was, for the float stream)."""
-        if stage.block is None:
-            return
-        if self.float_stream is not None:
+        """Run the block, now folded, for what it feeds to the next."""
+        if stage.block is not None:
+            self.stream.advance(stage.block, self.batches)
+
+    def _advance_float(self, stage: Stage) -> None:
+        """Run the block as it was."""
+        if stage.block is not None and self.float_stream is not None:
             with self.floats.view():
                 self.float_stream.advance(stage.block, self.batches)
-        self.stream.advance(stage.block, self.batches)
+
+    def _refine(self, stage: Stage, solutions: dict[str, Solution]) -> None:
+        """What the method does to the folded block as a whole; `solutions` become what was found."""
+        refining = {method for name in solutions if methods.refinement(method := self.method_of[name])}
+        if not refining or stage.block is None or self.float_stream is None:
+            return
+        refinement = methods.refinement(min(refining))
+        assert refinement is not None
+        floats = {name: float_matrix(fold) for name, fold in self.originals.items()}
+        streams = self.stream, self.float_stream
+        found, line = refine_block(
+            self.model, stage.block, floats, self.batches, *streams, refinement, self.options
+        )
+        for name, solution in found.items():
+            before = solutions[name].bias_shift
+            packed: Any = self.model.get_submodule(name)
+            packed.take(solution)
+            if solution.bias_shift is not None and before is not None:
+                solution.bias_shift = solution.bias_shift + before
+            solutions[name] = solution
+        self.log.add({"name": stage.block, "method": min(refining), **line})
+
+    def _has_bias(self, name: str) -> bool:
+        """Whether the matrix has a bias that no other module adds."""
+        module = self.todo[name].owner.module
+        return getattr(module, "bias", None) is not None and bias_owner(self.model, module) is None
+
+    def _complete(self, settings: Settings) -> Settings:
+        """`settings` with what they leave to the methods."""
+        names = set(self.method_of.values())
+        refined = sorted(name for name in names if methods.refinement(name) is not None)
+        if refined and self.processes.size > 1:
+            msg = f"method {refined[0]!r} trains blocks in one process; run it without torchrun"
+            raise ValueError(msg)
+        if refined and settings.float_stream is False:
+            msg = f"method {refined[0]!r} learns from the float model; Settings.float_stream cannot be False"
+            raise ValueError(msg)
+        wanted = settings.float_stream
+        if wanted is None:
+            wanted = any(methods.wants_float_stream(name) for name in names)
+        return replace(settings, float_stream=wanted)
 
     def _put(self, name: str, solution: Solution, quiet: bool = False) -> None:
         """Swap the packed module in, and record its line."""
         fold = self.todo.pop(name)
         owner, shape = fold.owner, matrix_shape(fold.owner)
+        if methods.refinement(self.method_of[name]) is not None:
+            self.originals[name] = fold
         if solution.bias_shift is not None and bias_owner(self.model, owner.module) is not None:
             solution = Solution(solution.packed, solution.report)  # another module adds this bias too
         try:
@@ -287,8 +341,10 @@ class _Walk:
                     packed = [tensor.to(device) for tensor in solution.packed]
                     self._put(name, Solution(packed, {}, solution.bias_shift), quiet=True)
             if not loaded:
+                self._advance_float(stage)
                 self._advance(stage)
             self.floats.forget()
+            self.originals.clear()
         self.report.notes.append(f"went on after {start} of {len(self.stages)} stages")
 
     def _streams(self) -> dict[str, Stream]:

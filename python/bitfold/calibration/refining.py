@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from bitfold.calibration.batches import Batch
 from bitfold.calibration.replay import Stop, run, tensor_map
 from bitfold.calibration.streams import Stream
 from bitfold.methods import Solution
-from bitfold.methods.learned import Call, Training, first_float, refine
+from bitfold.methods.base import Refinement
+from bitfold.methods.learned import Call, first_float
 from bitfold.nn import PackedModule
 
 
@@ -22,7 +24,8 @@ def refine_block(
     batches: list[Batch],
     stream: Stream,
     float_stream: Stream,
-    training: Training,
+    refinement: Refinement,
+    options: Mapping[str, Any],
 ) -> tuple[dict[str, Solution], dict[str, float]]:
     """Train the folded matrices of `block`.
 
@@ -33,7 +36,8 @@ def refine_block(
         batches: the data.
         stream: what the folded model feeds to the block.
         float_stream: advanced by the float block already: holds what it returned.
-        training: settings.
+        refinement: of the method.
+        options: of the method.
 
     Returns:
         name of matrix -> Solution (none where training did not help), and the block's errors.
@@ -52,7 +56,7 @@ def refine_block(
         packed = model.get_submodule(name)
         if isinstance(packed, PackedModule):
             folded[name[prefix:]] = (packed, weight)
-    solutions, report = refine(module, folded, calls, training)
+    solutions, report = refinement(module, folded, calls, options)
     return {f"{block}.{name}": solution for name, solution in solutions.items()}, report
 
 

@@ -16,8 +16,9 @@ class Settings:
         pack: join all texts, so that every sequence is full; False cuts each text on its own and pads.
         true_sequential: quantize the matrices of a block in the order in which they run, each set on what
             the already folded ones before it feed; False gathers for a whole block at once (faster).
-        float_stream: also run the float model beside the folded one, for methods that use
-            `Statistics.cross` (twice the activations in memory, about twice the forward passes).
+        float_stream: also run the float model beside the folded one, so that what earlier layers did to an
+            input can be made good (twice the activations in memory, about twice the forward passes). None
+            leaves it to the method: `gptq` and `learned` do.
         sample_rows: rows of the inputs to keep in `Statistics.sample`, at most 512; 0 keeps none.
         expert_floor: an expert that fewer tokens reached is folded without calibration (`search`).
         expert_prior: an expert that few tokens reached (fewer than four per input) takes this many tokens'
@@ -30,7 +31,7 @@ class Settings:
     sequence_length: int | None = None
     pack: bool = False
     true_sequential: bool = True
-    float_stream: bool = False
+    float_stream: bool | None = None
     sample_rows: int = 0
     expert_floor: int = 32
     expert_prior: int | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ def solve_set(
     options: Mapping[str, Any],
     settings: Settings,
     processes: Processes,
+    biased: Collection[str] = (),
 ) -> dict[str, Solution]:
     """Choose the codes of all matrices of a set; each is solved on one rank, all ranks get all.
 
@@ -39,6 +41,7 @@ def solve_set(
         options: for calibrated methods.
         settings: treatment of experts, seed.
         processes: to share the work with.
+        biased: names of matrices whose modules have a bias of their own.
 
     Returns:
         name -> Solution, whose report has become the matrix's line.
@@ -64,7 +67,11 @@ def solve_set(
         start = time.perf_counter()
         with seeded(settings.seed, name):
             solution = methods.fold_weight(
-                float_matrix(folds[name]), folds[name].format, method_of[name], finished[i], **options
+                float_matrix(folds[name]),
+                folds[name].format,
+                method_of[name],
+                replace(finished[i], bias=name in biased),
+                **options,
             )
         solution.report = {**line, **solution.report, "seconds": _since(start)}
         return solution

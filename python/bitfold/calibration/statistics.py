@@ -31,6 +31,7 @@ class InputStatistics:
         self.mean = torch.zeros(size, device=device)
         self.mean_abs = torch.zeros(size, device=device)
         self.cross = torch.zeros(size, size, device=device) if cross else None
+        self.mean_float = torch.zeros(size, device=device)  # with cross
         self._quota = -(-sample_rows // max(passes, 1))
         self.sample_rows = sample_rows
         self.sample: list[Tensor] = []
@@ -76,6 +77,7 @@ class InputStatistics:
             self.cross = None  # the two models routed differently, or one of them overflowed
             return
         solvers.cross_update(self.cross, other, rows, tokens=self.tokens)
+        self.mean_float.lerp_(other.mean(dim=0), rows.shape[0] / (self.tokens + rows.shape[0]))
 
     def complete(self) -> None:
         """Fill in the other half of the Hessian, once all is counted."""
@@ -92,7 +94,10 @@ class InputStatistics:
     def finish(self) -> Statistics:
         """The statistics as methods get them."""
         sample = torch.cat(self.sample)[: self.sample_rows] if self.sample else None
-        return Statistics(self.hessian, self.tokens, self.mean, self.mean_abs, self.cross, sample)
+        mean_float = None if self.cross is None else self.mean_float
+        return Statistics(
+            self.hessian, self.tokens, self.mean, self.mean_abs, self.cross, mean_float, sample
+        )
 
     def effective_rank(self) -> float:
         """(tr H)² / |H|²: how many directions of equal power would be as spread out as these."""

@@ -16,7 +16,9 @@ from bitfold.methods.base import (
     is_calibrated,
     names,
     preparation,
+    refinement,
     register,
+    wants_float_stream,
 )
 
 __all__ = [
@@ -29,7 +31,9 @@ __all__ = [
     "is_calibrated",
     "names",
     "preparation",
+    "refinement",
     "register",
+    "wants_float_stream",
 ]
 
 del _awq, _gptq, _hqq, _learned, _round, _search  # imported for their registration only

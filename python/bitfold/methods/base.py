@@ -22,7 +22,9 @@ class Statistics:
         mean_abs: `[in]`, mean of |x|.
         cross: `[in, in]`, mean of (x_float - x) xᵀ, x_float being what the float model would have fed
             (GPTAQ, arXiv 2504.02692); None unless asked for.
+        mean_float: `[in]`, mean of x_float; with `cross`.
         sample: `[<= 512, in]`, rows of x (AWQ's clip search); None unless asked for.
+        bias: the module has a bias of its own, to which the mean error of its outputs can be added.
     """
 
     hessian: Tensor
@@ -30,7 +32,9 @@ class Statistics:
     mean: Tensor
     mean_abs: Tensor
     cross: Tensor | None = None
+    mean_float: Tensor | None = None
     sample: Tensor | None = None
+    bias: bool = False
 
 
 @dataclass
@@ -92,19 +96,30 @@ class BlockView:
 # by name; JSON types.
 Preparation = Callable[[BlockView], dict[str, dict[str, Any]]]
 
+# What some methods do to a block once all of it is folded: (block, name -> (packed module, float weight), calls,
+# the method's options) -> (name -> Solution, what to report of the block).
+Refinement = Callable[..., tuple[dict[str, Solution], dict[str, float]]]
+
 _Chooser = Callable[..., Solution]  # a Method; mypy wants no keyword of its own spelled out in a Protocol
 _METHODS: dict[str, _Chooser] = {}
 _CALIBRATED: set[str] = set()
 _PREPARATIONS: dict[str, Preparation] = {}
+_REFINEMENTS: dict[str, Refinement] = {}
+_FLOAT_STREAM: set[str] = set()
 
 
 def register(
-    name: str, calibrated: bool = False, prepare: Preparation | None = None
+    name: str,
+    calibrated: bool = False,
+    prepare: Preparation | None = None,
+    refine: Refinement | None = None,
+    float_stream: bool = False,
 ) -> Callable[[_Chooser], _Chooser]:
     """Decorator that registers a method under `name`; a second registration of a name is an error.
 
     `calibrated` says that the method cannot do without `statistics`; `prepare` is called for each block
-    before the codes of its matrices are chosen.
+    before the codes of its matrices are chosen, `refine` after; `float_stream` says that the method is better
+    for knowing what the float model would have fed, `refine` that it needs to.
     """
 
     def add(method: _Chooser) -> _Chooser:
@@ -116,6 +131,10 @@ def register(
             _CALIBRATED.add(name)
         if prepare is not None:
             _PREPARATIONS[name] = prepare
+        if refine is not None:
+            _REFINEMENTS[name] = refine
+        if float_stream or refine is not None:
+            _FLOAT_STREAM.add(name)
         return method
 
     return add
@@ -142,6 +161,16 @@ def is_calibrated(name: str | None) -> bool:
 def preparation(name: str) -> Preparation | None:
     """What the method does to a block beforehand, or None."""
     return _PREPARATIONS.get(name)
+
+
+def refinement(name: str) -> Refinement | None:
+    """What the method does to a folded block, or None."""
+    return _REFINEMENTS.get(name)
+
+
+def wants_float_stream(name: str) -> bool:
+    """Whether the method asks for what the float model would have fed."""
+    return name in _FLOAT_STREAM
 
 
 def fold_weight(

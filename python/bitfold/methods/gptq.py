@@ -1,23 +1,123 @@
-"""gptq: codes column by column, each error made good by the columns to come (GPTQ, arXiv 2210.17323)."""
+"""gptq: codes column by column, each error made good by the columns to come (GPTQ, arXiv 2210.17323).
+
+More than the paper: scales are chosen when a group is due, codes go through coordinate descent afterwards
+(QuantEase, arXiv 2309.01885) and scales are fitted again; the mean error of the outputs goes into the bias,
+so that only the deviations of the input from its mean are left to the codes; what earlier layers did to the
+input is made good (GPTAQ, arXiv 2504.02692); formats with outliers store the most sensitive weights apart
+(SpQR, arXiv 2306.03078).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from bitfold import solvers
 from bitfold.formats import Format
 from bitfold.methods.base import Solution, Statistics, register
+from bitfold.outliers import choose_outliers, fill_outliers
+
+DAMPING = 0.01  # the least; few tokens get more
 
 
-@register("gptq", calibrated=True)
-def gptq(weight: Tensor, fmt: Format, statistics: Statistics | None = None, **options: Any) -> Solution:
-    """Minimize tr(E H Eᵀ) of the error E. Options: those of `solvers.gptq_quantize`.
+@register("gptq", calibrated=True, float_stream=True)
+def gptq(
+    weight: Tensor,
+    fmt: Format,
+    statistics: Statistics | None = None,
+    *,
+    damping: float | None = None,
+    alpha: float | None = None,
+    order: str = "groups",
+    dynamic: bool | None = None,
+    sweeps: int = 2,
+    refit: int = 2,
+    **options: Any,
+) -> Solution:
+    """Minimize the error of the layer's outputs on the calibration data.
 
-    Where `statistics` has the cross term (`Settings(float_stream=True)`), what earlier layers did to the
-    input is made good too (GPTAQ, arXiv 2504.02692).
+    Args:
+        weight: float `[out, in]`.
+        fmt: any Format.
+        statistics: of the input.
+        damping: as of `solvers.gptq_quantize`; None takes 0.01, or more where there are fewer than twenty
+            tokens per input: a Hessian of few tokens promises more than it keeps.
+        alpha: how much of what earlier layers did to the input is made good, 0 to 1; None takes the more
+            the more tokens there are. Needs the cross statistics (`Settings.float_stream`).
+        order: of columns. `"groups"` goes through whole groups by importance; `"descending"` is act-order.
+        dynamic: choose the scales of a group when it is due; None does so unless the order is descending.
+        sweeps: of coordinate descent.
+        refit: rounds of fitting the scales again.
+        options: others of `solvers.gptq_quantize`.
+
+    Returns:
+        Solution with a shift of the bias where the module has one.
     """
     assert statistics is not None  # fold_weight sees to it
-    packed, report = solvers.gptq_quantize(weight, fmt, statistics.hessian, cross=statistics.cross, **options)
-    return Solution(packed, report)
+    depth = statistics.tokens / weight.shape[1]
+    if damping is None:
+        damping = max(DAMPING, 0.2 / max(depth, 1e-9))
+    if alpha is None:
+        alpha = depth / (depth + 4)
+    if dynamic is None:
+        dynamic = order != "descending"
+    options |= {"damping": damping, "order": order, "dynamic": dynamic, "sweeps": sweeps, "refit": refit}
+    hessian, cross = statistics.hessian, statistics.cross if alpha else None
+    if statistics.bias:
+        hessian, cross = _around_mean(hessian, cross, statistics)
+    if fmt.outliers:
+        packed, report = _with_outliers(weight, fmt, hessian, cross, alpha, options)
+    else:
+        packed, report = solvers.gptq_quantize(weight, fmt, hessian, cross=cross, alpha=alpha, **options)
+    shift = _bias_shift(weight, packed, fmt, statistics, cross is not None) if statistics.bias else None
+    return Solution(packed, report, shift)
+
+
+def _around_mean(
+    hessian: Tensor, cross: Tensor | None, statistics: Statistics
+) -> tuple[Tensor, Tensor | None]:
+    """Second moments of x - mean: the bias takes care of the rest."""
+    mean = statistics.mean
+    hessian = torch.addr(hessian, mean, mean, alpha=-1)
+    # No variance is less than nothing, whatever rounding says.
+    hessian.diagonal().clamp_(min=0)
+    if cross is not None:
+        assert statistics.mean_float is not None
+        cross = torch.addr(cross, statistics.mean_float - mean, mean, alpha=-1)
+    return hessian, cross
+
+
+def _bias_shift(
+    weight: Tensor, packed: list[Tensor], fmt: Format, statistics: Statistics, from_float: bool
+) -> Tensor:
+    """What the outputs lack on average."""
+    from bitfold import ops
+
+    folded = ops.dequantize(packed, fmt, (weight.shape[0], weight.shape[1]))
+    source = statistics.mean_float if from_float and statistics.mean_float is not None else statistics.mean
+    return weight.float() @ source - folded @ statistics.mean
+
+
+def _with_outliers(
+    weight: Tensor,
+    fmt: Format,
+    hessian: Tensor,
+    cross: Tensor | None,
+    alpha: float,
+    options: dict[str, Any],
+) -> tuple[list[Tensor], dict[str, Any]]:
+    """Weights whose error costs most are stored apart; the codes are chosen around them."""
+    added = options["damping"] * hessian.diagonal().mean()
+    damped = hessian + torch.diag(added + (hessian.diagonal() == 0).float())
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    target, importance = weight.float(), damped.diagonal()
+    if not failed:
+        if cross is not None:
+            target = target + alpha * torch.cholesky_solve((target @ cross).t(), factor).t()
+        importance = 1 / torch.cholesky_inverse(factor).diagonal()
+    mask = choose_outliers(target, fmt, importance.contiguous())
+    packed, report = solvers.gptq_quantize(target, fmt.dense, hessian, exact=mask, **options)
+    report["outliers"] = fmt.outlier_count((weight.shape[0], weight.shape[1]))
+    return fill_outliers(packed, fmt, target, mask), report

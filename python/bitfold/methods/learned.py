@@ -10,7 +10,7 @@ errors of earlier blocks are made good as well.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,15 +44,6 @@ class Training:
     evaluations: int = 4
 
 
-@register("learned", calibrated=True)
-def learned(
-    weight: Tensor, fmt: Format, statistics: Statistics | None = None, *, training: Any = None, **options: Any
-) -> Solution:
-    """Start from `gptq`; `refine` does the rest once all matrices of the block are folded."""
-    del training  # for `refine`
-    return gptq(weight, fmt, statistics, **options)
-
-
 @dataclass
 class Call:
     """One call of the block: what the folded model feeds it, and what the float one would return."""
@@ -67,26 +58,26 @@ def refine(
     block: nn.Module,
     folded: dict[str, tuple[PackedModule, Tensor]],
     calls: Sequence[Call],
-    training: Training | None = None,
+    options: Mapping[str, Any],
 ) -> tuple[dict[str, Solution], dict[str, float]]:
     """Train the codes of a folded block.
 
     Args:
         block: with its matrices folded; left as it is.
         folded: name below the block -> (packed module, the float weight `[out, in]` it came from). Learned
-            codebooks stay as they are.
+            codebooks and formats with outliers stay as they are.
         calls: the data.
-        training: settings.
+        options: of the method; `training` is a `Training`.
 
     Returns:
-        name -> Solution, and the mean squared error, relative to the target's mean square, `before` and
-        `after`; where training did not help, no solution.
+        name -> Solution, and the mean squared error, relative to the target's mean square, before and
+        after; where training did not help, no solution.
     """
-    training = training or Training()
+    training: Training = options.get("training") or Training()
     learners = {
         name: _Learner(module, weight)
         for name, (module, weight) in folded.items()
-        if not module.format.code.startswith("kmeans")
+        if not module.format.code.startswith("kmeans") and not module.format.outliers
     }
     offsets = [learner.offset for learner in learners.values()]
     smooth = [tensor for learner in learners.values() for tensor in learner.smooth()]
@@ -236,3 +227,12 @@ class _Learner:
     def solution(self) -> Solution:
         shift = None if self.shift is None else self.shift.detach()
         return Solution(self._pack(), {}, shift)
+
+
+@register("learned", calibrated=True, refine=refine)
+def learned(
+    weight: Tensor, fmt: Format, statistics: Statistics | None = None, *, training: Training | None = None, **options: Any
+) -> Solution:
+    """Start from `gptq`; `refine` does the rest once all matrices of the block are folded."""
+    del training  # for `refine`
+    return gptq(weight, fmt, statistics, **options)
