@@ -57,6 +57,8 @@ def gather(
             with float_view():
                 _record(model, batch, float_stream.stubs(number), watched, matrices.once, reference)
         _accumulate(model, batch, stream.stubs(number), watched, matrices, gathered, reference)
+    for part in gathered:
+        part.complete()
     return gathered
 
 

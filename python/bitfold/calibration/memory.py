@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,65 +58,43 @@ def _storage_id(tensor: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class StageCost:
-    """What one stage holds, in bytes.
+class Prediction:
+    """What is held at one moment beyond what the process held before the run, in bytes.
 
     Args:
-        hessians: statistics of its largest set.
-        solver: workspace of its largest matrix.
-        freed: float matrices released when it is done.
-        packed: packed matrices made by it.
+        streams: cached outputs of blocks.
+        hessians: statistics of one set.
+        work: tensors of one forward pass, or the workspace of the solver.
+        packed: matrices folded by then.
+        freed: float matrices released by then.
     """
 
-    hessians: int
-    solver: int
-    freed: int
-    packed: int
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The peak, and what it is made of, in bytes."""
-
-    streams: int
-    activations: int
-    hessians: int
-    solver: int
-    packed: int
-    freed: int
+    streams: int = 0
+    hessians: int = 0
+    work: int = 0
+    packed: int = 0
+    freed: int = 0
 
     @property
     def peak(self) -> int:
-        """What the process will hold at most beyond what it holds now."""
-        return self.streams + max(self.activations, self.solver) + self.hessians + self.packed - self.freed
+        """The sum."""
+        return self.streams + self.hessians + self.work + self.packed - self.freed
 
     def __str__(self) -> str:
         parts = [
             f"{_mib(self.streams)} outputs of blocks",
             f"{_mib(self.hessians)} Hessians",
-            f"{_mib(max(self.activations, self.solver))} for one pass or one matrix",
+            f"{_mib(self.work)} for one pass or one matrix",
             f"{_mib(self.packed - self.freed)} packed matrices less released ones",
         ]
         return f"{_mib(self.peak)} ({', '.join(parts)})"
 
 
-def predict(streams: int, activations: int, stages: Sequence[StageCost]) -> Prediction:
-    """The peak over all stages: each starts with what those before it released and made."""
-    worst: Prediction | None = None
-    freed = packed = 0
-    for stage in stages:
-        found = Prediction(streams, activations, stage.hessians, stage.solver, packed, freed)
-        if worst is None or found.peak > worst.peak:
-            worst = found
-        freed += stage.freed
-        packed += stage.packed
-    return worst or Prediction(streams, activations, 0, 0, 0, 0)
-
-
-def solver_bytes(shape: tuple[int, int]) -> int:
-    """Workspace of a method that works on a copy of the weight and on factors of the Hessian."""
+def solver_bytes(shape: tuple[int, int], cross: bool) -> int:
+    """Workspace of GPTQ with sweeps, as measured: the factor, products with H, three forms of the weight."""
     rows, columns = shape
-    return 4 * (2 * rows * columns + 2 * columns * columns)
+    more = 1 if cross else 0
+    return 4 * ((2 + more) * columns * columns + (3 + more) * rows * columns)
 
 
 def hessian_bytes(size: int, cross: bool) -> int:

@@ -5,13 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bitfold import solvers
 from bitfold.methods import Statistics
-
-
-def hessian_update(hessian: Tensor, rows: Tensor, tokens: int) -> None:
-    """`hessian <- (tokens * hessian + rowsᵀ rows) / (tokens + k)`, rows `[k, n]` finite, in place."""
-    total = tokens + rows.shape[0]
-    hessian.addmm_(rows.t(), rows, beta=tokens / total, alpha=1 / total)
 
 
 class InputStatistics:
@@ -61,18 +56,18 @@ class InputStatistics:
         count = rows.shape[0]
         if count == 0:
             return
-        hessian_update(self.hessian, rows, self.tokens)
+        solvers.hessian_update(self.hessian, rows, tokens=self.tokens)
         share = count / (self.tokens + count)
         self.mean.lerp_(rows.mean(dim=0), share)
         self.mean_abs.lerp_(rows.abs().mean(dim=0), share)
         if self.cross is not None:
-            self._add_cross(rows, None if everything else keep, x_float, share)
+            self._add_cross(rows, None if everything else keep, x_float)
         if self._quota:
             at = torch.linspace(0, count - 1, min(self._quota, count), device=rows.device).long()
             self.sample.append(rows[at].clone())
         self.tokens += count
 
-    def _add_cross(self, rows: Tensor, keep: Tensor | None, x_float: Tensor | None, share: float) -> None:
+    def _add_cross(self, rows: Tensor, keep: Tensor | None, x_float: Tensor | None) -> None:
         assert self.cross is not None
         other = None if x_float is None else x_float.detach().reshape(-1, self.size).float()
         if other is not None and keep is not None and other.shape[0] == keep.shape[0]:
@@ -80,7 +75,11 @@ class InputStatistics:
         if other is None or other.shape != rows.shape or not bool(torch.isfinite(other).all()):
             self.cross = None  # the two models routed differently, or one of them overflowed
             return
-        self.cross.addmm_((other - rows).t(), rows, beta=1 - share, alpha=share / rows.shape[0])
+        solvers.cross_update(self.cross, other, rows, tokens=self.tokens)
+
+    def complete(self) -> None:
+        """Fill in the other half of the Hessian, once all is counted."""
+        solvers.hessian_finish(self.hessian)
 
     def blend(self, other: InputStatistics, tokens: float) -> float:
         """Mix in `tokens` tokens' worth of `other`; returns the share of `other` in the result."""

@@ -14,7 +14,7 @@ from bitfold.calibration.batches import Batch
 from bitfold.calibration.blocks import Layout, Stage, arrange, find_layout
 from bitfold.calibration.distributed import Processes
 from bitfold.calibration.replay import run
-from bitfold.calibration.sets import find_sets
+from bitfold.calibration.sets import MatrixSet, find_sets
 from bitfold.calibration.settings import Settings
 from bitfold.calibration.streams import needs_all_outputs
 from bitfold.choosing import Fold, matrix_shape
@@ -54,9 +54,7 @@ def survey(model: nn.Module, names: Collection[str], batches: list[Batch], proce
     return Survey(layout, keep_all, *_weigh(model, layout, batches), notes)
 
 
-def _weigh(
-    model: nn.Module, layout: Layout, batches: list[Batch]
-) -> tuple[int, int, dict[str, int]]:
+def _weigh(model: nn.Module, layout: Layout, batches: list[Batch]) -> tuple[int, int, dict[str, int]]:
     """One pass over the largest batch: peak, widest input, and outputs of blocks scaled up to all data."""
     sizes = [memory.tensor_bytes(batch.tensors()) for batch in batches]
     share = sum(sizes) / max(*sizes, 1)
@@ -84,47 +82,46 @@ def _weigh(
 def predict_memory(
     model: nn.Module, found: Survey, todo: dict[str, Fold], batch: Batch, settings: Settings
 ) -> memory.Prediction:
-    """The peak of a run over `todo`."""
+    """The worst moment of a run over `todo`: gathering or solving one of the sets."""
     cross = settings.float_stream
-    streams = 0
-    for stack in found.layout.stacks:
-        sizes = [found.outputs.get(name, 0) for name in stack.blocks]
-        streams += sum(sizes) if found.keep_all else max(sizes)
-    costs: list[memory.StageCost] = []
-    largest: dict[tuple[tuple[int, int], ...], int] = {}  # blocks of one shape have sets of one shape
+    # For the cross term the float model's input is held beside the folded one's, and their difference.
+    one_pass = found.activations + (2 * found.widest if cross else 0)
+    moments = [memory.Prediction(work=one_pass)]
+    known: dict[tuple[tuple[int, int], ...], list[list[list[int]]]] = {}
+    streams: dict[str, int] = {}  # stack -> bytes kept
+    packed = freed = 0
     for stage in found.layout.stages:
         names = [name for name in stage.matrices if name in todo]
-        if not names:
-            continue
-        shapes = {name: matrix_shape(todo[name].owner) for name in names}
-        kind = tuple(shapes.values())
-        if kind not in largest:
-            largest[kind] = _hessians(model, stage, batch, shapes, settings)
-        weights = [todo[name].owner.module.weight for name in names]
-        costs.append(
-            memory.StageCost(
-                hessians=largest[kind],
-                solver=max(memory.solver_bytes(shape) for shape in shapes.values()),
-                freed=sum(weight.numel() * weight.itemsize for weight in weights),
-                packed=sum(todo[name].format.nbytes(shapes[name]) for name in names),
-            )
-        )
-    # For the cross term the float model's input is held beside the folded one's, and their difference.
-    activations = found.activations + (2 * found.widest if cross else 0)
-    return memory.predict(streams * (2 if cross else 1), activations, costs)
+        shapes = [matrix_shape(todo[name].owner) for name in names]
+        kind = tuple(shapes)  # blocks of the same shapes have the same sets
+        if names and kind not in known:
+            known[kind] = _sets(model, stage, batch, names, settings)
+        released = 0
+        for groups in known[kind] if names else []:
+            members = [i for group in groups for i in group]
+            hessians = sum(memory.hessian_bytes(shapes[group[0]][1], cross) for group in groups)
+            solver = max(memory.solver_bytes(shapes[i], cross) for i in members)
+            held = sum(streams.values()) * (2 if cross else 1)
+            moments += [memory.Prediction(held, hessians, work, packed, freed) for work in (one_pass, solver)]
+            packed += sum(todo[names[i]].format.nbytes(shapes[i]) for i in members)
+            weights = [todo[names[i]].owner.module.weight for i in members]
+            released += sum(weight.numel() * weight.itemsize for weight in weights)
+            if not cross:  # else the float block is needed until the stage is done
+                freed, released = freed + released, 0
+        freed += released
+        for stack in found.layout.stacks:
+            if stage.block in stack.blocks:
+                kept = streams.get(stack.name, 0) if found.keep_all else 0
+                streams[stack.name] = kept + found.outputs.get(stage.block or "", 0)
+    return max(moments, key=lambda moment: moment.peak)
 
 
-def _hessians(
-    model: nn.Module,
-    stage: Stage,
-    batch: Batch,
-    shapes: dict[str, tuple[int, int]],
-    settings: Settings,
-) -> int:
-    """Bytes of the statistics of the largest set of a stage."""
-    sets = find_sets(model, stage, batch, {}, shapes)
-    sizes = [
-        sum(memory.hessian_bytes(shapes[group[0]][1], settings.float_stream) for group in part.groups)
-        for part in sets
-    ]
-    return max(sizes) if settings.true_sequential else sum(sizes)
+def _sets(
+    model: nn.Module, stage: Stage, batch: Batch, names: list[str], settings: Settings
+) -> list[list[list[int]]]:
+    """The sets of a stage, each a list of groups, with the places of matrices in `names`."""
+    place = {name: i for i, name in enumerate(names)}
+    sets = find_sets(model, stage, batch, {}, names)
+    if not settings.true_sequential:
+        sets = [MatrixSet.joined(sets)]
+    return [[[place[name] for name in group] for group in part.groups] for part in sets]

@@ -1,4 +1,4 @@
-"""Paths and the slow GPTQ for all tests of calibration."""
+"""Paths and threads for all tests of calibration."""
 
 from __future__ import annotations
 
@@ -10,13 +10,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "hf"))  # tiny_models.py
-
-import plain_gptq
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _method():
-    plain_gptq.install()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import tiny_models
@@ -109,7 +110,7 @@ def vit() -> Any:
 def perceptron() -> nn.Module:
     sizes = [48, 64, 64, 64, 16]
     layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -162,10 +163,9 @@ def outputs(model: Any, name: str, seed: int = 2) -> Tensor:
 
 
 def quantize(model: Any, name: str, **others: Any) -> Any:
-    """Fold with the slow GPTQ, three bits in groups of sixteen."""
+    """Fold with GPTQ, three bits in groups of sixteen."""
     import bitfold
-    import plain_gptq
 
-    arguments = {"calibration": data(name), "method": plain_gptq.NAME, "progress": False, **others}
+    arguments = {"calibration": data(name), "method": "gptq", "progress": False, **others}
     skip = ["vit.embeddings"] if name == "vit" else []
     return bitfold.quantize(model, "int3-g16", skip=skip, **arguments)

@@ -29,10 +29,9 @@ import os, signal, sys
 sys.path[:0] = [{here!r}, {hf!r}]
 import torch
 torch.set_num_threads(1)
-import bitfold, networks, plain_gptq
+import bitfold, networks
 from bitfold import methods
 from bitfold.io import atomic
-plain_gptq.install()
 name, directory, result, kind, count = sys.argv[1:]
 left = [int(count)]
 
@@ -42,11 +41,12 @@ def die(what):
             os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
 
+gptq = methods.get("gptq")
 def dying(weight, fmt, statistics=None, **options):
     die("method")
-    return plain_gptq.plain_gptq(weight, fmt, statistics, **options)
+    return gptq(weight, fmt, statistics, **options)
 
-methods.base._METHODS[plain_gptq.NAME] = dying
+methods.base._METHODS["gptq"] = dying
 fsync = atomic._fsync
 def fsync_and_die(path):
     die("before-flush")
@@ -82,7 +82,6 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path):
     whole = networks.quantize(networks.make("moe"), "moe", checkpoint=False).state_dict()
     result = tmp_path / "result.pt"
     for kind, count, finished in (
-        ("before-flush", 0, 0),  # while the directory is made
         ("method", 17, 1),  # in the second of three stages
         ("after-flush", 2, 1),  # its packed file is whole, but has not got its name
         ("before-flush", 3, 2),  # it has; the streams of the stage before are still there
@@ -97,36 +96,40 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path):
     assert not (tmp_path / "state").exists()
 
 
+GPTQ = methods.get("gptq")
+
+
 class Failing:
-    """The slow GPTQ, which raises at its n-th call."""
+    """GPTQ that raises at its n-th call."""
 
     def __init__(self, after, error=RuntimeError):
         self.left, self.error, self.calls = after, error, 0
 
     def __call__(self, weight, fmt, statistics=None, **options):
-        import plain_gptq
-
         self.calls += 1
         if self.left == 0:
             raise self.error("broken on purpose")
         self.left -= 1
-        return plain_gptq.plain_gptq(weight, fmt, statistics, **options)
+        return GPTQ(weight, fmt, statistics, **options)
 
 
 @pytest.fixture
 def failing(monkeypatch):
     def install(after, error=RuntimeError):
         made = Failing(after, error)
-        monkeypatch.setitem(methods.base._METHODS, "plain-gptq", made)
+        monkeypatch.setitem(methods.base._METHODS, "gptq", made)
         return made
 
     return install
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "moe", "unet"])
-@pytest.mark.parametrize("settings", [Settings(), Settings(float_stream=True)], ids=["one", "two"])
+@pytest.mark.parametrize(
+    ("name", "float_stream"),
+    [("llama", False), ("llama", True), ("t5", False), ("moe", True), ("unet", True)],
+)
 @pytest.mark.filterwarnings("ignore:little calibration data")
-def test_an_exception_half_way_and_a_second_run_on_a_fresh_model(failing, tmp_path, name, settings):
+def test_an_exception_half_way_and_a_second_run_on_a_fresh_model(failing, tmp_path, name, float_stream):
+    settings = Settings(float_stream=float_stream)
     arguments = {"checkpoint": tmp_path / "state", "settings": settings}
     whole = networks.quantize(networks.make(name), name, settings=settings).state_dict()
     failing(5 if name != "unet" else 2)
@@ -200,13 +203,13 @@ def test_another_run_is_refused_with_what_changed(failing, tmp_path):
         changed.model.layers[1].mlp.up_proj.weight[3, 3] += 1e-3
     with pytest.raises(CheckpointError, match=r"the model \(model.layers.1.mlp.up_proj.weight\)"):
         again(changed)
-    with pytest.raises(CheckpointError, match=r"the plan \(lm_head: 'int3-g16 plain-gptq' before, 'nf4 plain"):
+    with pytest.raises(CheckpointError, match=r"the plan \(lm_head: 'int3-g16 gptq' before, 'nf4 gptq' now"):
         bitfold.quantize(
             networks.make("llama"),
             "int3-g16",
             rules={"lm_head": "nf4"},
             calibration=networks.data("llama"),
-            method="plain-gptq",
+            method="gptq",
             checkpoint=tmp_path,
             progress=False,
         )
@@ -232,6 +235,9 @@ def test_a_damaged_stage_is_named(failing, tmp_path):
         networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path)
 
 
+FULL = r"checkpoint, .*stage.*No space left.* bytes are free.*make room"
+
+
 @pytest.mark.parametrize("nth", [0, 1, 2, 3])
 def test_a_full_disk_is_told_and_what_was_written_before_stays(monkeypatch, tmp_path, nth):
     """The n-th file that is written fills the disk: streams and packed matrices of stages 0 and 1."""
@@ -247,7 +253,7 @@ def test_a_full_disk_is_told_and_what_was_written_before_stays(monkeypatch, tmp_
         put(self, data, position)
 
     monkeypatch.setattr(checkpoints.SafetensorsWriter, "_put", full)
-    with pytest.raises(OSError, match=r"checkpoint, .*stage.*No space left.* bytes are free.*make room") as caught:
+    with pytest.raises(OSError, match=FULL) as caught:
         networks.quantize(networks.make("llama"), "llama", checkpoint=tmp_path / "state")
     assert caught.value.errno == errno.ENOSPC
     assert len(stages(tmp_path / "state")) == nth // 2

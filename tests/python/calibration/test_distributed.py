@@ -24,9 +24,9 @@ import json, os, signal, sys
 sys.path[:0] = [{here!r}, {hf!r}]
 import torch
 torch.set_num_threads(1)
-import bitfold, networks, plain_gptq
+import bitfold, networks
 from bitfold import calibration, methods
-plain_gptq.install()
+gptq = methods.get("gptq")
 directory, after = sys.argv[1], int(sys.argv[2])
 rank = int(os.environ["RANK"])
 calls = [0]
@@ -35,12 +35,14 @@ def counting(weight, fmt, statistics=None, **options):
     if rank == 1 and calls[0] == after:
         os.kill(os.getpid(), signal.SIGKILL)
     calls[0] += 1
-    return plain_gptq.plain_gptq(weight, fmt, statistics, **options)
+    return gptq(weight, fmt, statistics, **options)
 
-methods.base._METHODS[plain_gptq.NAME] = counting
+methods.base._METHODS["gptq"] = counting
 model = networks.make("moe")
 settings = calibration.Settings(float_stream=True, sample_rows=64, batch_size=5)
-networks.quantize(model, "moe", checkpoint=directory + "/state", log=directory + "/log.jsonl", settings=settings)
+networks.quantize(
+    model, "moe", checkpoint=directory + "/state", log=directory + "/log.jsonl", settings=settings
+)
 torch.save(model.state_dict(), f"{{directory}}/result-{{rank}}.pt")
 print(json.dumps({{"calls": calls[0], "notes": calibration.report(model).notes}}))
 """

@@ -23,56 +23,55 @@ import torch
 from torch import nn
 torch.set_num_threads(1)
 import bitfold
-from bitfold import methods
-from bitfold.calibration import memory
 
 class Block(nn.Module):
     def __init__(self, size):
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(size), nn.Linear(size, 3 * size), nn.Linear(3 * size, size)
+        self.norm = nn.LayerNorm(size)
+        self.up, self.down = nn.Linear(size, 3 * size), nn.Linear(3 * size, size)
     def forward(self, x):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 def resident(what):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(what))
 
-def solver(weight, fmt, statistics=None):
-    # what a solver holds: a copy of the weight to work on and the errors, the damped Hessian and its factor
-    held = [weight.clone(), weight.clone(), statistics.hessian.clone(), statistics.hessian.clone()]
-    return methods.get("round")(held[0], fmt)
-
-methods.register("holding", calibrated=True)(solver)
-size, rows, kind = 640, 2048, sys.argv[1]
+size, rows, kind = 480, 1024, sys.argv[1]
+if kind == "cross":
+    size, rows = 640, 150
 torch.manual_seed(0)
-model = nn.Sequential(*[Block(size) for _ in range(4)])
-data = [torch.randn(rows, size) for _ in range(24 if kind == "streams" else 4)]
+model = nn.Sequential(*[Block(size) for _ in range(3)])
+data = [torch.randn(rows, size) for _ in range(20 if kind == "streams" else 4)]
 settings = bitfold.calibration.Settings(float_stream=kind == "cross")
 bitfold.quantize(nn.Sequential(Block(32), Block(32)), "int4-g64", calibration=[torch.randn(200, 32)],
-                 method="holding", checkpoint=False, progress=False)  # what torch and Python load on first use
+                 method="gptq", checkpoint=False, progress=False)  # what torch and Python load on first use
 before = resident("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
-bitfold.quantize(model, "int4-g64", calibration=data, method="holding", settings=settings, progress=False)
+bitfold.quantize(model, "int4-g64", calibration=data, method="gptq", settings=settings, options={"sweeps": 1},
+                 progress=False)
 measured = resident("VmHWM") - before
 print(json.dumps([bitfold.calibration.report(model).predicted_bytes, measured]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["streams", "cross"])
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's count of the peak")
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak")
 def test_prediction_is_within_fifteen_percent_of_the_peak(kind, tmp_path):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, kind], capture_output=True, text=True, check=True, env=environment
     )
     predicted, measured = json.loads(done.stdout.splitlines()[-1])
-    assert measured > 50e6
+    assert measured > 25e6
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
 def test_a_run_that_will_not_fit_is_refused_with_numbers():
     model = networks.make("perceptron")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(MemoryLimitError, match=r"would add 0 MiB \(.*outputs of blocks.*allowed by max_memory"):
+    with pytest.raises(
+        MemoryLimitError, match=r"would add 0 MiB \(.*outputs of blocks.*allowed by max_memory"
+    ):
         networks.quantize(model, "perceptron", settings=Settings(max_memory=1000))
     assert list(model.state_dict()) == list(before)
     assert all(type(m) is not nn.Module for m in model)

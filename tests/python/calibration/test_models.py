@@ -40,7 +40,7 @@ def test_all_is_folded_and_the_output_is_nearer_than_without_data(name):
 
 def order_of(model):
     lines = calibration.report(model).lines
-    return [line["name"] for line in lines if line["method"] == "plain-gptq"]
+    return [line["name"] for line in lines if line["method"] == "gptq"]
 
 
 def test_sets_run_in_order_and_share_hessians():
@@ -99,7 +99,9 @@ def test_the_float_model_is_fed_what_the_folded_blocks_return():
         bitfold.methods.base._CALIBRATED.discard("looking")
     found = seen[13]  # the fourteenth matrix: down_proj of the second block
     assert found.tokens == x.shape[0]
-    torch.testing.assert_close(found.hessian, x.T @ x / x.shape[0], rtol=0.05, atol=1e-2 * found.hessian.max().item())
+    torch.testing.assert_close(
+        found.hessian, x.T @ x / x.shape[0], rtol=0.05, atol=1e-2 * found.hessian.max().item()
+    )
     torch.testing.assert_close(found.mean_abs, x.abs().mean(0), rtol=0.1, atol=1e-3)
 
 
@@ -187,12 +189,10 @@ def test_a_plan_is_carried_out():
             return choose(model, "int4-g16", rules={"lm_head": "int8-g16"})
 
     model = networks.make("llama")
-    bitfold.quantize(
-        model, Plan(), calibration=networks.data("llama"), method="plain-gptq", progress=False
-    )
+    bitfold.quantize(model, Plan(), calibration=networks.data("llama"), method="gptq", progress=False)
     report = calibration.report(model)
     assert report["lm_head"]["format"] == "int8-g16"
     assert report["model.layers.0.mlp.down_proj"]["method"] == "search"
-    assert report["model.layers.1.mlp.down_proj"]["method"] == "plain-gptq"
+    assert report["model.layers.1.mlp.down_proj"]["method"] == "gptq"
     with pytest.raises(ValueError, match="belong to the making of the plan"):
         bitfold.quantize(networks.make("llama"), Plan(), skip=["lm_head"], calibration=[[1, 2]])
