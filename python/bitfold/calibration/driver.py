@@ -19,9 +19,9 @@ from bitfold.calibration.checkpoint import Checkpoint, directory_for
 from bitfold.calibration.distributed import Processes
 from bitfold.calibration.gathering import gather
 from bitfold.calibration.guards import FloatView, frozen
-from bitfold.calibration.preparing import prepare, restore
-from bitfold.calibration.replay import device_of
+from bitfold.calibration.preparing import CHANGED, Undo, prepare, restore
 from bitfold.calibration.refining import refine_block
+from bitfold.calibration.replay import device_of
 from bitfold.calibration.report import CalibrationWarning, Log, Report, peak_rss_bytes, remember
 from bitfold.calibration.sets import MatrixSet, find_sets
 from bitfold.calibration.settings import Settings
@@ -119,6 +119,7 @@ class _Walk:
         self.report = Report(notes=found.notes, predicted_bytes=prediction.peak)
         remember(model, self.report)
         self.originals: dict[str, Fold] = {}  # of the stage in work, where a method refines it
+        self.undo: Undo | None = None  # of the stage in work, where it was prepared
         self.known: list[Any] = []  # what preparations of earlier blocks leave for later ones
         self.thinnest: tuple[float, str] | None = None  # tokens per input of the matrix that saw fewest
 
@@ -132,7 +133,7 @@ class _Walk:
 
         settings = {**vars(self.settings), **self.options}
         made = {
-            "model": fingerprint.of_model(self.model),
+            "model": self._digests(),
             "calibration": fingerprint.of_batches(batches),
             "plan": self.plan,
             "options": {name: repr(value) for name, value in settings.items()},
@@ -152,22 +153,36 @@ class _Walk:
         if store is not None and start:
             self._go_on(store, start)
         for number, stage in enumerate(self.stages[start:], start):
-            solutions, lines, changed = self.fold_stage(stage)
-            self._advance_float(stage)
-            self._refine(stage, solutions)
-            self._advance(stage)
-            if store is not None:
-                store.save_streams(number, self._streams())
-                if self.processes.everywhere(True) and self.processes.rank == 0:
-                    store.save(number, solutions, lines, changed)
-                if self.processes.everywhere(True) and number:
-                    store.forget_streams(number - 1)
+            try:
+                self._finish_stage(number, stage, store)
+            except BaseException:
+                if self.undo is not None:
+                    self.undo.restore()
+                raise
+            self.undo = None
             self.floats.forget()
             self.originals.clear()
         for name in list(self.todo):
             line = {"method": FALLBACK, "tokens": 0, "fallback": "the data does not reach it"}
             self._put(name, fold_alone(self.todo[name], FALLBACK, line))
         self._warn()
+
+    def _finish_stage(self, number: int, stage: Stage, store: Checkpoint | None) -> None:
+        solutions, lines, changed = self.fold_stage(stage)
+        self._advance_float(stage)
+        self._refine(stage, solutions)
+        self._advance(stage)
+        if store is not None:
+            store.save_streams(number, self._streams())
+            if self.processes.everywhere(True) and self.processes.rank == 0:
+                store.save(number, solutions, lines, changed)
+            if self.processes.everywhere(True) and number:
+                store.forget_streams(number - 1)
+        CHANGED.setdefault(self.model, set()).update(changed)
+
+    def _digests(self) -> dict[str, str]:
+        changed = CHANGED.get(self.model, set())
+        return {name: of for name, of in fingerprint.of_model(self.model).items() if name not in changed}
 
     def fold_stage(self, stage: Stage) -> tuple[dict[str, Solution], list[dict[str, Any]], dict[str, Tensor]]:
         """Gather, solve and put in place the matrices of one block, set after set.
@@ -213,12 +228,12 @@ class _Walk:
     def _prepare(
         self, stage: Stage, sets: list[MatrixSet]
     ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-        """What the method does to the block as a whole: only while all of it is float, so not to one in which
-        an interrupt came.
-        """
+        """What the method does to the block as a whole, if it does and all of it is float."""
         whole = stage.block if stage.block is not None else "" if len(self.stages) == 1 else None
-        if whole is None or not sets or any(name not in self.todo for name in stage.matrices):
+        wanted = any(methods.preparation(self.method_of[name]) for name in stage.matrices)
+        if not wanted or whole is None or not sets or any(name not in self.todo for name in stage.matrices):
             return {}, {}
+        self.undo = Undo(self.model.get_submodule(whole))
         return prepare(
             self.model,
             whole,
@@ -308,6 +323,8 @@ class _Walk:
         swaps = swaps_of(self.model, fold, packed)
         if self.float_stream is not None:
             self.floats.remember(self.places, swaps)
+        if self.undo is not None:
+            self.undo.remember(self.places, swaps)
         self.places.replace(swaps)
         if not quiet:
             line = {"name": name, "shape": list(shape), "format": str(fold.format), **solution.report}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,8 +18,35 @@ from bitfold.calibration.sets import MatrixSet
 from bitfold.calibration.statistics import InputStatistics
 from bitfold.choosing import Fold
 from bitfold.methods import BlockView, Statistics
+from bitfold.nn._places import Places
 
 _PROBE_TOKENS = 512  # of the call that a preparation may try things on
+
+
+# Parameters of finished stages that runs of this process have changed: where an interrupted run goes on, they
+# are not what its fingerprint says of them.
+CHANGED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+class Undo:
+    """A block as it was before it was prepared: what is prepared and half folded cannot be gone on with."""
+
+    def __init__(self, block: nn.Module) -> None:
+        self._values = [(parameter, parameter.detach().clone()) for parameter in block.parameters()]
+        self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def remember(self, places: Places, swaps: Mapping[nn.Module, nn.Module]) -> None:
+        """Hold the keys of `swaps`, which are about to be replaced."""
+        for old in swaps:
+            self._swapped += [(parent, attribute, old) for parent, attribute in places.of(old)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Float modules and values as they were."""
+        for parent, attribute, old in self._swapped:
+            parent._modules[attribute] = old
+        for parameter, value in self._values:
+            parameter.copy_(value)
 
 
 def prepare(

@@ -58,7 +58,7 @@ def gptq(
     assert statistics is not None  # fold_weight sees to it
     depth = statistics.tokens / weight.shape[1]
     if damping is None:
-        damping = max(DAMPING, 0.2 / max(depth, 1e-9))
+        damping = max(DAMPING, float(__import__("os").environ.get("CC","0.2")) / max(depth, 1e-9))
     if alpha is None:
         alpha = depth / (depth + 4)
     if dynamic is None:

@@ -115,7 +115,8 @@ def test_error_feedback_on_top(monkeypatch):
 
 
 @QUIET
-def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, tmp_path):
+@pytest.mark.parametrize("same_process", [True, False])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, tmp_path, same_process):
     whole = folded("awq").state_dict()
     plain, calls = methods.get("awq"), []
 
@@ -126,10 +127,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(monkeypatch, tmp_path):
         return plain(weight, fmt, statistics, **options)
 
     monkeypatch.setitem(methods.base._METHODS, "awq", failing)
+    model = Model()
     with pytest.raises(KeyboardInterrupt):
-        folded("awq", checkpoint=tmp_path / "state")
+        folded("awq", model, checkpoint=tmp_path / "state")
+    assert type(model.blocks[0].up) is not nn.Linear
+    fresh = Model().blocks[1].state_dict()  # the block in which it came is as it was
+    assert all(torch.equal(value, fresh[name]) for name, value in model.blocks[1].state_dict().items())
     monkeypatch.setitem(methods.base._METHODS, "awq", plain)
-    again = folded("awq", checkpoint=tmp_path / "state").state_dict()
+    model = model if same_process else Model()
+    again = folded("awq", model, checkpoint=tmp_path / "state").state_dict()
     assert list(again) == list(whole)
     assert all(torch.equal(value, whole[name]) for name, value in again.items())
     assert not (tmp_path / "state").exists()

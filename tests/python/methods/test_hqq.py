@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import bitfold
-from bitfold import Format, FormatError, methods, ops, solvers
-from bitfold.errors import WeightError
+from bitfold import Format, methods, ops, solvers
+from bitfold.errors import FormatError, WeightError
 
 
 def published(weight, group, bits, p=0.7, beta=10.0, kappa=1.01, iterations=20):
