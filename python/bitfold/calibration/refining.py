@@ -1,4 +1,4 @@
-"""A folded block trained on what it returns: its calls gathered, `methods.learned` run, codes put in place."""
+"""What some methods do to a folded block as a whole (learned rounding): the driver's side of it."""
 
 from __future__ import annotations
 

@@ -95,9 +95,7 @@ class InputStatistics:
         """The statistics as methods get them."""
         sample = torch.cat(self.sample)[: self.sample_rows] if self.sample else None
         mean_float = None if self.cross is None else self.mean_float
-        return Statistics(
-            self.hessian, self.tokens, self.mean, self.mean_abs, self.cross, mean_float, sample
-        )
+        return Statistics(self.hessian, self.tokens, self.mean, self.mean_abs, self.cross, mean_float, sample)
 
     def effective_rank(self) -> float:
         """(tr H)² / |H|²: how many directions of equal power would be as spread out as these."""

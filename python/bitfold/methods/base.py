@@ -96,8 +96,8 @@ class BlockView:
 # by name; JSON types.
 Preparation = Callable[[BlockView], dict[str, dict[str, Any]]]
 
-# What some methods do to a block once all of it is folded: (block, name -> (packed module, float weight), calls,
-# the method's options) -> (name -> Solution, what to report of the block).
+# What some methods do to a block once all of it is folded: (block, name -> (packed module, float weight),
+# calls, the method's options) -> (name -> Solution, what to report of the block).
 Refinement = Callable[..., tuple[dict[str, Solution], dict[str, float]]]
 
 _Chooser = Callable[..., Solution]  # a Method; mypy wants no keyword of its own spelled out in a Protocol

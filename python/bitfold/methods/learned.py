@@ -231,7 +231,12 @@ class _Learner:
 
 @register("learned", calibrated=True, refine=refine)
 def learned(
-    weight: Tensor, fmt: Format, statistics: Statistics | None = None, *, training: Training | None = None, **options: Any
+    weight: Tensor,
+    fmt: Format,
+    statistics: Statistics | None = None,
+    *,
+    training: Training | None = None,
+    **options: Any,
 ) -> Solution:
     """Start from `gptq`; `refine` does the rest once all matrices of the block are folded."""
     del training  # for `refine`
