@@ -83,7 +83,7 @@ def predict_memory(
     model: nn.Module, found: Survey, todo: dict[str, Fold], batch: Batch, settings: Settings
 ) -> memory.Prediction:
     """The worst moment of a run over `todo`: gathering or solving one of the sets."""
-    cross = settings.float_stream
+    cross = bool(settings.float_stream)
     # For the cross term the float model's input is held beside the folded one's, and their difference.
     one_pass = found.activations + (2 * found.widest if cross else 0)
     moments = [memory.Prediction(work=one_pass)]

@@ -177,7 +177,7 @@ class _Learner:
         self.stretch = torch.zeros_like(grid.scale, requires_grad=not self.fmt.double_quant)
         bias = getattr(module, "bias", None)
         self.bias = None if bias is None else bias.detach().float()
-        self.shift = None if bias is None else torch.zeros_like(self.bias, requires_grad=True)
+        self.shift = None if self.bias is None else torch.zeros_like(self.bias, requires_grad=True)
 
     def smooth(self) -> list[Tensor]:
         return [t for t in (self.stretch, self.shift) if t is not None and t.requires_grad]
