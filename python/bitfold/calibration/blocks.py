@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bitfold.calibration.batches import Batch
-from bitfold.calibration.replay import Stop, run, tensor_map
+from bitfold.calibration.replay import Stop, run, stop_after, tensor_map
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,12 @@ def call_order(
     batch: Batch,
     names: Collection[str],
     stubs: Mapping[str, Callable[[], Any]] | None = None,
+    until: str | None = None,
 ) -> list[str]:
-    """The names of `names` in the order of the calls of one pass, repeated calls included."""
+    """The names of `names` in the order of all calls of one pass, which may end with that of `until`."""
     calls: list[str] = []
     hooks = {name: (lambda *_, name=name: calls.append(name)) for name in names}
-    run(model, batch, stubs=stubs, before=hooks)
+    run(model, batch, stubs=stubs, before=hooks, after=stop_after(until))
     return calls
 
 

@@ -80,6 +80,15 @@ def _replaced_forward(module: nn.Module, stub: Callable[[], Any]) -> Iterator[No
             module.__dict__["forward"] = own
 
 
+def stop_after(block: str | None) -> dict[str, PostHook]:
+    """A hook for `run` that ends the pass when `block` is done; none for None."""
+
+    def stop(_: Any) -> None:
+        raise Stop
+
+    return {} if block is None else {block: stop}
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Where the model is, by its first parameter or buffer."""
     for tensor in [*model.parameters(), *model.buffers()]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bitfold.calibration.batches import Batch
 from bitfold.calibration.blocks import Stage, call_order, depends
-from bitfold.calibration.replay import run
+from bitfold.calibration.replay import run, stop_after
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def find_sets(
             )
             order.append(unit)
 
-    run(model, batch, stubs=stubs, before={name: partial(seen, owner[name]) for name in names})
+    hooks = {name: partial(seen, owner[name]) for name in names}
+    run(model, batch, stubs=stubs, before=hooks, after=stop_after(stage.block))
     sets: list[list[_Unit]] = []
     for unit in order:
         home = next((units for units in sets if _same_tensor(units[0].source, unit.source)), None)
@@ -117,7 +118,7 @@ def _expert_lists(
         children = [child for child in children if any(_is_below(name, child) for name in names)]
         if len(children) < 2 or len({type(model.get_submodule(child)) for child in children}) > 1:
             continue
-        called = list(dict.fromkeys(call_order(model, batch, children, stubs)))
+        called = list(dict.fromkeys(call_order(model, batch, children, stubs, stage.block)))
         if len(called) < 2 or not depends(model, batch, called[0], called[1], stubs):
             found.append(path)
     return found

@@ -106,8 +106,12 @@ def plan_directory(
         FileNotFoundError: nothing is there.
     """
     source = Path(source)
-    if method is not None:
-        methods.get(method)
+    if methods.is_calibrated(method):
+        message = (
+            f"method {method!r} needs calibration data, which runs through the whole model; load it and call "
+            "bitfold.quantize(model, format, method=…, calibration=…), or choose a method such as 'search'"
+        )
+        raise ValueError(message)
     for text in [format, embeddings, *(rules or {}).values()]:
         if isinstance(text, str):
             Format(text)  # before anything slow

@@ -421,3 +421,8 @@ def test_code_that_comes_with_the_checkpoint(tmp_path: Path, monkeypatch: pytest
     x = torch.randn(3, 64)
     expected = torch.nn.functional.linear(x, tensors["first.weight"]) @ tensors["second.weight"].t()
     assert torch.nn.functional.cosine_similarity(model(x), expected, dim=-1).min() > 0.999
+
+
+def test_methods_that_need_data_are_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(ValueError, match="'gptq' needs calibration data, which runs through the whole model"):
+        plan_directory(tmp_path, "int4-g64", method="gptq")
