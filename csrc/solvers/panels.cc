@@ -162,13 +162,15 @@ void PanelMatrix::store_codes(ScaleStorage* storage, const Parallel& parallel) c
 
 void PanelMatrix::decode(int64_t p, int64_t c, float* unit) const {
   const uint8_t* code = codes_of(p) + c * kPanelLanes;
-  const float* zero_point = zero.data() + (p * groups + c / group_size) * kPanelLanes;
-  for (int64_t i = 0; i < kPanelLanes; ++i) {
-    unit[i] = format.family() == Family::kInteger ? static_cast<float>(code[i]) - zero_point[i]
-              : encoding.book                     ? encoding.book->levels[code[i]]
-                                                  : 0.0f;
+  if (format.family() == Family::kInteger) {
+    const float* zero_point = zero.data() + (p * groups + c / group_size) * kPanelLanes;
+    for (int64_t i = 0; i < kPanelLanes; ++i) unit[i] = static_cast<float>(code[i]) - zero_point[i];
+    return;
   }
-  if (books.empty()) return;
+  if (encoding.book) {
+    for (int64_t i = 0; i < kPanelLanes; ++i) unit[i] = encoding.book->levels[code[i]];
+    return;
+  }
   for (int64_t i = 0; i < kPanelLanes; ++i) {
     const float* book = books_of(p) + i;
     for (int rank = 0; rank < kRanks; ++rank) {

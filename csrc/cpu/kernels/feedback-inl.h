@@ -37,18 +37,39 @@ static inline F inverses_of(F scale) {
   return div(set1(1.0f), select_above(zero(), scale, min(scale, negative(tiny)), max(scale, tiny)));
 }
 
+// So many columns pass on their changes at once: what they add to is loaded and stored once.
+constexpr int64_t kTogether = 8;
+
+// c of the columns [from, count) grows by the changes of the kTogether columns whose rows of the
+// matrix begin at `rows`, in their order.
+static inline void pass_on(const F* change, const float* rows, int64_t count, int64_t from,
+                           float* corrections) {
+  for (int64_t j = from; j < count; ++j) {
+    F c = load(corrections + 16 * j);
+    for (int64_t i = 0; i < kTogether; ++i) c = add(c, mul(change[i], set1(rows[i * count + j])));
+    store(corrections + 16 * j, c);
+  }
+}
+
 template <bool kAgain, class Encoder>
 static inline void feed_back_with(const FeedbackColumns& columns, const FeedbackPanel& panel,
                                   Encoder encoder) {
   float corrections[16 * kFeedbackColumns];
   for (int64_t k = 0; k < columns.count; ++k) {
+    // Lines far apart, in an order that no hardware foresees: those of this panel's weights and
+    // codes, and what lies beside its corrections and errors, the next panel's.
+    const int64_t at = 16 * static_cast<int64_t>(columns.column[k]);
+    __builtin_prefetch(panel.weights + at);
+    __builtin_prefetch(panel.codes + at, 1);
+    __builtin_prefetch(panel.error + k * panel.stride, 1);
+    if (panel.correction) __builtin_prefetch(panel.correction + k * panel.stride + 16);
     F c = zero();
     if (panel.correction)
       c = mul(load(panel.correction + k * panel.stride), set1(columns.factor[k]));
     if (kAgain) c = sub(c, load(panel.error + k * panel.stride));
     store(corrections + 16 * k, c);
   }
-  F cost = load(panel.cost);
+  F cost = load(panel.cost), changes[kTogether];
   for (int64_t k = 0; k < columns.count; ++k) {
     const int64_t at = 16 * static_cast<int64_t>(columns.column[k]);
     const int64_t group = 16 * static_cast<int64_t>(columns.group[k]);
@@ -63,9 +84,9 @@ static inline void feed_back_with(const FeedbackColumns& columns, const Feedback
     }
     F off = add(c, error), change = error;
     F square = mul(off, off);
-    float* const to = panel.error + k * panel.stride;
+    float* const stored = panel.error + k * panel.stride;
     if constexpr (kAgain) {
-      const F old = load(to), off_of_old = add(c, old);
+      const F old = load(stored), off_of_old = add(c, old);
       const F worse = abs(off_of_old), now = abs(off);
       error = select_above(worse, now, error, old);
       code = select_above(worse, now, code, to_float(unpack8(panel.codes + at)));
@@ -74,14 +95,20 @@ static inline void feed_back_with(const FeedbackColumns& columns, const Feedback
       change = sub(error, old);
       store(panel.change + k * panel.stride, change);
     }
-    store(to, error);
+    store(stored, error);
     pack8(panel.codes + at, to_int(code));
     cost = add(cost, mul(set1(columns.cost[k]), square));
     if (!columns.matrix) continue;
+    const int64_t together = k % kTogether, first = k - together;
+    const int64_t end = first + kTogether < columns.count ? first + kTogether : columns.count;
+    changes[together] = change;
     const float* row = columns.matrix + k * columns.count;
-    for (int64_t j = k + 1; j < columns.count; ++j) {
-      float* to_c = corrections + 16 * j;
-      store(to_c, add(load(to_c), mul(change, set1(row[j]))));
+    for (int64_t j = k + 1; j < end; ++j) {
+      float* to = corrections + 16 * j;
+      store(to, add(load(to), mul(change, set1(row[j]))));
+    }
+    if (together == kTogether - 1) {
+      pass_on(changes, columns.matrix + first * columns.count, columns.count, end, corrections);
     }
   }
   store(panel.cost, cost);
