@@ -101,9 +101,7 @@ def main() -> None:
             continue
         square = float(error.square().mean())
         power = float(error.abs().pow(0.7).mean())
-        print(
-            f"{name:24s} {timed(call, times) * 1e3:9.1f} ms  mse {square:.6f}  |r|^0.7 {power:.5f}"
-        )
+        print(f"{name:24s} {timed(call, times) * 1e3:9.1f} ms  mse {square:.6f}  |r|^0.7 {power:.5f}")
 
 
 if __name__ == "__main__":

@@ -169,7 +169,7 @@ def stand_in() -> tuple[nn.Module, list[Tensor], list[Tensor]]:
     return model, list(text[:32].split(8)), list(text[32:].split(8))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, help="directory of a causal language model")
     parser.add_argument("--calibration", type=Path, help="text (default: calibration.txt beside the model)")
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256, help="tokens (default: %(default)s)")
     parser.add_argument("--most", type=int, help="windows to evaluate at most")
     parser.add_argument("--rows", default="", help="regular expression for `method format`")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     model, calibration, text = load(options)
     reference = [log_probabilities(model, ids) for ids in text]
     rows = [{"method": "fp32", "format": "", "bits": 32.0, **evaluate(model, text, None)}]
@@ -198,7 +198,7 @@ def main() -> None:
     env = environment()
     tokens = sum(ids.numel() for ids in text)
     print_table(
-        f"{tokens:,} tokens in windows of {text[0].shape[1]}; calibration {sum(b.numel() for b in calibration):,}",
+        f"{tokens:,} tokens in windows of {text[0].shape[1]}, {sum(b.numel() for b in calibration):,} to calibrate",
         HEAD,
         [
             [
@@ -210,9 +210,8 @@ def main() -> None:
         ],
         environment_line(env),
     )  # fmt: skip
-    if not options.smoke:
-        name = options.model.name if options.model else "stand-in"
-        write_json(options.out, f"perplexity-{name}", {"environment": env, "tokens": tokens, "rows": rows})
+    name = "perplexity" if options.model is None or options.smoke else f"perplexity-{options.model.name}"
+    write_json(options.out, name, {"environment": env, "tokens": tokens, "rows": rows})
 
 
 if __name__ == "__main__":
