@@ -7,11 +7,11 @@ The package is used where it is installed (`pip install hqq`); it stores scales 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 
 import torch
+from harness import arguments, environment, environment_line, write_json
 from torch import Tensor
 
 from bitfold import Format, ops, solvers
@@ -72,12 +72,13 @@ def timed(call: Callable[[], object], times: int) -> float:
     return min(taken)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def main(argv: list[str] | None = None) -> None:
+    parser = arguments((__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--format", type=Format, default=Format("int4-g64-fz"))
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    options.size = 128 if options.smoke else options.size
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     weight, fmt = torch.randn(options.size, options.size) * 0.02, options.format
@@ -93,6 +94,7 @@ def main() -> None:
         "package hqq": (lambda: package(weight, fmt), lambda: package(weight, fmt), 1),
     }
     print(f"{options.size} x {options.size}, {fmt}, {options.threads} threads, {ops.instruction_set()}")
+    rows = []
     for name, (call, decoded, times) in cases.items():
         try:
             error = (decoded() - weight).double() / weight.double().std()
@@ -101,7 +103,12 @@ def main() -> None:
             continue
         square = float(error.square().mean())
         power = float(error.abs().pow(0.7).mean())
-        print(f"{name:24s} {timed(call, times) * 1e3:9.1f} ms  mse {square:.6f}  |r|^0.7 {power:.5f}")
+        seconds = timed(call, times)
+        print(f"{name:24s} {seconds * 1e3:9.1f} ms  mse {square:.6f}  |r|^0.7 {power:.5f}")
+        rows.append({"name": name, "seconds": seconds, "mse": square, "power": power})
+    env = environment()
+    print(environment_line(env))
+    write_json(options.out, "hqq_cpu", {"environment": env, "shape": shape, "format": str(fmt), "rows": rows})
 
 
 if __name__ == "__main__":

