@@ -18,7 +18,7 @@ from bitfold.calibration.blocks import Stage
 from bitfold.calibration.checkpoint import Checkpoint, directory_for
 from bitfold.calibration.distributed import Processes
 from bitfold.calibration.gathering import gather
-from bitfold.calibration.guards import FloatView, frozen
+from bitfold.calibration.guards import FloatView, frozen, seeded
 from bitfold.calibration.preparing import CHANGED, Undo, prepare, restore
 from bitfold.calibration.refining import refine_block
 from bitfold.calibration.replay import device_of
@@ -190,6 +190,9 @@ class _Walk:
         Returns the solutions, the lines of the report, and other parameters that have changed.
         """
         first = len(self.report.lines)
+        waiting = [name for name in stage.matrices if name in self.todo]
+        if any(methods.refinement(self.method_of[name]) for name in waiting):
+            self.undo = Undo(None)  # a block that is folded, and not refined yet, cannot be gone on with
         solutions: dict[str, Solution] = {}
         sets = self._sets(stage)
         remarks, changed = self._prepare(stage, sets)
@@ -276,9 +279,10 @@ class _Walk:
         assert refinement is not None
         floats = {name: float_matrix(fold) for name, fold in self.originals.items()}
         streams = self.stream, self.float_stream
-        found, line = refine_block(
-            self.model, stage.block, floats, self.batches, *streams, refinement, self.options
-        )
+        with seeded(self.settings.seed, stage.block):
+            found, line = refine_block(
+                self.model, stage.block, floats, self.batches, *streams, refinement, self.options
+            )
         for name, solution in found.items():
             before = solutions[name].bias_shift
             packed: Any = self.model.get_submodule(name)
