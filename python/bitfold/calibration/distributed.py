@@ -94,10 +94,10 @@ class Processes:
             part.unmasked = bool(counts[2])
             if counts[3]:
                 part.cross = None
-            for tensor in (part.hessian, part.mean, part.mean_abs, part.cross):
-                if tensor is not None:
-                    tensor.mul_(part.tokens / max(total, 1))
-                    dist.all_reduce(tensor)
+            cross = () if part.cross is None else (part.cross, part.mean_float)
+            for tensor in (part.hessian, part.mean, part.mean_abs, *cross):
+                tensor.mul_(part.tokens / max(total, 1))
+                dist.all_reduce(tensor)
             part.tokens = total
             if part.sample_rows:
                 self._join_samples(part)

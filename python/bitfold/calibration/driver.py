@@ -18,7 +18,7 @@ from bitfold.calibration.blocks import Stage
 from bitfold.calibration.checkpoint import Checkpoint, directory_for
 from bitfold.calibration.distributed import Processes
 from bitfold.calibration.gathering import gather
-from bitfold.calibration.guards import FloatView, frozen
+from bitfold.calibration.guards import FloatView, frozen, seeded
 from bitfold.calibration.preparing import CHANGED, Undo, prepare, restore
 from bitfold.calibration.refining import refine_block
 from bitfold.calibration.replay import device_of
@@ -168,14 +168,15 @@ class _Walk:
         self._warn()
 
     def _finish_stage(self, number: int, stage: Stage, store: Checkpoint | None) -> None:
-        solutions, lines, changed = self.fold_stage(stage)
+        first = len(self.report.lines)
+        solutions, changed = self.fold_stage(stage)
         self._advance_float(stage)
         self._refine(stage, solutions)
         self._advance(stage)
         if store is not None:
             store.save_streams(number, self._streams())
             if self.processes.everywhere(True) and self.processes.rank == 0:
-                store.save(number, solutions, lines, changed)
+                store.save(number, solutions, self.report.lines[first:], changed)
             if self.processes.everywhere(True) and number:
                 store.forget_streams(number - 1)
         CHANGED.setdefault(self.model, set()).update(changed)
@@ -184,12 +185,14 @@ class _Walk:
         changed = CHANGED.get(self.model, set())
         return {name: of for name, of in fingerprint.of_model(self.model).items() if name not in changed}
 
-    def fold_stage(self, stage: Stage) -> tuple[dict[str, Solution], list[dict[str, Any]], dict[str, Tensor]]:
+    def fold_stage(self, stage: Stage) -> tuple[dict[str, Solution], dict[str, Tensor]]:
         """Gather, solve and put in place the matrices of one block, set after set.
 
-        Returns the solutions, the lines of the report, and other parameters that have changed.
+        Returns the solutions, and other parameters that have changed.
         """
-        first = len(self.report.lines)
+        waiting = [name for name in stage.matrices if name in self.todo]
+        if any(methods.refinement(self.method_of[name]) for name in waiting):
+            self.undo = Undo(None)  # a block that is folded, and not refined yet, cannot be gone on with
         solutions: dict[str, Solution] = {}
         sets = self._sets(stage)
         remarks, changed = self._prepare(stage, sets)
@@ -210,7 +213,7 @@ class _Walk:
                 solution.report |= remarks.get(name, {})
                 self._put(name, solution)
             solutions |= solved
-        return solutions, self.report.lines[first:], changed
+        return solutions, changed
 
     def _gather(self, matrices: MatrixSet) -> list[InputStatistics]:
         gathered = gather(
@@ -276,9 +279,10 @@ class _Walk:
         assert refinement is not None
         floats = {name: float_matrix(fold) for name, fold in self.originals.items()}
         streams = self.stream, self.float_stream
-        found, line = refine_block(
-            self.model, stage.block, floats, self.batches, *streams, refinement, self.options
-        )
+        with seeded(self.settings.seed, stage.block):
+            found, line = refine_block(
+                self.model, stage.block, floats, self.batches, *streams, refinement, self.options
+            )
         for name, solution in found.items():
             before = solutions[name].bias_shift
             packed: Any = self.model.get_submodule(name)

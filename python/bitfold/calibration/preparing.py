@@ -29,10 +29,15 @@ CHANGED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDiction
 
 
 class Undo:
-    """A block as it was before it was prepared: what is prepared and half folded cannot be gone on with."""
+    """A block as it was before it was prepared: what is prepared and half folded cannot be gone on with.
 
-    def __init__(self, block: nn.Module) -> None:
-        self._values = [(parameter, parameter.detach().clone()) for parameter in block.parameters()]
+    Args:
+        block: None where modules will be replaced and no parameter changed.
+    """
+
+    def __init__(self, block: nn.Module | None) -> None:
+        parameters = [] if block is None else block.parameters()
+        self._values = [(parameter, parameter.detach().clone()) for parameter in parameters]
         self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
 
     def remember(self, places: Places, swaps: Mapping[nn.Module, nn.Module]) -> None:

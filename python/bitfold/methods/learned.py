@@ -62,16 +62,18 @@ def refine(
 ) -> tuple[dict[str, Solution], dict[str, float]]:
     """Train the codes of a folded block.
 
+    Batches are drawn from torch's generator: `torch.manual_seed` makes two runs alike.
+
     Args:
         block: with its matrices folded; left as it is.
         folded: name below the block -> (packed module, the float weight `[out, in]` it came from). Learned
             codebooks and formats with outliers stay as they are.
-        calls: the data.
+        calls: the data. Calls whose error is not finite (or that have no token that counts) are left out.
         options: of the method; `training` is a `Training`.
 
     Returns:
         name -> Solution, and the mean squared error, relative to the target's mean square, before and
-        after; where training did not help, no solution.
+        after; where training did not help, no solution, and where no call is left, no errors either.
     """
     training: Training = options.get("training") or Training()
     learners = {
@@ -82,7 +84,13 @@ def refine(
     offsets = [learner.offset for learner in learners.values()]
     smooth = [tensor for learner in learners.values() for tensor in learner.smooth()]
     adam = torch.optim.Adam(smooth, lr=training.scale_rate) if smooth else None
-    before = best = _mean_error(block, learners, calls)
+    errors = _errors(block, learners, calls)
+    calls = [call for call, error in zip(calls, errors, strict=True) if math.isfinite(error)]
+    if not calls:
+        return {}, {}
+    before = best = sum(error for error in errors if math.isfinite(error)) / len(calls)
+    if not learners:
+        return {}, {"block_error_before": before, "block_error": before}
     kept: list[list[Tensor]] | None = None
     order = _endless(len(calls))
     every = math.ceil(training.iterations / max(training.evaluations, 1))
@@ -91,9 +99,10 @@ def refine(
         for _ in range(training.batches):
             call = calls[next(order)]
             with torch.enable_grad(), _in_place(block, learners):
-                (_error(block, call) / training.batches).backward()
+                _add_gradients(_error(block, call) / training.batches, [*offsets, *smooth])
         for offset in offsets:
-            assert offset.grad is not None
+            if offset.grad is None:  # an expert that no token reached
+                continue
             offset.data.sub_(offset.grad.sign(), alpha=rate / training.iterations).clamp_(-0.5, 0.5)
             offset.grad = None
         if adam is not None:
@@ -101,7 +110,7 @@ def refine(
             adam.step()
             adam.zero_grad()
         if (step + 1) % every == 0 or step + 1 == training.iterations:
-            error = _mean_error(block, learners, calls)
+            error = sum(_errors(block, learners, calls)) / len(calls)
             if error < best:
                 best, kept = error, [learner.state() for learner in learners.values()]
     report = {"block_error_before": before, "block_error": best}
@@ -112,9 +121,19 @@ def refine(
     return {name: learner.solution() for name, learner in learners.items()}, report
 
 
-def _mean_error(block: nn.Module, learners: dict[str, _Learner], calls: Sequence[Call]) -> float:
+def _errors(block: nn.Module, learners: dict[str, _Learner], calls: Sequence[Call]) -> list[float]:
     with torch.no_grad(), _in_place(block, learners, stored=True):
-        return sum(float(_error(block, call)) for call in calls) / len(calls)
+        return [float(_error(block, call)) for call in calls]
+
+
+def _add_gradients(loss: Tensor, tensors: Sequence[Tensor]) -> None:
+    """As `loss.backward()`, for these tensors alone: parameters of the block get no gradients."""
+    if not loss.requires_grad:  # the call went by all matrices
+        return
+    found = torch.autograd.grad(loss, tensors, allow_unused=True)
+    for tensor, gradient in zip(tensors, found, strict=True):
+        if gradient is not None:
+            tensor.grad = gradient if tensor.grad is None else tensor.grad + gradient
 
 
 def _error(block: nn.Module, call: Call) -> Tensor:
