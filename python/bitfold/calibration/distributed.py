@@ -94,7 +94,8 @@ class Processes:
             part.unmasked = bool(counts[2])
             if counts[3]:
                 part.cross = None
-            for tensor in (part.hessian, part.mean, part.mean_abs, part.cross):
+            of_float = None if part.cross is None else part.mean_float
+            for tensor in (part.hessian, part.mean, part.mean_abs, part.cross, of_float):
                 if tensor is not None:
                     tensor.mul_(part.tokens / max(total, 1))
                     dist.all_reduce(tensor)
