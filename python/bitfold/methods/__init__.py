@@ -18,6 +18,7 @@ from bitfold.methods.base import (
     preparation,
     refinement,
     register,
+    suits,
     wants_float_stream,
 )
 
@@ -33,6 +34,7 @@ __all__ = [
     "preparation",
     "refinement",
     "register",
+    "suits",
     "wants_float_stream",
 ]
 
