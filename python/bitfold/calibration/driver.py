@@ -18,7 +18,7 @@ from bitfold.calibration.blocks import Stage
 from bitfold.calibration.checkpoint import Checkpoint, directory_for
 from bitfold.calibration.distributed import Processes
 from bitfold.calibration.gathering import gather
-from bitfold.calibration.guards import FloatView, frozen
+from bitfold.calibration.guards import FloatView, frozen, seeded
 from bitfold.calibration.preparing import CHANGED, Undo, prepare, restore
 from bitfold.calibration.refining import refine_block
 from bitfold.calibration.replay import device_of
@@ -119,7 +119,7 @@ class _Walk:
         self.report = Report(notes=found.notes, predicted_bytes=prediction.peak)
         remember(model, self.report)
         self.originals: dict[str, Fold] = {}  # of the stage in work, where a method refines it
-        self.undo: Undo | None = None  # of the stage in work, where it was prepared
+        self.undo = Undo()  # of the stage in work
         self.known: list[Any] = []  # what preparations of earlier blocks leave for later ones
         self.thinnest: tuple[float, str] | None = None  # tokens per input of the matrix that saw fewest
 
@@ -148,30 +148,39 @@ class _Walk:
 
     def go(self, store: Checkpoint | None) -> None:
         """All stages, from where the checkpoint is."""
+        try:
+            self._go(store)
+        except BaseException:  # what is half folded is not in the checkpoint, and could not be gone on with
+            self.floats.restore()
+            self.undo.restore()
+            raise
+        self._warn()
+
+    def _go(self, store: Checkpoint | None) -> None:
         self._fold_data_free()
         start = 0 if store is None else self.processes.agree(store.finished())
         if store is not None and start:
             self._go_on(store, start)
         for number, stage in enumerate(self.stages[start:], start):
-            try:
-                self._finish_stage(number, stage, store)
-            except BaseException:
-                if self.undo is not None:
-                    self.undo.restore()
-                raise
-            self.undo = None
-            self.floats.forget()
-            self.originals.clear()
+            self._finish_stage(number, stage, store)
+            self._forget_floats()
         for name in list(self.todo):
             line = {"method": FALLBACK, "tokens": 0, "fallback": "the data does not reach it"}
             self._put(name, fold_alone(self.todo[name], FALLBACK, line))
-        self._warn()
+
+    def _forget_floats(self) -> None:
+        """Release what was there before the stage that is finished."""
+        self.undo = Undo()
+        self.floats.forget()
+        self.originals.clear()
 
     def _finish_stage(self, number: int, stage: Stage, store: Checkpoint | None) -> None:
-        solutions, lines, changed = self.fold_stage(stage)
+        first = len(self.report.lines)
+        solutions, changed = self.fold_stage(stage)
         self._advance_float(stage)
         self._refine(stage, solutions)
         self._advance(stage)
+        lines = self.report.lines[first:]
         if store is not None:
             store.save_streams(number, self._streams())
             if self.processes.everywhere(True) and self.processes.rank == 0:
@@ -184,12 +193,11 @@ class _Walk:
         changed = CHANGED.get(self.model, set())
         return {name: of for name, of in fingerprint.of_model(self.model).items() if name not in changed}
 
-    def fold_stage(self, stage: Stage) -> tuple[dict[str, Solution], list[dict[str, Any]], dict[str, Tensor]]:
+    def fold_stage(self, stage: Stage) -> tuple[dict[str, Solution], dict[str, Tensor]]:
         """Gather, solve and put in place the matrices of one block, set after set.
 
-        Returns the solutions, the lines of the report, and other parameters that have changed.
+        Returns the solutions, and other parameters that have changed.
         """
-        first = len(self.report.lines)
         solutions: dict[str, Solution] = {}
         sets = self._sets(stage)
         remarks, changed = self._prepare(stage, sets)
@@ -210,7 +218,7 @@ class _Walk:
                 solution.report |= remarks.get(name, {})
                 self._put(name, solution)
             solutions |= solved
-        return solutions, self.report.lines[first:], changed
+        return solutions, changed
 
     def _gather(self, matrices: MatrixSet) -> list[InputStatistics]:
         gathered = gather(
@@ -233,7 +241,7 @@ class _Walk:
         wanted = any(methods.preparation(self.method_of[name]) for name in stage.matrices)
         if not wanted or whole is None or not sets or any(name not in self.todo for name in stage.matrices):
             return {}, {}
-        self.undo = Undo(self.model.get_submodule(whole))
+        self.undo.keep_values(self.model.get_submodule(whole))
         return prepare(
             self.model,
             whole,
@@ -276,15 +284,17 @@ class _Walk:
         assert refinement is not None
         floats = {name: float_matrix(fold) for name, fold in self.originals.items()}
         streams = self.stream, self.float_stream
-        found, line = refine_block(
-            self.model, stage.block, floats, self.batches, *streams, refinement, self.options
-        )
+        with seeded(self.settings.seed, stage.block):
+            found, line = refine_block(
+                self.model, stage.block, floats, self.batches, *streams, refinement, self.options
+            )
         for name, solution in found.items():
             before = solutions[name].bias_shift
-            packed: Any = self.model.get_submodule(name)
-            packed.take(solution)
             if solution.bias_shift is not None and before is not None:
                 solution.bias_shift = solution.bias_shift + before
+            packed: Any = self.model.get_submodule(name)
+            # From the float bias, in one step: the same bits as where an interrupted run goes on.
+            packed.take(solution, self.originals[name].owner.module.bias)
             solutions[name] = solution
         self.log.add({"name": stage.block, "method": min(refining), **line})
 
@@ -323,8 +333,7 @@ class _Walk:
         swaps = swaps_of(self.model, fold, packed)
         if self.float_stream is not None:
             self.floats.remember(self.places, swaps)
-        if self.undo is not None:
-            self.undo.remember(self.places, swaps)
+        self.undo.remember(self.places, swaps)
         self.places.replace(swaps)
         if not quiet:
             line = {"name": name, "shape": list(shape), "format": str(fold.format), **solution.report}
@@ -340,6 +349,7 @@ class _Walk:
             self.todo[name] = fold
             self._put(name, fold_alone(fold, self.method_of[name], {"method": self.method_of[name]}))
         self.floats.keep()
+        self.undo = Undo()
 
     def _go_on(self, store: Checkpoint, start: int) -> None:
         """Put the packed matrices of finished stages in place, and get the streams back."""
@@ -360,8 +370,8 @@ class _Walk:
             if not loaded:
                 self._advance_float(stage)
                 self._advance(stage)
-            self.floats.forget()
-            self.originals.clear()
+            self._forget_floats()
+            CHANGED.setdefault(self.model, set()).update(changed)
         self.report.notes.append(f"went on after {start} of {len(self.stages)} stages")
 
     def _streams(self) -> dict[str, Stream]:

@@ -93,7 +93,8 @@ def refine(
             with torch.enable_grad(), _in_place(block, learners):
                 (_error(block, call) / training.batches).backward()
         for offset in offsets:
-            assert offset.grad is not None
+            if offset.grad is None:  # an expert that no token of this step reached
+                continue
             offset.data.sub_(offset.grad.sign(), alpha=rate / training.iterations).clamp_(-0.5, 0.5)
             offset.grad = None
         if adam is not None:
