@@ -60,12 +60,13 @@ def quantize(
         skip: modules to leave in float: names, prefixes up to a dot, or regular expressions for whole names.
         rules: pattern (as in `skip`) -> Format, or None for float. The first match wins; `skip` goes before.
         method: `"round"`, `"search"`, `"gptq"`, …; default what each Format does best, `"gptq"` where there
-            is `calibration`. Embeddings are folded without data whatever the method.
+            is `calibration`. Embeddings are folded by their Format's own method where this one needs data or
+            does not suit the Format.
         calibration: data for methods that need it: an iterable of texts, of token ids, or of batches of the
             model's arguments (`bitfold.calibration.batches.as_batches`). A few hundred sequences like those
             that the model is for; at least four tokens per input of the widest matrix.
         tokenizer: for texts; default the one that the model came with.
-        options: keyword arguments for the method.
+        options: keyword arguments for the method that is named.
         settings: of calibration: batch size, sequence length, memory limit, ….
         checkpoint: directory in which a calibrated run keeps its state, removed when it is done; None takes
             one below `~/.cache/bitfold`, False keeps none.
@@ -99,7 +100,7 @@ def quantize(
     method_of = _methods(choice, method, planned, calibration)
     _check_values([fold for fold in choice.folds if not fold.done])
     calibrated = [fold for fold in choice.folds if methods.is_calibrated(method_of(fold.owner.name))]
-    folds = [fold for fold in choice.folds if fold not in calibrated]
+    folds = [fold for fold in choice.folds if not methods.is_calibrated(method_of(fold.owner.name))]
     del choice  # it refers to the float modules, which are to be released one by one
     try:
         if calibrated:
@@ -119,7 +120,7 @@ def quantize(
         found = Places(model)
         folds = [fold for fold in folds if not fold.done]
         for fold in _consumed(folds, progress):
-            _fold_one(model, fold, method_of(fold.owner.name), found)
+            _fold_one(model, fold, method_of(fold.owner.name), options or {}, found)
     finally:  # also after an interrupt: what is folded by now must be saved as such
         forget_tied_keys(model)
         record(model)
@@ -154,8 +155,9 @@ def _methods(
     chosen: dict[str, str | None] = {}
     for fold in choice.folds:
         name = planned.get(fold.owner.name, method)
-        data_free = fold.owner.kind == "embedding" and methods.is_calibrated(name)
-        chosen[fold.owner.name] = None if data_free else name
+        if fold.owner.kind == "embedding" and name is not None:
+            name = None if methods.is_calibrated(name) or not methods.suits(name, fold.format) else name
+        chosen[fold.owner.name] = name
     needing = sorted({name for name in chosen.values() if name is not None and methods.is_calibrated(name)})
     if needing and calibration is None:
         msg = (
@@ -241,14 +243,21 @@ def _bar(total: int) -> Any:
     return tqdm(total=total, desc="folding", unit="matrix")
 
 
-def _fold_one(model: nn.Module, fold: Fold, method: str | None, found: Places) -> None:
+def _fold_one(
+    model: nn.Module, fold: Fold, method: str | None, options: Mapping[str, Any], found: Places
+) -> None:
     owner = fold.owner
     if owner.module.weight.is_meta:
         empty = PACKED_KINDS[owner.kind].empty_like(owner.module, fold.format)
         found.replace(swaps_of(model, fold, empty))
         return
     try:
-        packed = PACKED_KINDS[owner.kind].from_float(owner.module, fold.format, method)
+        solution = None
+        if method is not None and options:
+            weight = owner.module.weight.detach().float()
+            weight = weight.t() if owner.kind == "conv1d" else weight
+            solution = methods.fold_weight(weight, fold.format, method, **options)
+        packed = PACKED_KINDS[owner.kind].from_float(owner.module, fold.format, method, solution=solution)
     except WeightError as error:
         raise WeightError(f"{owner.name}: {error}") from error  # noqa: EM102
     found.replace(swaps_of(model, fold, packed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
     """Read `calibration` once, to its end, into batches on the CPU.
 
     Args:
-        calibration: an iterable (a generator, a list, a DataLoader) of texts; of sequences of token ids
+        calibration: an iterable (a generator, a list, a DataLoader) of texts or of dicts with a `"text"`; of sequences of token ids
             (lists or 1-D tensors); of batches of ids (2-D tensors); of dicts of the model's arguments, one
             sequence or a batch each; of float tensors or tuples, for models that take those.
         model: the float model.
@@ -90,9 +91,11 @@ def _one(item: Any, encode: _Encoder, model: nn.Module, where: str) -> Batch | l
     if isinstance(item, str):
         return encode(item)
     if isinstance(item, Mapping):
+        if isinstance(item.get("text"), str):  # a row of a text dataset
+            return encode(item["text"])
         return _from_mapping(item, where)
-    if isinstance(item, list | tuple) and all(isinstance(part, int) for part in item):
-        return list(item)
+    if isinstance(item, list | tuple) and all(isinstance(part, Integral) for part in item):
+        return [int(part) for part in item]
     if isinstance(item, list) and item and all(isinstance(part, list) for part in item):
         return _from_mapping({"input_ids": item}, where)
     if isinstance(item, Tensor):

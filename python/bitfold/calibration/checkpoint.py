@@ -162,13 +162,20 @@ class Checkpoint:
             raise CheckpointError(msg) from error
 
     def save_streams(self, number: int, streams: dict[str, Stream]) -> None:
-        """Write the cached outputs of this rank, unless a block returns objects that are no data."""
+        """Write the cached outputs of this rank, unless a block returns objects that are no data.
+
+        Without them, going on runs the finished blocks again.
+        """
         tensors: dict[str, Tensor] = {}
         trees: dict[str, str] = {}
         for kind, stream in streams.items():
             for block, outputs in stream.outputs.items():
                 for batch, tree in enumerate(outputs):
                     leaves, spec = pytree.tree_flatten(tree)
+                    try:
+                        structure = pytree.treespec_dumps(spec)
+                    except NotImplementedError:  # a class of the model's own, such as a namedtuple
+                        return
                     path = f"{kind}:{block}:{batch}"
                     plain: list[Any] = []
                     for i, leaf in enumerate(leaves):
@@ -178,8 +185,8 @@ class Checkpoint:
                         elif leaf is None or isinstance(leaf, int | float):
                             plain.append([leaf])
                         else:
-                            return  # going on will run the finished blocks again instead
-                    trees[path] = json.dumps([pytree.treespec_dumps(spec), plain])
+                            return
+                    trees[path] = json.dumps([structure, plain])
         with self._told(f"the stream of stage {number}"):
             _write(self._stream(number), tensors, trees)
 

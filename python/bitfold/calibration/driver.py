@@ -119,7 +119,7 @@ class _Walk:
         self.report = Report(notes=found.notes, predicted_bytes=prediction.peak)
         remember(model, self.report)
         self.originals: dict[str, Fold] = {}  # of the stage in work, where a method refines it
-        self.undo: Undo | None = None  # of the stage in work, where it was prepared
+        self.undo = Undo()  # of the stage in work
         self.known: list[Any] = []  # what preparations of earlier blocks leave for later ones
         self.thinnest: tuple[float, str] | None = None  # tokens per input of the matrix that saw fewest
 
@@ -132,6 +132,7 @@ class _Walk:
         from bitfold import __version__
 
         settings = {**vars(self.settings), **self.options}
+        del settings["max_memory"]  # no word on the result
         made = {
             "model": self._digests(),
             "calibration": fingerprint.of_batches(batches),
@@ -148,24 +149,31 @@ class _Walk:
 
     def go(self, store: Checkpoint | None) -> None:
         """All stages, from where the checkpoint is."""
+        try:
+            self._go(store)
+        except BaseException:  # what is half folded is not in the checkpoint, and could not be gone on with
+            self.floats.restore()
+            self.undo.restore()
+            raise
+        self._warn()
+
+    def _go(self, store: Checkpoint | None) -> None:
         self._fold_data_free()
         start = 0 if store is None else self.processes.agree(store.finished())
         if store is not None and start:
             self._go_on(store, start)
         for number, stage in enumerate(self.stages[start:], start):
-            try:
-                self._finish_stage(number, stage, store)
-            except BaseException:
-                if self.undo is not None:
-                    self.undo.restore()
-                raise
-            self.undo = None
-            self.floats.forget()
-            self.originals.clear()
+            self._finish_stage(number, stage, store)
+            self._forget_floats()
         for name in list(self.todo):
             line = {"method": FALLBACK, "tokens": 0, "fallback": "the data does not reach it"}
             self._put(name, fold_alone(self.todo[name], FALLBACK, line))
-        self._warn()
+
+    def _forget_floats(self) -> None:
+        """Release what was there before the stage that is finished."""
+        self.undo = Undo()
+        self.floats.forget()
+        self.originals.clear()
 
     def _finish_stage(self, number: int, stage: Stage, store: Checkpoint | None) -> None:
         first = len(self.report.lines)
@@ -173,10 +181,11 @@ class _Walk:
         self._advance_float(stage)
         self._refine(stage, solutions)
         self._advance(stage)
+        lines = self.report.lines[first:]
         if store is not None:
             store.save_streams(number, self._streams())
             if self.processes.everywhere(True) and self.processes.rank == 0:
-                store.save(number, solutions, self.report.lines[first:], changed)
+                store.save(number, solutions, lines, changed)
             if self.processes.everywhere(True) and number:
                 store.forget_streams(number - 1)
         CHANGED.setdefault(self.model, set()).update(changed)
@@ -190,9 +199,6 @@ class _Walk:
 
         Returns the solutions, and other parameters that have changed.
         """
-        waiting = [name for name in stage.matrices if name in self.todo]
-        if any(methods.refinement(self.method_of[name]) for name in waiting):
-            self.undo = Undo(None)  # a block that is folded, and not refined yet, cannot be gone on with
         solutions: dict[str, Solution] = {}
         sets = self._sets(stage)
         remarks, changed = self._prepare(stage, sets)
@@ -236,7 +242,7 @@ class _Walk:
         wanted = any(methods.preparation(self.method_of[name]) for name in stage.matrices)
         if not wanted or whole is None or not sets or any(name not in self.todo for name in stage.matrices):
             return {}, {}
-        self.undo = Undo(self.model.get_submodule(whole))
+        self.undo.keep_values(self.model.get_submodule(whole))
         return prepare(
             self.model,
             whole,
@@ -285,10 +291,11 @@ class _Walk:
             )
         for name, solution in found.items():
             before = solutions[name].bias_shift
-            packed: Any = self.model.get_submodule(name)
-            packed.take(solution)
             if solution.bias_shift is not None and before is not None:
                 solution.bias_shift = solution.bias_shift + before
+            packed: Any = self.model.get_submodule(name)
+            # From the float bias, in one step: the same bits as where an interrupted run goes on.
+            packed.take(solution, self.originals[name].owner.module.bias)
             solutions[name] = solution
         self.log.add({"name": stage.block, "method": min(refining), **line})
 
@@ -327,8 +334,7 @@ class _Walk:
         swaps = swaps_of(self.model, fold, packed)
         if self.float_stream is not None:
             self.floats.remember(self.places, swaps)
-        if self.undo is not None:
-            self.undo.remember(self.places, swaps)
+        self.undo.remember(self.places, swaps)
         self.places.replace(swaps)
         if not quiet:
             line = {"name": name, "shape": list(shape), "format": str(fold.format), **solution.report}
@@ -344,6 +350,7 @@ class _Walk:
             self.todo[name] = fold
             self._put(name, fold_alone(fold, self.method_of[name], {"method": self.method_of[name]}))
         self.floats.keep()
+        self.undo = Undo()
 
     def _go_on(self, store: Checkpoint, start: int) -> None:
         """Put the packed matrices of finished stages in place, and get the streams back."""
@@ -364,8 +371,8 @@ class _Walk:
             if not loaded:
                 self._advance_float(stage)
                 self._advance(stage)
-            self.floats.forget()
-            self.originals.clear()
+            self._forget_floats()
+            CHANGED.setdefault(self.model, set()).update(changed)
         self.report.notes.append(f"went on after {start} of {len(self.stages)} stages")
 
     def _streams(self) -> dict[str, Stream]:

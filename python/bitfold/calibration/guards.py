@@ -33,6 +33,11 @@ class FloatView:
         """Release all others."""
         del self._swapped[self._kept :]
 
+    def restore(self) -> None:
+        """Put all that are remembered back for good."""
+        for parent, attribute, old, _ in self._swapped:
+            parent._modules[attribute] = old
+
     @contextlib.contextmanager
     def view(self) -> Iterator[None]:
         """The float model, as far as it is remembered."""

@@ -29,16 +29,15 @@ CHANGED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDiction
 
 
 class Undo:
-    """A block as it was before it was prepared: what is prepared and half folded cannot be gone on with.
+    """A stage as it was: what is half folded, or prepared and not folded, cannot be gone on with."""
 
-    Args:
-        block: None where modules will be replaced and no parameter changed.
-    """
-
-    def __init__(self, block: nn.Module | None) -> None:
-        parameters = [] if block is None else block.parameters()
-        self._values = [(parameter, parameter.detach().clone()) for parameter in parameters]
+    def __init__(self) -> None:
+        self._values: list[tuple[nn.Parameter, Tensor]] = []
         self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def keep_values(self, block: nn.Module) -> None:
+        """Copy the parameters of `block`, which is about to be prepared."""
+        self._values = [(parameter, parameter.detach().clone()) for parameter in block.parameters()]
 
     def remember(self, places: Places, swaps: Mapping[nn.Module, nn.Module]) -> None:
         """Hold the keys of `swaps`, which are about to be replaced."""

@@ -44,6 +44,7 @@ class _Unit:
     members: list[str]
     role: str | None
     source: Any = None  # the tensor that it was fed, held so that its identity cannot be reused
+    version: int = 0  # of `source`, which may be written into before the next matrix reads it
     calls: int = 0
 
 
@@ -67,13 +68,14 @@ def find_sets(
             unit.source = next(
                 (value for value in [*args, *kwargs.values()] if isinstance(value, Tensor)), None
             )
+            unit.version = -1 if unit.source is None else unit.source._version
             order.append(unit)
 
     hooks = {name: partial(seen, owner[name]) for name in names}
     run(model, batch, stubs=stubs, before=hooks, after=stop_after(stage.block))
     sets: list[list[_Unit]] = []
     for unit in order:
-        home = next((units for units in sets if _same_tensor(units[0].source, unit.source)), None)
+        home = next((units for units in sets if _same_input(units[0], unit)), None)
         if home is None:
             sets.append([unit])
         else:
@@ -94,8 +96,10 @@ def _as_set(units: list[_Unit]) -> MatrixSet:
     return MatrixSet(tuple(tuple(group) for group in groups.values()), tuple(roles.values()), once)
 
 
-def _same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
+def _same_input(one: _Unit, other: _Unit) -> bool:
+    a: Tensor | None = one.source
+    b: Tensor | None = other.source
+    if a is None or b is None or one.version != other.version:
         return False
     return a is b or (
         a.data_ptr() == b.data_ptr()

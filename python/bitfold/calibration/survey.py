@@ -96,7 +96,6 @@ def predict_memory(
         kind = tuple(shapes)  # blocks of the same shapes have the same sets
         if names and kind not in known:
             known[kind] = _sets(model, stage, batch, names, settings)
-        released = 0
         for groups in known[kind] if names else []:
             members = [i for group in groups for i in group]
             hessians = sum(memory.hessian_bytes(shapes[group[0]][1], cross) for group in groups)
@@ -104,11 +103,8 @@ def predict_memory(
             held = sum(streams.values()) * (2 if cross else 1)
             moments += [memory.Prediction(held, hessians, work, packed, freed) for work in (one_pass, solver)]
             packed += sum(todo[names[i]].format.nbytes(shapes[i]) for i in members)
-            weights = [todo[names[i]].owner.module.weight for i in members]
-            released += sum(weight.numel() * weight.itemsize for weight in weights)
-            if not cross:  # else the float block is needed until the stage is done
-                freed, released = freed + released, 0
-        freed += released
+        weights = [todo[name].owner.module.weight for name in names]  # kept until the stage is done
+        freed += sum(weight.numel() * weight.itemsize for weight in weights)
         for stack in found.layout.stacks:
             if stage.block in stack.blocks:
                 kept = streams.get(stack.name, 0) if found.keep_all else 0

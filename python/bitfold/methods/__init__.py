@@ -11,6 +11,7 @@ from bitfold.methods.base import (
     Method,
     Solution,
     Statistics,
+    check_options,
     fold_weight,
     get,
     is_calibrated,
@@ -18,6 +19,7 @@ from bitfold.methods.base import (
     preparation,
     refinement,
     register,
+    suits,
     wants_float_stream,
 )
 
@@ -26,6 +28,7 @@ __all__ = [
     "Method",
     "Solution",
     "Statistics",
+    "check_options",
     "fold_weight",
     "get",
     "is_calibrated",
@@ -33,6 +36,7 @@ __all__ = [
     "preparation",
     "refinement",
     "register",
+    "suits",
     "wants_float_stream",
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -106,6 +107,7 @@ _CALIBRATED: set[str] = set()
 _PREPARATIONS: dict[str, Preparation] = {}
 _REFINEMENTS: dict[str, Refinement] = {}
 _FLOAT_STREAM: set[str] = set()
+_SUITS: dict[str, Callable[[Format], bool]] = {}
 
 
 def register(
@@ -114,12 +116,14 @@ def register(
     prepare: Preparation | None = None,
     refine: Refinement | None = None,
     float_stream: bool = False,
+    suits: Callable[[Format], bool] | None = None,
 ) -> Callable[[_Chooser], _Chooser]:
     """Decorator that registers a method under `name`; a second registration of a name is an error.
 
     `calibrated` says that the method cannot do without `statistics`; `prepare` is called for each block
     before the codes of its matrices are chosen, `refine` after; `float_stream` says that the method is better
-    for knowing what the float model would have fed, `refine` that it needs to.
+    for knowing what the float model would have fed, `refine` that it needs to; `suits` tells the formats that
+    it can fill, None all.
     """
 
     def add(method: _Chooser) -> _Chooser:
@@ -135,6 +139,8 @@ def register(
             _REFINEMENTS[name] = refine
         if float_stream or refine is not None:
             _FLOAT_STREAM.add(name)
+        if suits is not None:
+            _SUITS[name] = suits
         return method
 
     return add
@@ -171,6 +177,24 @@ def refinement(name: str) -> Refinement | None:
 def wants_float_stream(name: str) -> bool:
     """Whether the method asks for what the float model would have fed."""
     return name in _FLOAT_STREAM
+
+
+def suits(name: str, fmt: Format) -> bool:
+    """Whether the method can fill the Format."""
+    return name not in _SUITS or _SUITS[name](fmt)
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Raise ValueError if the method takes no option of one of these names."""
+    parameters = inspect.signature(get(name)).parameters.values()
+    taken = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return  # handed on to another function, which knows them
+    for option in options:
+        if option not in taken:
+            known = f"; it takes {', '.join(sorted(taken))}" if taken else ", and takes none"
+            msg = f"method {name!r} has no option {option!r}{known}"
+            raise ValueError(msg)
 
 
 def fold_weight(

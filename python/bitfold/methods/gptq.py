@@ -80,14 +80,19 @@ def gptq(
 def _around_mean(
     hessian: Tensor, cross: Tensor | None, statistics: Statistics
 ) -> tuple[Tensor, Tensor | None]:
-    """Second moments of x - mean: the bias takes care of the rest."""
+    """Second moments of x - mean: the bias takes care of the rest.
+
+    One token's worth of the mean stays in, as it is known no better: inputs that did not vary (all of them,
+    for a matrix that saw a single token) would be taken for dead and lose their weights.
+    """
     mean = statistics.mean
-    hessian = torch.addr(hessian, mean, mean, alpha=-1)
+    share = 1 - 1 / max(statistics.tokens, 1)
+    hessian = torch.addr(hessian, mean, mean, alpha=-share)
     # No variance is less than nothing, whatever rounding says.
     hessian.diagonal().clamp_(min=0)
     if cross is not None:
         assert statistics.mean_float is not None
-        cross = torch.addr(cross, statistics.mean_float - mean, mean, alpha=-1)
+        cross = torch.addr(cross, statistics.mean_float - mean, mean, alpha=-share)
     return hessian, cross
 
 

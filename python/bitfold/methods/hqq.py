@@ -9,7 +9,7 @@ from bitfold.formats import Format
 from bitfold.methods.base import Solution, Statistics, register
 
 
-@register("hqq")
+@register("hqq", suits=lambda fmt: fmt.zero == "float")
 def hqq(
     weight: Tensor,
     fmt: Format,

@@ -138,10 +138,12 @@ def _add_gradients(loss: Tensor, tensors: Sequence[Tensor]) -> None:
 
 def _error(block: nn.Module, call: Call) -> Tensor:
     output = first_float(block(*call.args, **call.kwargs))
-    difference = (output.float() - call.target.float()).square().mean(dim=-1)
-    power = call.target.float().square().mean(dim=-1)
+    target = call.target.to(output.device).float()
+    difference = (output.float() - target).square().mean(dim=-1)
+    power = target.square().mean(dim=-1)
     if call.mask is not None:
-        difference, power = difference[call.mask], power[call.mask]
+        counted = call.mask.to(output.device)
+        difference, power = difference[counted], power[counted]
     return difference.mean() / power.mean().clamp_min(1e-20)
 
 

@@ -202,14 +202,13 @@ class PackedModule(nn.Module):
             self._buffers[name] = tensor
         return solution
 
-    def take(self, solution: Solution) -> None:
-        """Hold the matrix of `solution` instead, and shift the bias by what it says."""
+    def take(self, solution: Solution, bias: Tensor | None) -> None:
+        """Hold the matrix of `solution` instead, and `bias` shifted by what it says."""
         check_packed(self, solution.packed)
         for name, tensor in zip(self.packed_names, solution.packed, strict=True):
             self._buffers[name] = tensor
-        bias = getattr(self, "bias", None)
         if solution.bias_shift is not None and bias is not None:
-            shifted = (bias.detach().float() + solution.bias_shift).to(bias.dtype)
+            shifted = bias.detach() + solution.bias_shift.to(bias)  # as in `from_float`
             self.bias = nn.Parameter(shifted, requires_grad=bias.requires_grad)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
