@@ -113,7 +113,7 @@ void Feedback::correct_block(const float* matrix, bool again, const Section& sec
 // A group longer than a block is a section of its own, so that at its start `correction_` is
 // complete for all of it.
 void Feedback::start_group(const float* matrix, const Section& section, const Block& block,
-                           const ChooseScales& choose) {
+                           const ChooseScales& choose, const std::vector<float>& of_column) {
   const Clock clock(&seconds.scales);
   const int64_t n = block.high - block.group_low;
   const int64_t group = f_.column[static_cast<size_t>(block.group_low)] / w_.group_size;
@@ -127,8 +127,7 @@ void Feedback::start_group(const float* matrix, const Section& section, const Bl
         const float* sum = correction_.data() + (a - section.low) * stride_ + p * kPanelLanes;
         const float* weight = w_.weights_of(p) + c * kPanelLanes;
         const uint8_t* exact = w_.exact ? w_.exact_of(p) + c * kPanelLanes : nullptr;
-        const float h =
-            is_dead(a) ? static_cast<float>(f_.added) : matrix[a * n_ + a] * matrix[a * n_ + a];
+        const float h = of_column[static_cast<size_t>(c)];
         for (int64_t i = 0; i < kPanelLanes; ++i) {
           const bool counts = !exact || !exact[i];
           const auto at = static_cast<size_t>(j * kPanelLanes + i);
@@ -177,23 +176,28 @@ void Feedback::round_block(const float* matrix, bool again, const Section& secti
 }
 
 void Feedback::pass(const float* matrix, bool again, const std::vector<Section>& all,
-                    const ChooseScales& choose) {
+                    const ChooseScales& choose, const std::vector<float>& importance) {
   for (const Section& section : all) {
     correct(matrix, again, section);
     for (const Block& block : section.blocks) {
       correct_block(matrix, again, section, block);
-      if (choose && block.group_low >= 0) start_group(matrix, section, block, choose);
+      if (choose && block.group_low >= 0) start_group(matrix, section, block, choose, importance);
       round_block(matrix, again, section, block);
     }
   }
 }
 
-void Feedback::solve(const ChooseScales& choose) {
+void Feedback::solve() {
   std::fill(loss_.begin(), loss_.end(), 0.0);
-  pass(f_.lower.get(), /*again=*/false, sections(/*by_group=*/choose != nullptr), choose);
+  pass(f_.lower.get(), /*again=*/false, sections(/*by_group=*/false), nullptr, {});
 }
 
-void Feedback::sweep() { pass(f_.hessian.get(), /*again=*/true, sections(false), nullptr); }
+void Feedback::solve(const ChooseScales& choose, const std::vector<float>& importance) {
+  std::fill(loss_.begin(), loss_.end(), 0.0);
+  pass(f_.lower.get(), /*again=*/false, sections(/*by_group=*/true), choose, importance);
+}
+
+void Feedback::sweep() { pass(f_.hessian.get(), /*again=*/true, sections(false), nullptr, {}); }
 
 void Feedback::measure() {
   parallel_(w_.panels, 1, [&](int64_t begin, int64_t end) {

@@ -26,9 +26,11 @@ class Feedback {
   using ChooseScales = std::function<void(const float* block, const float* importance, int64_t n,
                                           float* scale, float* zero)>;
 
-  // GPTQ. Scales are those of the panels, or chosen on the way if `choose` is given (groups must
-  // then be contiguous in the order of rounding).
-  void solve(const ChooseScales& choose = nullptr);
+  // GPTQ, with the scales in the panels.
+  void solve();
+  // The same with scales chosen on the way, by the importance [cols] of the columns. Groups must be
+  // contiguous in the order of rounding.
+  void solve(const ChooseScales& choose, const std::vector<float>& importance);
   // One sweep of cyclic coordinate descent on tr(E H E^T) (QuantEase, 2309.01885): each code in
   // turn becomes the best one, all others being what they are. Never raises the loss.
   void sweep();
@@ -56,11 +58,11 @@ class Feedback {
   };
   std::vector<Section> sections(bool by_group) const;
   void pass(const float* matrix, bool again, const std::vector<Section>& all,
-            const ChooseScales& choose);
+            const ChooseScales& choose, const std::vector<float>& importance);
   void correct(const float* matrix, bool again, const Section& section);
   void correct_block(const float* matrix, bool again, const Section& section, const Block& block);
   void start_group(const float* matrix, const Section& section, const Block& block,
-                   const ChooseScales& choose);
+                   const ChooseScales& choose, const std::vector<float>& importance);
   void round_block(const float* matrix, bool again, const Section& section, const Block& block);
   bool is_dead(int64_t position) const;
 

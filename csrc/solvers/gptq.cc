@@ -16,6 +16,12 @@ namespace {
 
 constexpr int kRefitSweeps = 2;
 
+// R_kk^2 is what an error in column k costs once later columns have made good what they can. But
+// feedback also spreads the values to be rounded in the last columns, where R_kk^2 is small, and
+// scales chosen by it alone clip those, the more the fewer levels there are. Shares from layers of
+// a small language model: 10 % less loss than with the diagonal at 3 and 4 bits, in every order.
+double share_of_factor(int bits) { return bits <= 2 ? 0.2 : bits == 3 ? 0.5 : 0.625; }
+
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
@@ -79,8 +85,10 @@ class Gptq {
       if (f_.dead[static_cast<size_t>(c)]) {
         value = static_cast<float>(f_.added);
       } else if (options_.scales == ScaleChoice::kFactor && f_.found) {
-        const float own = f_.lower[static_cast<size_t>(a * w_.cols + a)];
-        value = own * own;
+        const double own = f_.lower[static_cast<size_t>(a * w_.cols + a)];
+        const double share = share_of_factor(format_.bits());
+        value = static_cast<float>(std::pow(own * own, share) *
+                                   std::pow(h_.at(c, c) + f_.added, 1.0 - share));
       } else {
         value = static_cast<float>(std::max(0.0, h_.at(c, c)) + std::max(0.0, f_.added));
       }
@@ -179,7 +187,8 @@ class Gptq {
           [&](const float* block, const float* weight, int64_t n, float* scale, float* zero) {
             choose_group_scales(w_.k, w_.encoding, search, block, weight, n, scale, zero);
             storage_.round(exponent_, kPanelLanes, scale, zero);
-          });
+          },
+          importance());
       w_.store_scales(exponent_, &storage_);
     }
     // Double-quantized scales are known once all of them are: a second pass takes them as they are.

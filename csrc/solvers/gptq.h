@@ -9,8 +9,7 @@ namespace bitfold {
 enum class ScaleChoice {
   kRange,     // extremes of each group
   kDiagonal,  // least squared error, weighted by the diagonal of the damped Hessian
-  kFactor,    // weighted by what an error costs once later columns have made good what they can:
-              // R_kk^2
+  kFactor,    // weighted by a mean of that and R_kk^2 (solvers/factor.h)
 };
 
 struct GptqOptions {

@@ -133,7 +133,7 @@ def gptq_quantize(
     alpha: float = 1.0,
     order: str = "descending",
     damping: float = 0.01,
-    scales: str = "search",
+    scales: str = "search-factor",
     dynamic: bool = False,
     sweeps: int = 0,
     refit: int = 0,
@@ -163,8 +163,8 @@ def gptq_quantize(
         damping: part of the mean diagonal of H added to its diagonal. Where H is not positive definite the
             factorization is tried in float64, then with more damping, in growing steps up to 0.5.
         scales: ``"range"`` (absmax or min-max of each group), ``"search"`` (least squared error weighted by
-            the diagonal of H), ``"search-factor"`` (weighted by R_kk², what an error costs once later columns
-            have made good what they can).
+            the diagonal of H), ``"search-factor"`` (weighted by a geometric mean of that and R_kk², what an
+            error costs once later columns have made good what they can).
         dynamic: choose the scales of a group when its first column is due, for the weights as the feedback
             has made them by then. Not with ``order="descending"``; no effect where a group is a whole row.
         sweeps: of cyclic coordinate descent after the columns (QuantEase, 2309.01885): each code in turn
