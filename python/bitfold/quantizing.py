@@ -97,7 +97,7 @@ def quantize(
         raise TypeError(msg)
     choice, planned = _choose(model, fmt, embeddings, skip, rules)
     choice.check_coverage()
-    method_of = _methods(choice, method, planned, calibration)
+    method_of = _methods(choice, method, planned, calibration, options or {})
     _check_values([fold for fold in choice.folds if not fold.done])
     calibrated = [fold for fold in choice.folds if methods.is_calibrated(method_of(fold.owner.name))]
     folds = [fold for fold in choice.folds if not methods.is_calibrated(method_of(fold.owner.name))]
@@ -144,7 +144,11 @@ def _choose(
 
 
 def _methods(
-    choice: Choice, method: str | None, planned: Mapping[str, str], calibration: Any
+    choice: Choice,
+    method: str | None,
+    planned: Mapping[str, str],
+    calibration: Any,
+    options: Mapping[str, Any],
 ) -> Callable[[str], str | None]:
     """Name of a matrix -> its method (never a calibrated one for embeddings); ValueError without data."""
     for name in (method, *planned.values()):
@@ -165,6 +169,8 @@ def _methods(
             "model is for, or choose a method without, such as 'search'"
         )
         raise ValueError(msg)
+    for name in needing or ([] if method is None else [method]):
+        methods.check_options(name, options)
     if calibration is not None and not needing:
         msg = (
             f"method {method!r} uses no calibration data; leave calibration out, or choose a method that does"

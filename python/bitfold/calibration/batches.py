@@ -47,9 +47,10 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
     """Read `calibration` once, to its end, into batches on the CPU.
 
     Args:
-        calibration: an iterable (a generator, a list, a DataLoader) of texts or of dicts with a `"text"`; of sequences of token ids
-            (lists or 1-D tensors); of batches of ids (2-D tensors); of dicts of the model's arguments, one
-            sequence or a batch each; of float tensors or tuples, for models that take those.
+        calibration: an iterable (a generator, a list, a DataLoader) of texts, or of dicts with a `"text"`;
+            of sequences of token ids (lists or 1-D tensors); of batches of ids (2-D tensors); of dicts of
+            the model's arguments, one sequence or a batch each; of float tensors or tuples, for models
+            that take those.
         model: the float model.
         tokenizer: for texts: a transformers tokenizer, its name, any callable that turns a text into ids,
             or None for the one that came with the model.

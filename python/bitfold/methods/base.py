@@ -186,10 +186,10 @@ def suits(name: str, fmt: Format) -> bool:
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raise ValueError if the method takes no option of one of these names."""
-    parameters = inspect.signature(get(name)).parameters.values()
-    taken = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    parameters = list(inspect.signature(get(name)).parameters.values())
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return  # handed on to another function, which knows them
+        parameters += inspect.signature(get("gptq")).parameters.values()  # to which they are handed on
+    taken = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     for option in options:
         if option not in taken:
             known = f"; it takes {', '.join(sorted(taken))}" if taken else ", and takes none"

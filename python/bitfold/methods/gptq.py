@@ -36,7 +36,8 @@ def gptq(
     dynamic: bool | None = None,
     sweeps: int = 2,
     refit: int = 2,
-    **options: Any,
+    scales: str = "search",
+    measured_rows: int = 64,
 ) -> Solution:
     """Minimize the error of the layer's outputs on the calibration data.
 
@@ -52,7 +53,8 @@ def gptq(
         dynamic: choose the scales of a group when it is due; None does so unless the order is descending.
         sweeps: of coordinate descent.
         refit: rounds of fitting the scales again.
-        options: others of `solvers.gptq_quantize`.
+        scales: as of `solvers.gptq_quantize`.
+        measured_rows: as of `solvers.gptq_quantize`.
 
     Returns:
         Solution with a shift of the bias where the module has one.
@@ -65,7 +67,15 @@ def gptq(
         alpha = depth / (depth + 4)
     if dynamic is None:
         dynamic = order != "descending"
-    options |= {"damping": damping, "order": order, "dynamic": dynamic, "sweeps": sweeps, "refit": refit}
+    options: dict[str, Any] = {
+        "damping": damping,
+        "order": order,
+        "dynamic": dynamic,
+        "sweeps": sweeps,
+        "refit": refit,
+        "scales": scales,
+        "measured_rows": measured_rows,
+    }
     hessian, cross = statistics.hessian, statistics.cross if alpha else None
     if statistics.bias:
         hessian, cross = _around_mean(hessian, cross, statistics)

@@ -94,8 +94,8 @@ def test_outlying_channels_keep_their_precision():
 def test_error_feedback_on_top(monkeypatch):
     seen = []
 
-    def feedback(weight, fmt, statistics=None, **options):
-        seen.append((weight, statistics, options))
+    def feedback(weight, fmt, statistics=None, *, damping=None):
+        seen.append((weight, statistics, {"damping": damping}))
         return methods.get("search")(weight, fmt)
 
     monkeypatch.setitem(methods.base._METHODS, "gptq", feedback)
