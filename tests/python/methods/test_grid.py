@@ -61,5 +61,5 @@ def test_scales_that_grow_too_large_are_cut_not_infinite():
 
 def test_learned_codebooks_do_not_come_apart():
     fmt = Format("kmeans3-row")
-    with pytest.raises(FormatError, match="kmeans3.* has a learned codebook"):
+    with pytest.raises(FormatError, match=r"kmeans3.* has a learned codebook"):
         Grid.unpack(ops.quantize(torch.randn(4, 32), fmt), fmt, (4, 32))

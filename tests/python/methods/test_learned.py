@@ -148,7 +148,8 @@ def test_learned_codebooks_and_outliers_are_left_alone(fmt):
     found, calls = folded(block, fmt, data(count=1))
     solutions, report = refine(block, found, calls, {"training": SHORT})
     assert not solutions
-    assert report["block_error"] == report["block_error_before"] == pytest.approx(error(block, calls), rel=1e-2)
+    assert report["block_error"] == report["block_error_before"]
+    assert report["block_error"] == pytest.approx(error(block, calls), rel=1e-2)
 
 
 def test_matrices_that_no_call_reaches():
@@ -228,7 +229,7 @@ def test_a_model_is_folded_everywhere_and_reports_its_blocks(whole):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-class Interrupted(Exception):  # noqa: N818
+class Interrupted(Exception):
     pass
 
 
@@ -256,9 +257,7 @@ def test_going_on_after_an_interrupt_gives_the_same_bytes(monkeypatch, tmp_path,
 
     with monkeypatch.context() as patch:
         if where == "solving":
-            patch.setitem(
-                methods.base._METHODS, "learned", interrupt("solving", 11, methods.get("learned"))
-            )
+            patch.setitem(methods.base._METHODS, "learned", interrupt("solving", 11, methods.get("learned")))
         elif where == "training":
             learned = sys.modules["bitfold.methods.learned"]
             patch.setattr(learned, "_add_gradients", interrupt("training", 40, learned._add_gradients))
