@@ -150,7 +150,7 @@ def gptq_quantize(
 
     Args:
         weight: ``[out, in]``, float32, float16 or bfloat16, any strides.
-        fmt: any format. Learned codebooks (kmeans) are weighted by the diagonal of H.
+        fmt: any format without outliers. Learned codebooks (kmeans) are weighted by the diagonal of H.
         hessian: ``[in, in]`` mean of ``x xᵀ``, both halves filled, float32 or float64.
         cross: ``[in, in]`` from `cross_update`, or None. Given, the matrix that is rounded is
             ``W + alpha W cross H⁻¹``, the least-squares answer to ``||W x_float - Q x||²``: the layer then
@@ -195,6 +195,7 @@ def gptq_quantize(
 
     Raises:
         WeightError: not a float matrix, no elements, or a NaN or infinity.
+        FormatError: a format with outliers; solve for its `dense` with `exact`.
         ValueError: an option that does not exist.
         RuntimeError: a Hessian of another shape or dtype, or one that is not finite.
 
@@ -204,7 +205,7 @@ def gptq_quantize(
         >>> report["fallback"], report["dead"]
         (False, 0)
     """
-    fmt = as_format(fmt)
+    fmt = _dense("gptq_quantize", fmt)
     _check_weight("gptq_quantize", weight)
     try:
         packed, report = _ops.gptq_quantize(
@@ -264,7 +265,7 @@ def refit_scales(
         >>> losses["after"] < losses["before"]
         True
     """
-    fmt = as_format(fmt)
+    fmt = _dense("refit_scales", fmt)
     _check_weight("refit_scales", weight)
     spec = fmt.spec((weight.shape[0], weight.shape[1]))
     try:
@@ -333,6 +334,17 @@ def _choice(op: str, argument: str, value: str, known: dict[str, int]) -> int:
         msg = f"{op}(): {argument} must be one of {', '.join(known)}, got {value!r}"
         raise ValueError(msg)
     return known[value]
+
+
+def _dense(op: str, fmt: Format | str) -> Format:
+    fmt = as_format(fmt)
+    if fmt.outliers:
+        msg = (
+            f"{op}(): {fmt} has outliers, which are chosen first; solve for {fmt.dense} with exact=mask, then "
+            "bitfold.outliers.fill_outliers, or use the method 'gptq', which does both"
+        )
+        raise FormatError(msg)
+    return fmt
 
 
 def _check_weight(op: str, weight: Tensor) -> None:

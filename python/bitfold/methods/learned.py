@@ -24,7 +24,9 @@ from bitfold.methods.gptq import gptq
 from bitfold.methods.grid import Grid
 from bitfold.nn import PackedModule
 
-_INSIDE = 0.49  # how near to its code's border a weight may start
+_INSIDE = (
+    0.35  # how near to its code's border a weight may start: nearer ones would cross it at the first steps
+)
 
 
 @dataclass(frozen=True)
