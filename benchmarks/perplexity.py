@@ -152,7 +152,9 @@ def load(options: argparse.Namespace) -> tuple[nn.Module, list[Tensor], list[Ten
     def ids(path: Path) -> Tensor:
         return tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[0]
 
-    calibration = windows(ids(options.calibration or options.model / "calibration.txt"), options.window, None)
+    calibration = windows(
+        ids(options.calibration or options.model / "calibration.txt"), options.window, options.calibrated
+    )
     text = windows(ids(options.text or options.model / "validation.txt"), options.window, options.most)
     return model, calibration, text
 
@@ -174,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--calibration", type=Path, help="text (default: calibration.txt beside the model)")
     parser.add_argument("--text", type=Path, help="text to evaluate on (default: validation.txt)")
     parser.add_argument("--window", type=int, default=256, help="tokens (default: %(default)s)")
+    parser.add_argument("--calibrated", type=int, help="windows to calibrate on at most")
     parser.add_argument("--most", type=int, help="windows to evaluate at most")
     parser.add_argument("--rows", default="", help="regular expression for `method format`")
     options = parser.parse_args(argv)

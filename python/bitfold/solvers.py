@@ -340,8 +340,8 @@ def _dense(op: str, fmt: Format | str) -> Format:
     fmt = as_format(fmt)
     if fmt.outliers:
         msg = (
-            f"{op}(): {fmt} has outliers, which are chosen first; solve for {fmt.dense} with exact=mask, then "
-            "bitfold.outliers.fill_outliers, or use the method 'gptq', which does both"
+            f"{op}(): {fmt} has outliers, which are chosen first; solve for {fmt.dense} with exact=mask, "
+            "then bitfold.outliers.fill_outliers, or use the method 'gptq', which does both"
         )
         raise FormatError(msg)
     return fmt
