@@ -344,7 +344,11 @@ class Gptq {
   int exponent_ = 0;
 };
 
-Status check_sizes(const MatrixView& w, const HessianView& h) {
+Status check_sizes(const Format& format, const MatrixView& w, const HessianView& h) {
+  if (format.outliers > 0) {
+    return Status::error(StatusCode::kInvalidArgument,
+                         format.to_string() + " has outliers; solve for its dense part");
+  }
   if (w.rows <= 0 || w.cols <= 0) {
     return Status::error(StatusCode::kInvalidArgument,
                          "weight must have at least one row and one column, got [" +
@@ -364,7 +368,7 @@ Status check_sizes(const MatrixView& w, const HessianView& h) {
 Status gptq_quantize(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
                      const MatrixView& w, const HessianView& h, const GptqOptions& options,
                      void* const* buffers, const Parallel& parallel, GptqReport* report) {
-  Status status = check_sizes(w, h);
+  Status status = check_sizes(format, w, h);
   if (status.ok()) status = h.check_finite(parallel);
   if (!status.ok()) return status;
   if (options.dynamic && options.order == ColumnOrder::kDescending) {
@@ -378,7 +382,7 @@ Status gptq_quantize(const KernelTable& k, const LinearAlgebra& algebra, const F
 Status refit_packed(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
                     const MatrixView& w, const HessianView& h, double damping, int sweeps,
                     void* const* buffers, const Parallel& parallel, double* before, double* after) {
-  Status status = check_sizes(w, h);
+  Status status = check_sizes(format, w, h);
   if (status.ok()) status = h.check_finite(parallel);
   if (!status.ok()) return status;
   const std::vector<double> diagonal = h.diagonal();

@@ -315,7 +315,7 @@ def hqq_solve(
         >>> bool(error(hqq_solve(w, "int2-g64-fz")) < error(ops.quantize(w, "int2-g64-fz")))
         True
     """
-    fmt = as_format(fmt)
+    fmt = _dense("hqq_solve", fmt)
     _check_weight("hqq_solve", weight)
     spec = fmt.spec((weight.shape[0], weight.shape[1]))
     try:
@@ -340,8 +340,8 @@ def _dense(op: str, fmt: Format | str) -> Format:
     fmt = as_format(fmt)
     if fmt.outliers:
         msg = (
-            f"{op}(): {fmt} has outliers, which are chosen first; solve for {fmt.dense} with exact=mask, "
-            "then bitfold.outliers.fill_outliers, or use the method 'gptq', which does both"
+            f"{op}(): {fmt} has outliers, which are chosen first; solve for {fmt.dense}, given exact=mask where "
+            "there is such an argument, then bitfold.outliers.fill_outliers; the method 'gptq' does both"
         )
         raise FormatError(msg)
     return fmt

@@ -58,6 +58,15 @@ inline const std::vector<std::string>& every_format() {
   return all;
 }
 
+// Those without outliers, which kernels of the dense part know nothing of.
+inline std::vector<std::string> dense_formats(const std::vector<std::string>& all) {
+  std::vector<std::string> dense;
+  for (const std::string& text : all) {
+    if (text.find("-outliers") == std::string::npos) dense.push_back(text);
+  }
+  return dense;
+}
+
 // One of each family, zero point and scale encoding.
 inline const std::vector<std::string>& some_formats() {
   static const std::vector<std::string> some = {"nf4",
