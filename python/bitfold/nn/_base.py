@@ -185,7 +185,7 @@ class PackedModule(nn.Module):
             return self.dequantize(torch.float32).double()
         return ops.dequantize(self.packed(), self.format, self.shape, dtype)
 
-    def _fill(self, weight: Tensor, method: str | None, solution: Solution | None) -> Solution:
+    def _fill(self, weight: Tensor, method: str | None = None, solution: Solution | None = None) -> Solution:
         """Fold `weight` `[out, in]` into the buffers, or put a `solution` made elsewhere there.
 
         All buffers are swapped only once all are made.

@@ -140,7 +140,7 @@ TEST(Gptq, TheLossAddedUpIsTheLoss) {
   const int64_t rows = 19, n = 197;
   const std::vector<float> w = random_weights(rows * n, 43, testing::Shape::kOutliers, 0.02f);
   const std::vector<float> h = random_hessian(n, 44);
-  for (const std::string& text : testing::some_formats()) {
+  for (const std::string& text : testing::dense_formats(testing::some_formats())) {
     for (ColumnOrder order : kOrders) {
       const Solved solved = solve(text, w, h, rows, options_of(order), best());
       const GptqReport& r = solved.report;
@@ -180,7 +180,7 @@ TEST(Gptq, DynamicScalesInBlocksOfTheirGroups) {
 TEST(Gptq, SweepsAndRefitsOnlyLowerTheLoss) {
   const int64_t rows = 17, n = 150;
   const std::vector<float> w = random_weights(rows * n, 47), h = random_hessian(n, 48);
-  for (const std::string& text : testing::some_formats()) {
+  for (const std::string& text : testing::dense_formats(testing::some_formats())) {
     double before = INFINITY;
     for (const auto& [sweeps, refits] : {std::pair{0, 0}, {1, 0}, {3, 0}, {3, 1}, {3, 3}}) {
       const Solved solved =
@@ -199,7 +199,7 @@ TEST(Gptq, SweepsAndRefitsOnlyLowerTheLoss) {
 TEST(Gptq, RefitAloneKeepsCodes) {
   const int64_t rows = 9, n = 100;
   const std::vector<float> w = random_weights(rows * n, 49), h = random_hessian(n, 50);
-  for (const std::string& text : testing::some_formats()) {
+  for (const std::string& text : testing::dense_formats(testing::some_formats())) {
     const Format format = format_of(text);
     Owned packed(format, rows, n);
     ASSERT_TRUE(packed.quantize(best(), Method::kSearch, w).ok());
@@ -354,7 +354,7 @@ TEST(Gptq, ExactEntriesPassOnNoError) {
 TEST(Gptq, ThreadsAndInstructionSetsChangeNothing) {
   const int64_t rows = 37, n = 150;
   const std::vector<float> w = random_weights(rows * n, 62), h = random_hessian(n, 63);
-  for (const std::string& text : testing::some_formats()) {
+  for (const std::string& text : testing::dense_formats(testing::some_formats())) {
     const GptqOptions options = options_of(ColumnOrder::kDescending, 1, 1);
     const Solved base = solve(text, w, h, rows, options, portable::table);
     for (const InstructionSet& isa : instruction_sets()) {
