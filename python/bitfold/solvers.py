@@ -341,7 +341,7 @@ def _dense(op: str, fmt: Format | str) -> Format:
     if fmt.outliers:
         msg = (
             f"{op}(): {fmt} has outliers, which are chosen first; solve for {fmt.dense}, given exact=mask "
-            "where there is such an argument, then bitfold.outliers.fill_outliers; the method 'gptq' does both"
+            "where there is such an argument, then bitfold.outliers.fill_outliers; method 'gptq' does both"
         )
         raise FormatError(msg)
     return fmt
