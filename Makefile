@@ -55,7 +55,7 @@ bench: $(VENV)/.bench  ## reproduce the tables of the README
 	for table in bert_table int8_int2_table formats_table; do $(VENV_PYTHON) benchmarks/$$table.py || exit 1; done
 
 bench-cpu: $(VENV)/.bench-cpu  ## speed against other libraries; compiles one of them, wants a quiet machine
-	for part in linear_cpu quantize_cpu models_cpu; do $(VENV_PYTHON) benchmarks/$$part.py || exit 1; done
+	for part in linear_cpu quantize_cpu models_cpu solvers_cpu; do $(VENV_PYTHON) benchmarks/$$part.py || exit 1; done
 
 sanitize:  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE_BUILD) -B build/sanitize -DBITFOLD_BUILD_TESTS=ON -DBITFOLD_SANITIZE=address,undefined \

@@ -146,6 +146,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             swept: lambda _: solve(swept, **more),
         }
         if not args.no_reference:
+            calls["torch, one product [in, in] x [in, out]"] = lambda _: hessian @ weight.T  # a yardstick
             calls |= {"public hessian": lambda _: public_hessian(x), "public solve": solve_publicly}
         with torch.inference_mode():
             timings = interleaved(calls, seconds=args.seconds, least=2)
