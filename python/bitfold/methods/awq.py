@@ -87,7 +87,7 @@ def awq(weight: Tensor, fmt: Format, statistics: Statistics | None = None) -> So
     return Solution(packed, {"loss": loss_of(error, statistics.hessian), "clipped_groups": groups})
 
 
-@register("awq+gptq", calibrated=True, prepare=scale_block, float_stream=True)
+@register("awq+gptq", calibrated=True, prepare=scale_block, float_stream=True, options_of="gptq")
 def awq_gptq(weight: Tensor, fmt: Format, statistics: Statistics | None = None, **options: Any) -> Solution:
     """Scales as of `awq`, codes as of `gptq`, which takes the options."""
     return base.get("gptq")(weight, fmt, statistics, **options)

@@ -107,6 +107,7 @@ _CALIBRATED: set[str] = set()
 _PREPARATIONS: dict[str, Preparation] = {}
 _REFINEMENTS: dict[str, Refinement] = {}
 _FLOAT_STREAM: set[str] = set()
+_HANDED_ON: dict[str, str] = {}  # method -> the one that gets its `**options`
 _SUITS: dict[str, Callable[[Format], bool]] = {}
 
 
@@ -116,6 +117,7 @@ def register(
     prepare: Preparation | None = None,
     refine: Refinement | None = None,
     float_stream: bool = False,
+    options_of: str | None = None,
     suits: Callable[[Format], bool] | None = None,
 ) -> Callable[[_Chooser], _Chooser]:
     """Decorator that registers a method under `name`; a second registration of a name is an error.
@@ -123,7 +125,8 @@ def register(
     `calibrated` says that the method cannot do without `statistics`; `prepare` is called for each block
     before the codes of its matrices are chosen, `refine` after; `float_stream` says that the method is better
     for knowing what the float model would have fed, `refine` that it needs to; `suits` tells the formats that
-    it can fill, None all.
+    it can fill, None all. `options_of` names the method
+    to which its `**options` are handed on.
     """
 
     def add(method: _Chooser) -> _Chooser:
@@ -137,6 +140,8 @@ def register(
             _PREPARATIONS[name] = prepare
         if refine is not None:
             _REFINEMENTS[name] = refine
+        if options_of is not None:
+            _HANDED_ON[name] = options_of
         if float_stream or refine is not None:
             _FLOAT_STREAM.add(name)
         if suits is not None:
@@ -186,15 +191,21 @@ def suits(name: str, fmt: Format) -> bool:
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Raise ValueError if the method takes no option of one of these names."""
-    parameters = list(inspect.signature(get(name)).parameters.values())
+    parameters = _parameters(name)
+    if name in _HANDED_ON:
+        parameters = [p for p in parameters if p.kind is not p.VAR_KEYWORD] + _parameters(_HANDED_ON[name])
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        parameters += inspect.signature(get("gptq")).parameters.values()  # to which they are handed on
+        return  # it takes what it is given
     taken = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     for option in options:
         if option not in taken:
             known = f"; it takes {', '.join(sorted(taken))}" if taken else ", and takes none"
             msg = f"method {name!r} has no option {option!r}{known}"
             raise ValueError(msg)
+
+
+def _parameters(name: str) -> list[inspect.Parameter]:
+    return list(inspect.signature(get(name)).parameters.values())
 
 
 def fold_weight(

@@ -252,7 +252,7 @@ class _Learner:
         return Solution(self._pack(), {}, shift)
 
 
-@register("learned", calibrated=True, refine=refine)
+@register("learned", calibrated=True, refine=refine, options_of="gptq")
 def learned(
     weight: Tensor,
     fmt: Format,
