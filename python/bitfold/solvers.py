@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold import _C
+from bitfold import _C, ops  # noqa: F401  (ops loads the library)
 from bitfold.errors import FormatError, WeightError
 from bitfold.formats import Format, as_format
 

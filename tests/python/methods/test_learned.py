@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -107,7 +108,7 @@ def test_a_block_loses_less_than_after_gptq(fmt, share):
         packed, weight = found[name]
         sizes = [tuple(size) for _, _, size in packed.format.buffers(tuple(weight.shape))]
         assert [tuple(t.shape) for t in solution.packed] == sizes
-        packed.take(solution)
+        packed.take(solution, packed.bias)
     # What is stored is what was measured.
     assert error(block, calls) == pytest.approx(report["block_error"], rel=1e-2)
 
@@ -247,6 +248,7 @@ def test_going_on_after_an_interrupt_gives_the_same_bytes(monkeypatch, tmp_path,
     calls = [0]
 
     def interrupt(kind, times, original):
+        @functools.wraps(original)
         def run(*args, **kwargs):
             calls[0] += 1
             if calls[0] == times and where == kind:
