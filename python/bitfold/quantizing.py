@@ -137,7 +137,7 @@ def _choose(
     """What to fold, and the methods that a plan names."""
     if isinstance(fmt, Format | str) or not hasattr(fmt, "choose"):
         return choose(model, fmt, embeddings=embeddings, skip=skip, rules=rules), {}
-    if rules is not None or list(skip):
+    if rules or list(skip):
         msg = "quantize(): a plan says what is folded; skip and rules belong to the making of the plan"
         raise ValueError(msg)
     return fmt.choose(model), fmt.methods

@@ -64,7 +64,7 @@ def test_plan_quantize_compare(capsys: pytest.CaptureFixture[str], tmp_path: Pat
     assert planned["float_file_bytes"] == (source / "model.safetensors").stat().st_size
 
     status, result = run_json(capsys, "quantize", source, tmp_path / "out", "--plan", file)
-    assert status == 0
+    assert status == 0, result
     assert result["written_bytes"] == planned["file_bytes"]
     assert sum(result["summary"]["formats"].values()) == len(planned["formats"])
 
