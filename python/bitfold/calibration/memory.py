@@ -91,10 +91,12 @@ class Prediction:
 
 
 def solver_bytes(shape: tuple[int, int], cross: bool) -> int:
-    """Workspace of GPTQ with sweeps, as measured: the factor, products with H, three forms of the weight."""
+    """Workspace of GPTQ with sweeps: the factor, products with H, moments around the mean (of a matrix with a
+    bias; two more with the cross term), three forms of the weight.
+    """
     rows, columns = shape
     more = 1 if cross else 0
-    return 4 * ((2 + more) * columns * columns + (3 + more) * rows * columns)
+    return 4 * ((3 + 2 * more) * columns * columns + (3 + more) * rows * columns)
 
 
 def hessian_bytes(size: int, cross: bool) -> int:
