@@ -193,8 +193,33 @@ def write_json(folder: Path, name: str, result: Mapping[str, Any]) -> None:
     """`<folder>/<name>.json`, indented, to be read by people too."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(_indented(_rounded(result), "") + "\n", encoding="utf-8")
     print(f"wrote {path}")
+
+
+def _rounded(value: Any) -> Any:
+    """Measured numbers to five digits: more are noise, and hide what changed."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _indented(value: Any, indent: str, width: int = 110) -> str:
+    """JSON with everything on one line that fits there, and records always."""
+    line = json.dumps(value, ensure_ascii=False)
+    is_record = indent and "{" not in line[1:]
+    if is_record or len(indent) + len(line) <= width:
+        return line
+    inner = indent + " "
+    if isinstance(value, Mapping):
+        parts = [f"{json.dumps(str(name))}: {_indented(part, inner)}" for name, part in value.items()]
+        opened, closed = "{}"
+    else:
+        parts = [_indented(part, inner) for part in value]
+        opened, closed = "[]"
+    return opened + "".join(f"\n{inner}{part}," for part in parts)[:-1] + f"\n{indent}{closed}"
 
 
 def write_picture(folder: Path, name: str, draw: Callable[[Any], None], size: tuple[float, float]) -> None:

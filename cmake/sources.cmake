@@ -37,6 +37,7 @@ set(BITFOLD_SOLVER_SOURCES
   csrc/solvers/panels.cc
   csrc/solvers/quantize.cc
   csrc/solvers/refit.cc
+  csrc/solvers/sampled_loss.cc
   csrc/solvers/scale_search.cc
   csrc/solvers/scale_storage.cc
 )

@@ -10,6 +10,7 @@
 #include "solvers/panel_scales.h"
 #include "solvers/refit.h"
 #include "solvers/row_reader.h"
+#include "solvers/sampled_loss.h"
 
 namespace bitfold {
 namespace {
@@ -227,96 +228,20 @@ class Gptq {
     return sum;
   }
 
-  // Panels spread evenly over the rows.
-  std::vector<int64_t> sample() const {
-    int64_t count = w_.panels;
-    if (options_.measured_rows >= 0)
-      count = std::min(count, (options_.measured_rows + kPanelLanes - 1) / kPanelLanes);
-    std::vector<int64_t> chosen;
-    for (int64_t i = 0; i < count; ++i) chosen.push_back(i * w_.panels / count);
-    return chosen;
-  }
-
   // Direct measurements of some rows: of what `feedback` holds, else of plain rounding.
   void measure(Feedback* feedback) {
-    constexpr int64_t kAtOnce = 16;
-    const std::vector<int64_t> panels = sample();
-    std::vector<double> costs(static_cast<size_t>(w_.cols));  // R_kk^2 by column
-    for (int64_t a = 0; f_.found && a < w_.cols; ++a) {
-      const double own = f_.lower[static_cast<size_t>(a * w_.cols + a)];
-      costs[static_cast<size_t>(f_.column[static_cast<size_t>(a)])] = own * own;
-    }
-    double rows = 0.0, loss = 0.0, damped = 0.0, predicted = 0.0, tracked = 0.0;
-    for (size_t first = 0; first < panels.size(); first += kAtOnce) {
-      const size_t count = std::min<size_t>(kAtOnce, panels.size() - first);
-      const int64_t width = static_cast<int64_t>(count) * kPanelLanes;
-      std::vector<float> errors(static_cast<size_t>(w_.cols * width));
-      parallel_(static_cast<int64_t>(count), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i)
-          read_errors(feedback, panels[first + static_cast<size_t>(i)],
-                      errors.data() + i * kPanelLanes, width);
-      });
-      const std::vector<double> products = times_hessian(errors, width);
-      for (size_t i = 0; i < count; ++i) {
-        const int64_t p = panels[first + i];
-        for (int64_t lane = 0; lane < w_.rows_of(p); ++lane, ++rows) {
-          if (feedback) tracked += feedback->loss()[static_cast<size_t>(p * kPanelLanes + lane)];
-          for (int64_t c = 0; c < w_.cols; ++c) {
-            if (f_.dead[static_cast<size_t>(c)]) continue;
-            const auto at =
-                static_cast<size_t>(c * width + static_cast<int64_t>(i) * kPanelLanes + lane);
-            const double e = errors[at];
-            loss += e * products[at];
-            damped += e * e * f_.added;
-            if (!feedback && f_.found) predicted += e * e * costs[static_cast<size_t>(c)];
-          }
-        }
-      }
-    }
-    const double all = rows > 0.0 ? static_cast<double>(w_.rows) / rows : 0.0;
-    report_.measured_rows = rows;
+    const SampledLoss sampled =
+        sample_loss(&w_, f_, h_, options_.measured_rows, feedback, algebra_, parallel_);
+    report_.measured_rows = sampled.rows;
     if (feedback) {
-      report_.measured = loss + damped;
-      report_.tracked = tracked;
+      report_.measured = sampled.loss + sampled.added;
+      report_.tracked = sampled.tracked;
     } else {
-      report_.plain = loss * all;
-      report_.plain_damped = (loss + damped) * all;
-      report_.predicted = predicted * all;
+      const double all = sampled.rows > 0.0 ? static_cast<double>(w_.rows) / sampled.rows : 0.0;
+      report_.plain = sampled.loss * all;
+      report_.plain_damped = (sampled.loss + sampled.added) * all;
+      report_.predicted = sampled.predicted * all;
     }
-  }
-
-  // error of panel p [cols, 16] at `width`.
-  void read_errors(Feedback* feedback, int64_t p, float* errors, int64_t width) {
-    if (feedback) {
-      for (int64_t c = 0; c < w_.cols; ++c) {
-        std::copy_n(
-            feedback->error() + feedback->position_of(c) * feedback->stride() + p * kPanelLanes,
-            kPanelLanes, errors + c * width);
-      }
-      return;
-    }
-    std::vector<float> error(static_cast<size_t>(w_.cols * kPanelLanes));
-    std::vector<uint8_t> codes(error.size());
-    w_.round(p, error.data(), codes.data());
-    for (int64_t c = 0; c < w_.cols; ++c)
-      std::copy_n(error.data() + c * kPanelLanes, kPanelLanes, errors + c * width);
-  }
-
-  // H errors, both [cols, width].
-  std::vector<double> times_hessian(const std::vector<float>& errors, int64_t width) const {
-    const int64_t n = w_.cols;
-    std::vector<double> out(errors.size());
-    if (h_.fp64) {
-      const std::vector<double> wide(errors.begin(), errors.end());
-      algebra_.gemm64(false, false, n, width, n, 1.0, static_cast<const double*>(h_.data), n,
-                      wide.data(), width, 0.0, out.data(), width);
-    } else {
-      std::vector<float> narrow(errors.size());
-      algebra_.gemm(false, false, n, width, n, 1.0f, static_cast<const float*>(h_.data), n,
-                    errors.data(), width, 0.0f, narrow.data(), width);
-      std::copy(narrow.begin(), narrow.end(), out.begin());
-    }
-    return out;
   }
 
   void round_plainly() {

@@ -113,9 +113,10 @@ ScalarType scalar_type(DType dtype) {
 }
 
 MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op) {
-  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols) {
-    fail(op, "weight must be [out, in] = [" + std::to_string(rows) + ", " + std::to_string(cols) +
-                 "], got " + shape_of(weight));
+  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols || !weight.is_cpu()) {
+    fail(op, "weight must be a CPU tensor [out, in] = [" + std::to_string(rows) + ", " +
+                 std::to_string(cols) + "], got " + shape_of(weight) +
+                 (weight.is_cpu() ? "" : " on another device"));
   }
   return {weight.const_data_ptr(),
           float_type(weight.scalar_type(), op, "weight"),
@@ -126,11 +127,12 @@ MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const cha
 }
 
 std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int64_t rows,
-                                  int64_t cols, std::vector<void*>* data) {
+                                  int64_t cols, std::vector<void*>* data, size_t first) {
   std::vector<Tensor> packed;
-  for (const BufferSpec& spec : format.buffers(rows, cols)) {
-    packed.push_back(torch::stable::new_empty(like, {spec.shape.data(), spec.shape.size()},
-                                              scalar_type(spec.dtype)));
+  const BufferTable buffers = format.buffers(rows, cols);
+  for (size_t i = first; i < buffers.size(); ++i) {
+    packed.push_back(torch::stable::new_empty(
+        like, {buffers[i].shape.data(), buffers[i].shape.size()}, scalar_type(buffers[i].dtype)));
     data->push_back(packed.back().mutable_data_ptr());
   }
   return packed;

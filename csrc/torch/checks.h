@@ -47,12 +47,13 @@ FloatType float_type(ScalarType dtype, const char* op, const char* argument);
 ScalarType scalar_type(FloatType dtype);
 ScalarType scalar_type(DType dtype);
 
-// The weight as [rows, cols] of floats; fails on another shape or dtype.
+// The weight as [rows, cols] of floats; fails on another shape, dtype or device.
 MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op);
 
-// Fresh tensors for the buffers of a weight, on the device of `like`, and where their data lies.
+// Fresh tensors for the buffers of a weight, from number `first` on, on the device of `like`; where
+// their data lies is added to `data`.
 std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int64_t rows,
-                                  int64_t cols, std::vector<void*>* data);
+                                  int64_t cols, std::vector<void*>* data, size_t first = 0);
 
 struct Packed {
   Format format;

@@ -18,16 +18,7 @@ Source source_of(const Tensor& weight, const std::vector<int64_t>& spec, const c
   check(parse_spec(spec, &source.format, &rows, &cols), op);
   if (source.format.outliers == 0)
     fail(op, "format " + source.format.to_string() + " has no outliers; add '-outliers' to it");
-  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols || !weight.is_cpu()) {
-    fail(op, "weight must be a CPU tensor [out, in] = [" + std::to_string(rows) + ", " +
-                 std::to_string(cols) + "], got " + shape_of(weight));
-  }
-  source.weight = {weight.const_data_ptr(),
-                   float_type(weight.scalar_type(), op, "weight"),
-                   rows,
-                   cols,
-                   weight.stride(0),
-                   weight.stride(1)};
+  source.weight = matrix_of(weight, rows, cols, op);
   return source;
 }
 
@@ -95,13 +86,7 @@ std::vector<Tensor> fill_outliers(std::vector<Tensor> dense, std::vector<int64_t
   unpack(dense, {dense_spec.begin(), dense_spec.end()}, kOp);  // checks them
   std::vector<void*> data;
   for (const Tensor& tensor : dense) data.push_back(tensor.mutable_data_ptr());
-  std::vector<Tensor> made;
-  const BufferTable buffers = source.format.buffers(rows, cols);
-  for (size_t i = dense.size(); i < buffers.size(); ++i) {
-    made.push_back(torch::stable::new_empty(
-        weight, {buffers[i].shape.data(), buffers[i].shape.size()}, scalar_type(buffers[i].dtype)));
-    data.push_back(made.back().mutable_data_ptr());
-  }
+  std::vector<Tensor> made = empty_buffers(weight, source.format, rows, cols, &data, dense.size());
   check(bitfold::fill_outliers(kernels(kOp), source.format, source.weight,
                                static_cast<const uint8_t*>(marked.const_data_ptr()), data.data(),
                                torch_parallel()),

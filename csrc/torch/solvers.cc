@@ -116,18 +116,8 @@ Layer layer_of(const Tensor& weight, const Tensor& hessian, const std::vector<in
                const char* op) {
   Layer layer;
   check(parse_spec(spec, &layer.format, &layer.rows, &layer.cols), op);
-  if (weight.dim() != 2 || weight.size(0) != layer.rows || weight.size(1) != layer.cols ||
-      !weight.is_cpu()) {
-    fail(op, "weight must be a CPU tensor [out, in] = [" + std::to_string(layer.rows) + ", " +
-                 std::to_string(layer.cols) + "], got " + shape_of(weight));
-  }
+  layer.weight = matrix_of(weight, layer.rows, layer.cols, op);
   check_mean(hessian, layer.cols, op, "hessian");
-  layer.weight = {weight.const_data_ptr(),
-                  float_type(weight.scalar_type(), op, "weight"),
-                  layer.rows,
-                  layer.cols,
-                  weight.stride(0),
-                  weight.stride(1)};
   layer.hessian = {hessian.const_data_ptr(), hessian.scalar_type() == ScalarType::Double,
                    layer.cols};
   return layer;
@@ -180,13 +170,9 @@ std::tuple<std::vector<Tensor>, Tensor> gptq_quantize(
     kept_exact = as_contiguous(*exact);
     options.exact = static_cast<const uint8_t*>(kept_exact.const_data_ptr());
   }
-  std::vector<Tensor> packed;
   std::vector<void*> buffers;
-  for (const BufferSpec& buffer : layer.format.buffers(layer.rows, layer.cols)) {
-    packed.push_back(torch::stable::new_empty(weight, {buffer.shape.data(), buffer.shape.size()},
-                                              scalar_type(buffer.dtype)));
-    buffers.push_back(packed.back().mutable_data_ptr());
-  }
+  std::vector<Tensor> packed =
+      empty_buffers(weight, layer.format, layer.rows, layer.cols, &buffers);
   GptqReport r;
   check(bitfold::gptq_quantize(kernels(kOp), torch_linear_algebra(), layer.format, layer.weight,
                                layer.hessian, options, buffers.data(), torch_parallel(), &r),

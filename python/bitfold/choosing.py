@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from bitfold.errors import CoverageError, FormatError
 from bitfold.formats import Format, as_format
@@ -32,6 +32,19 @@ class Use:
     name: str
     module: Any  # Linear, Embedding, Conv1D or their packed twins
     kind: str  # "linear" | "conv1d" | "embedding"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)` of the matrix, packed or float; a float Conv1D holds the transpose."""
+        if isinstance(self.module, PackedModule):
+            return self.module.shape
+        rows, columns = self.module.weight.shape
+        return (columns, rows) if self.kind == "conv1d" else (rows, columns)
+
+    def float_matrix(self) -> Tensor:
+        """The float weight `[out, in]` in float32: a view where it is that already."""
+        weight: Tensor = self.module.weight.detach()
+        return (weight.t() if self.kind == "conv1d" else weight).float()
 
 
 @dataclass(eq=False)
@@ -162,7 +175,7 @@ def _fold(uses: list[Use], fmt: Format) -> Fold:
             raise FormatError(msg)
         return Fold(owner, tied, fmt, done=True)
     check_float_weight(module.weight, f"{owner.name}.weight")
-    fmt.buffers(matrix_shape(owner))  # FormatError here, before anything changes
+    fmt.buffers(owner.shape)  # FormatError here, before anything changes
     return Fold(owner, tied, fmt)
 
 

@@ -260,9 +260,7 @@ def _fold_one(
     try:
         solution = None
         if method is not None and options:
-            weight = owner.module.weight.detach().float()
-            weight = weight.t() if owner.kind == "conv1d" else weight
-            solution = methods.fold_weight(weight, fold.format, method, **options)
+            solution = methods.fold_weight(owner.float_matrix(), fold.format, method, **options)
         packed = PACKED_KINDS[owner.kind].from_float(owner.module, fold.format, method, solution=solution)
     except WeightError as error:
         raise WeightError(f"{owner.name}: {error}") from error  # noqa: EM102

@@ -11,7 +11,6 @@ from torch import nn
 from bitfold.choosing import Choice, Fold
 from bitfold.errors import FormatError
 from bitfold.formats import Format, as_format
-from bitfold.planning.file_bytes import matrix_shape
 
 __all__ = ["LADDER", "Group", "group_folds", "ladder"]
 
@@ -122,7 +121,7 @@ def _fusion_key(fold: Fold) -> object:
     role = next((role for leaves, role in _SAME_INPUT if leaf in leaves), None)
     if role is None and not expert:
         return name
-    return parent, role or leaf, matrix_shape(fold)[1]
+    return parent, role or leaf, fold.owner.shape[1]
 
 
 def _output_heads(model: nn.Module) -> set[nn.Module]:
@@ -133,7 +132,7 @@ def _output_heads(model: nn.Module) -> set[nn.Module]:
 
 def _possible(formats: Sequence[Format], fold: Fold) -> list[Format]:
     """Those that can store a matrix of this shape."""
-    shape, found, reason = matrix_shape(fold), [], ""
+    shape, found, reason = fold.owner.shape, [], ""
     for fmt in formats:
         try:
             fmt.buffers(shape)

@@ -66,7 +66,7 @@ class FileBytes:
         The part of the header depends on how many digits the offsets of the tensors have, and so on all
         other folds. It is taken for offsets of nine digits; the sum of costs is no exact size.
         """
-        shape = matrix_shape(self._folds[index])
+        shape = self._folds[index].owner.shape
         header = sum(
             len(f'"{self._places[index][0]}.weight{suffix}":{{"dtype":"I32","shape":,"data_offsets":[,]}},')
             + len(json.dumps(size, separators=(",", ":")))
@@ -80,7 +80,7 @@ class FileBytes:
     def _specs(self, formats: Sequence[Format | None]) -> dict[str, TensorSpec]:
         specs = dict(self._floats)
         for fold, places, fmt in zip(self._folds, self._places, formats, strict=True):
-            shape = matrix_shape(fold)
+            shape = fold.owner.shape
             name = f"{places[0]}.weight".removeprefix(".")
             if fmt is None:
                 specs[name] = TensorSpec(float_dtype(fold), shape)
@@ -97,7 +97,7 @@ class FileBytes:
         for i, fmt in enumerate(formats):
             if fmt is not None:
                 modules |= self._manifest_entries(i, fmt)
-            suffixes = [""] if fmt is None else [s for s, _, _ in fmt.buffers(matrix_shape(self._folds[i]))]
+            suffixes = [""] if fmt is None else [s for s, _, _ in fmt.buffers(self._folds[i].owner.shape)]
             first, *others = self._places[i]
             others += self._tied_places[i] if fmt is None else []
             aliases |= {
@@ -142,15 +142,6 @@ class FileBytes:
                 tied = TiedHead.from_float(tied, packed, bias_owner(self._model, tied))
             entries[self._first[use.module]] = tied.manifest_entry(names)
         return entries
-
-
-def matrix_shape(fold: Fold) -> tuple[int, int]:
-    """`(out, in)` of the matrix of a fold."""
-    module = fold.owner.module
-    if isinstance(module, PackedModule):
-        return module.shape
-    rows, columns = module.weight.shape
-    return (columns, rows) if fold.owner.kind == "conv1d" else (rows, columns)
 
 
 def float_dtype(fold: Fold) -> Any:

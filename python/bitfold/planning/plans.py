@@ -12,7 +12,7 @@ from torch import nn
 
 from bitfold.choosing import Choice, choose
 from bitfold.formats import Format, as_format
-from bitfold.planning.file_bytes import FileBytes, float_dtype, matrix_shape
+from bitfold.planning.file_bytes import FileBytes, float_dtype
 from bitfold.tables import Table, scaled
 
 __all__ = ["Plan", "PlannedMatrix"]
@@ -118,7 +118,7 @@ class Plan(Mapping[str, Format]):
         losses = others.get("losses", {})
         matrices = []
         for i, (fold, fmt) in enumerate(zip(choice.folds, formats, strict=True)):
-            shape = matrix_shape(fold)
+            shape = fold.owner.shape
             group = groups[i] if groups else fold.owner.name
             matrices.append(
                 PlannedMatrix(
@@ -201,10 +201,10 @@ class Plan(Mapping[str, Format]):
             if name is None:
                 msg = f"{fold.owner.name}: not in the plan, which was made for another model; plan again"
                 raise ValueError(msg)
-            if planned[name].shape != matrix_shape(fold):
+            if planned[name].shape != fold.owner.shape:
                 msg = (
                     f"{fold.owner.name}: the plan is for {list(planned[name].shape)}, the model has "
-                    f"{list(matrix_shape(fold))}; plan again"
+                    f"{list(fold.owner.shape)}; plan again"
                 )
                 raise ValueError(msg)
         return choice

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,67 +61,79 @@ def measure(
 
     The model is as before when this returns or raises.
     """
-    open_groups = [group for group in groups if len(group.formats) > 1]
+    task = _Task(
+        model,
+        folds,
+        [group for group in groups if len(group.formats) > 1],
+        batches,
+        torch.Generator().manual_seed(seed),
+        advance,
+    )
+    by = {"weight": _by_weight, "output": _by_output, "kl": _by_kl}[kind]
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        if kind == "weight":
-            return _by_weight(folds, open_groups, advance)
-        random = torch.Generator().manual_seed(seed)
-        if kind == "output":
-            return _by_output(model, folds, open_groups, batches, random, advance)
-        return _by_kl(model, folds, open_groups, batches, random, advance)
+        return by(task)
     finally:
         for module in was_training:
             module.training = True
 
 
-def _by_weight(folds: Sequence[Fold], groups: Sequence[Group], advance: Callable[[str], None]) -> Losses:
-    total = sum(fold.owner.module.weight.numel() for fold in folds)
+@dataclass(frozen=True)
+class _Task:
+    """What each measure is given."""
+
+    model: nn.Module  # in eval mode
+    folds: Sequence[Fold]
+    groups: Sequence[Group]  # those to be measured
+    batches: Sequence[Batch]
+    random: torch.Generator
+    advance: Callable[[str], None]  # to be called with each group's name when it is done
+
+    def members(self, group: Group) -> list[Fold]:
+        return [self.folds[i] for i in group.members]
+
+    @property
+    def rows_per_batch(self) -> int:
+        return -(-_ROWS // len(self.batches))
+
+
+def _by_weight(task: _Task) -> Losses:
+    total = sum(fold.owner.module.weight.numel() for fold in task.folds)
     losses: Losses = {}
-    for group in groups:
+    for group in task.groups:
         losses[group.name] = dict.fromkeys(map(str, group.formats), 0.0)
-        for fold in (folds[i] for i in group.members):
-            weight = _matrix(fold.owner)
+        for fold in task.members(group):
+            weight = fold.owner.float_matrix()
             for fmt in group.formats:
                 error = _relative(weight - _decoded(weight, fmt), weight)
                 losses[group.name][str(fmt)] += error * weight.numel() / total
-        advance(group.name)
+        task.advance(group.name)
     return losses
 
 
-def _by_output(
-    model: nn.Module,
-    folds: Sequence[Fold],
-    groups: Sequence[Group],
-    batches: Sequence[Batch],
-    random: torch.Generator,
-    advance: Callable[[str], None],
-) -> Losses:
-    uses = [use for group in groups for i in group.members for use in (folds[i].owner, *folds[i].tied)]
-    inputs = _sample_inputs(model, uses, batches, random)
-    total = sum(fold.owner.module.weight.numel() for fold in folds)
+def _by_output(task: _Task) -> Losses:
+    folds = [fold for group in task.groups for fold in task.members(group)]
+    inputs = _sample_inputs(task, [use for fold in folds for use in (fold.owner, *fold.tied)])
+    total = sum(fold.owner.module.weight.numel() for fold in task.folds)
     losses: Losses = {}
-    for group in groups:
+    for group in task.groups:
         losses[group.name] = dict.fromkeys(map(str, group.formats), 0.0)
-        for fold in (folds[i] for i in group.members):
-            weight = _matrix(fold.owner)
+        for fold in task.members(group):
+            weight = fold.owner.float_matrix()
             seen = [(use, inputs[use.name]) for use in (fold.owner, *fold.tied) if use.name in inputs]
             for fmt in group.formats:
                 error = weight - _decoded(weight, fmt)
                 for use, x in seen:
                     relative = _relative(_apply(use, x, error), _apply(use, x, weight))
                     losses[group.name][str(fmt)] += relative * weight.numel() / total
-        advance(group.name)
+        task.advance(group.name)
     return losses
 
 
-def _sample_inputs(
-    model: nn.Module, uses: Sequence[Use], batches: Sequence[Batch], random: torch.Generator
-) -> dict[str, Tensor]:
+def _sample_inputs(task: _Task, uses: Sequence[Use]) -> dict[str, Tensor]:
     """Up to `_ROWS` rows (embeddings: indices) that each module is called with; none for one never called."""
     kept: dict[str, list[Tensor]] = {}
-    per_batch = -(-_ROWS // len(batches))
     current: list[Batch] = []
 
     def watch(use: Use) -> Callable[..., None]:
@@ -133,55 +146,45 @@ def _sample_inputs(
             else:
                 rows = current[0].rows(x)
                 check_rows(rows, f"{use.name}: input")
-            chosen = torch.randperm(len(rows), generator=random)[:per_batch].to(rows.device)
+            chosen = torch.randperm(len(rows), generator=task.random)[: task.rows_per_batch].to(rows.device)
             kept.setdefault(use.name, []).append(rows[chosen].to(x.dtype))
 
         return hook
 
     handles = [use.module.register_forward_pre_hook(watch(use), with_kwargs=True) for use in uses]
     try:
-        for batch in batches:
+        for batch in task.batches:
             current[:] = [batch]
-            batch.run(model)
+            batch.run(task.model)
     finally:
         for handle in handles:
             handle.remove()
     return {name: torch.cat(rows) for name, rows in kept.items()}
 
 
-def _by_kl(
-    model: nn.Module,
-    folds: Sequence[Fold],
-    groups: Sequence[Group],
-    batches: Sequence[Batch],
-    random: torch.Generator,
-    advance: Callable[[str], None],
-) -> Losses:
-    per_batch = -(-_ROWS // len(batches))
+def _by_kl(task: _Task) -> Losses:
     references: list[tuple[Tensor, Tensor]] = []  # rows that count, and what the float model puts out there
     name = ""
-    for batch in batches:
-        name, rows = final_rows(batch, model, "the float model")
-        chosen = torch.randperm(len(rows), generator=random)[:per_batch].sort().values.to(rows.device)
+    for batch in task.batches:
+        name, rows = final_rows(batch, task.model, "the float model")
+        chosen = torch.randperm(len(rows), generator=task.random)[: task.rows_per_batch]
+        chosen = chosen.sort().values.to(rows.device)
         references.append((chosen, rows[chosen]))
     losses: Losses = {}
-    for group in groups:
+    for group in task.groups:
         losses[group.name] = {}
-        members = [folds[i] for i in group.members]
         for fmt in group.formats:
-            with _replaced(members, fmt):
-                losses[group.name][str(fmt)] = _deviation(model, batches, references, name)
-        advance(group.name)
+            with _replaced(task.members(group), fmt):
+                losses[group.name][str(fmt)] = _deviation(task, references, name)
+        task.advance(group.name)
     return losses
 
 
-def _deviation(
-    model: nn.Module, batches: Sequence[Batch], references: Sequence[tuple[Tensor, Tensor]], name: str
-) -> float:
+def _deviation(task: _Task, references: Sequence[tuple[Tensor, Tensor]], name: str) -> float:
     """Mean KL of the logits at the chosen rows; without logits, squared error over squared norm."""
     top, bottom = 0.0, 0.0
-    for batch, (chosen, reference) in zip(batches, references, strict=True):
-        rows = final_rows(batch, model, "the float model with one group folded")[1][chosen]
+    for batch, (chosen, reference) in zip(task.batches, references, strict=True):
+        rows = final_rows(batch, task.model, "the float model with one group folded")[1][chosen]
         if name == "logits":
             top += float(kl_divergence(reference, rows).sum())
             bottom += len(chosen)
@@ -199,7 +202,7 @@ def _replaced(folds: Sequence[Fold], fmt: Format) -> Iterator[None]:
         with torch.no_grad():
             for fold in folds:
                 weight = fold.owner.module.weight
-                decoded = _decoded(_matrix(fold.owner), fmt)
+                decoded = _decoded(fold.owner.float_matrix(), fmt)
                 before.append((weight, weight.detach().clone()))
                 weight.copy_(decoded.t() if fold.owner.kind == "conv1d" else decoded)
         yield
@@ -207,12 +210,6 @@ def _replaced(folds: Sequence[Fold], fmt: Format) -> Iterator[None]:
         with torch.no_grad():
             for weight, values in before:
                 weight.copy_(values)
-
-
-def _matrix(use: Use) -> Tensor:
-    """The weight as float32 `[out, in]`."""
-    weight = use.module.weight.detach().float()
-    return weight.t() if use.kind == "conv1d" else weight
 
 
 def _decoded(weight: Tensor, fmt: Format) -> Tensor:
