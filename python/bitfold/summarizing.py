@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,27 +50,13 @@ class Summary:
     @property
     def total(self) -> Row:
         """Sum of all rows."""
-        total = Row("whole model")
-        for row in self.rows:
-            total.modules += row.modules
-            total.weights += row.weights
-            total.before += row.before
-            total.disk += row.disk
-            total.resident += row.resident
-        return total
+        return _sum("whole model", self.rows)
 
     @property
     def folded(self) -> Row:
         """Sum of the packed classes: what was folded, metadata included."""
-        total = Row("folded matrices")
-        for row in self.rows:
-            if row.name in ("linear", "conv1d", "embedding"):
-                total.modules += row.modules
-                total.weights += row.weights
-                total.before += row.before
-                total.disk += row.disk
-                total.resident += row.resident
-        return total
+        packed = [row for row in self.rows if row.name in ("linear", "conv1d", "embedding")]
+        return _sum("folded matrices", packed)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types; sizes in bytes, NaN as None."""
@@ -202,6 +189,17 @@ def summary(model: nn.Module) -> Summary:
             row.resident += _nbytes(tensor)
     matrices.sort(key=lambda item: -item[2])
     return Summary([row for row in rows.values() if row.modules], formats, tied, matrices, by_bits)
+
+
+def _sum(name: str, rows: Iterable[Row]) -> Row:
+    total = Row(name)
+    for row in rows:
+        total.modules += row.modules
+        total.weights += row.weights
+        total.before += row.before
+        total.disk += row.disk
+        total.resident += row.resident
+    return total
 
 
 def _own_tensors(module: nn.Module) -> list[tuple[str, Tensor, bool]]:

@@ -98,16 +98,7 @@ class QuantLinear(Multiplies, MixesProducts, PackedModule, nn.Linear):
         weight = cls._matrix(module)
         check_float_weight(weight, f"{type(module).__name__}.weight")
         check_finite(weight, f"{type(module).__name__}.weight")
-        out_features, in_features = weight.shape
-        new = cls(
-            in_features,
-            out_features,
-            False,
-            format=fmt,
-            device="meta",
-            dtype=weight.dtype,
-            original_dtype=weight.dtype,
-        )
+        new = cls._unfilled(weight, fmt, "meta", weight.dtype)
         shift = new._fill(weight, method, solution).bias_shift
         new.bias = module.bias
         if shift is not None and module.bias is not None:
@@ -122,19 +113,29 @@ class QuantLinear(Multiplies, MixesProducts, PackedModule, nn.Linear):
     ) -> QuantLinear:
         """An unfilled twin of a float module (also on meta), with the bias parameter taken over."""
         weight = cls._matrix(module)
+        new = cls._unfilled(weight, fmt, weight.device, original_dtype)
+        new.bias = module.bias
+        carry_over(module, new)
+        return new
+
+    @classmethod
+    def _unfilled(
+        cls,
+        weight: Tensor,
+        fmt: Format | str,
+        device: torch.device | str,
+        original_dtype: torch.dtype | None,
+    ) -> QuantLinear:
         out_features, in_features = weight.shape
-        new = cls(
+        return cls(
             in_features,
             out_features,
             False,
             format=fmt,
-            device=weight.device,
+            device=device,
             dtype=weight.dtype,
             original_dtype=original_dtype,
         )
-        new.bias = module.bias
-        carry_over(module, new)
-        return new
 
     @staticmethod
     def _matrix(module: nn.Module) -> Tensor:

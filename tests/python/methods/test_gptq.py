@@ -134,6 +134,15 @@ def test_outliers_are_as_many_as_the_format_says_and_pay_off():
     assert with_them < 0.8 * (outputs(dense, weight, "int3-g64", x) - expected).square().mean()
 
 
+def test_outliers_of_a_hessian_that_cannot_be_factored_are_chosen_by_its_diagonal_and_said_so():
+    weight, fmt, found = weights(), Format("int3-g64-outliers"), statistics(inputs())
+    found.hessian = found.hessian - 3 * torch.diag(found.hessian.diagonal())  # indefinite
+    solution = fold(weight, fmt, found)
+    assert "diagonal" in solution.report["outliers_by"]
+    assert solution.report["fallback"]
+    assert torch.isfinite(ops.dequantize(solution.packed, fmt, (48, 192))).all()
+
+
 @pytest.mark.parametrize("order", ["none", "descending", "groups"])
 def test_orders(order):
     weight, found = weights(), statistics(inputs())
