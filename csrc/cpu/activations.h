@@ -18,7 +18,7 @@ enum class Operand : uint8_t {
 
 // How a product walks over the weight. Both read the stored codes as 32-bit lanes.
 enum class Walk : uint8_t {
-  kRows,    // one row after another; the lanes of a vector are columns: for one row of activations
+  kRows,    // one row after another; the lanes of a vector are columns: for few activations
   kPanels,  // sixteen rows at once, one to a lane: for more
 };
 

@@ -70,10 +70,10 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
                        const void* bias, FloatType dtype, bool eight_bits, void* y,
                        const Parallel& parallel) {
   if (!levels_fit(k, w)) return false;
-  const Walk walk = m == 1 ? Walk::kRows : Walk::kPanels;
-  // Codes as bytes need no table and no widening; in panels a product of words costs no more and
-  // needs half the sums.
-  const bool codes_suffice = walk == Walk::kRows && w.family == Family::kInteger;
+  const Walk walk = m <= k.walked_rows ? Walk::kRows : Walk::kPanels;
+  // Codes as bytes need no table and no widening; for more rows a product of words costs no more
+  // and needs half the sums.
+  const bool codes_suffice = m == 1 && w.family == Family::kInteger;
   const Operand operand = eight_bits      ? Operand::kBytes
                           : codes_suffice ? Operand::kTwoBytes
                                           : Operand::kWords;
@@ -101,14 +101,15 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
       k.from_float(sums + i * ldy, n, dtype, advance(y, dtype, i * w.rows + r));
   };
   if (walk == Walk::kRows) {
-    parallel(w.rows, grain(w.cols, kGrainWork), [&](int64_t begin, int64_t end) {
+    parallel(w.rows, grain(m * w.cols, kGrainWork), [&](int64_t begin, int64_t end) {
       const int64_t scratch_bytes = rows_scratch_bytes(xs);
-      const Scratch scratch(scratch_bytes + (end - begin) * 4);
+      const int64_t n = end - begin;
+      const Scratch scratch(scratch_bytes + m * n * 4);
       float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
-      begin_sums(bias ? bias_f + begin : nullptr, 1, end - begin, sums, 0);
-      outliers.add(begin, end - begin, sums, 0);
-      k.multiply_rows(w, xs, begin, end, reinterpret_cast<float*>(scratch.data()), sums);
-      finish(sums, 0, begin, end - begin);
+      begin_sums(bias ? bias_f + begin : nullptr, m, n, sums, n);
+      outliers.add(begin, n, sums, n);
+      k.multiply_rows(w, xs, begin, end, reinterpret_cast<float*>(scratch.data()), sums, n);
+      finish(sums, n, begin, n);
     });
     return true;
   }

@@ -138,10 +138,12 @@ struct KernelTable {
   // Integer products. Row m of `to` from `source` [cols]; false where integers cannot stand for it
   // (infinite, NaN or tiny values).
   bool (*quantize_activations)(const void* source, FloatType dtype, int64_t m, Activations* to);
-  // y[r - begin] += x . w[r] for the rows [begin, end) of w; x is one row, laid out for
-  // Walk::kRows.
+  // Rows of activations up to which multiply_rows is the faster way: at most kMostWalkedRows.
+  int64_t walked_rows;
+  // y[i * ldy + r - begin] += x[i] . w[r] for the rows [begin, end) of w; x is laid out for
+  // Walk::kRows, of at most walked_rows rows, and of one where its operand is kTwoBytes.
   void (*multiply_rows)(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
-                        float* scratch, float* y);
+                        float* scratch, float* y, int64_t ldy);
   // y[m, r] += x[m] . w[row + r], as far as such rows exist; y is [rows of x, kPanelRows], x laid
   // out for Walk::kPanels.
   void (*multiply_panel)(const PackedView& w, const Activations& x, int64_t row, void* scratch,
@@ -159,13 +161,17 @@ struct KernelTable {
                     int64_t m, int64_t cols, int32_t* y, int64_t ldy);
 };
 
+inline constexpr int64_t kMostWalkedRows = 4;
 inline constexpr int64_t kPanelRows = 16;  // lanes of a vector
 inline constexpr int64_t kOutlierLanes = 64;
 inline constexpr int64_t kPanelBlocks = 4;  // vectors of a row that a panel reads at a time
 
 // Bytes of scratch, which begins with a cache line. The last vector of factors begins with the last
 // unit; operands of a vector fill at most eight.
-inline int64_t rows_scratch_bytes(const Activations& x) { return (x.units + 16) * 4; }
+inline int64_t rows_scratch_bytes(const Activations& x) {
+  const int64_t products = x.rows == 1 ? 1 : 2 * kMostWalkedRows;
+  return products * (x.units + 16) * 4;
+}
 inline int64_t panel_scratch_bytes(const Activations& x) {
   const int64_t operands = kPanelBlocks * 8 * 64 * kPanelRows;
   const int64_t factors_and_shifts = 2 * kPanelRows * x.units * 4;

@@ -27,18 +27,18 @@ static inline void with_codec(const PackedView& w, Operand operand, const Take& 
 }
 
 static void multiply_rows(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
-                          float* scratch, float* y) {
+                          float* scratch, float* y, int64_t ldy) {
   const Operand operand = x.layout->operand;
   with_codec(w, operand, [&](auto codec) {
     using Codec = decltype(codec);
     if constexpr (Codec::kWords) {
-      multiply_rows_as<Codec, Operand::kWords>(w, x, begin, end, scratch, y);
+      multiply_rows_as<Codec, Operand::kWords>(w, x, begin, end, scratch, y, ldy);
     } else {
       if constexpr (!Codec::kTable) {
         if (operand == Operand::kTwoBytes)
-          return multiply_rows_as<Codec, Operand::kTwoBytes>(w, x, begin, end, scratch, y);
+          return multiply_rows_as<Codec, Operand::kTwoBytes>(w, x, begin, end, scratch, y, ldy);
       }
-      multiply_rows_as<Codec, Operand::kBytes>(w, x, begin, end, scratch, y);
+      multiply_rows_as<Codec, Operand::kBytes>(w, x, begin, end, scratch, y, ldy);
     }
   });
 }
@@ -67,6 +67,7 @@ const KernelTable table = {
     .gemm_nt = gemm_nt,
     .gemm_nn = gemm_nn,
     .quantize_activations = quantize_activations,
+    .walked_rows = kWalkedRows,
     .multiply_rows = multiply_rows,
     .multiply_panel = multiply_panel,
     .add_outliers = add_outliers,

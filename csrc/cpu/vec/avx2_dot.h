@@ -2,6 +2,7 @@
 // for what each name means. Included inside the target's namespace, after avx2.h.
 
 constexpr int kTileRows = 4;  // 4 x 2 sums, 2 weights, a broadcast and products fill 16 registers
+constexpr int kWalkedRows = 1;
 constexpr bool kExpandingCosts = true;  // about as much as the products of four rows
 
 static inline I load_i(const void* p) {

@@ -1,7 +1,8 @@
 // Integer lanes: what codes and integer products need, as AVX-512 registers; see portable_dot.h for
 // what each name means. Included inside the target's namespace, after avx512.h.
 
-constexpr int kTileRows = 12;  // their integer and float sums leave 8 of 32 registers
+constexpr int kTileRows = 12;   // their integer and float sums leave 8 of 32 registers
+constexpr int kWalkedRows = 4;  // beyond, panels are faster
 constexpr bool kExpandingCosts = false;
 
 static inline I load_i(const void* p) { return _mm512_loadu_si512(p); }
@@ -69,6 +70,29 @@ static inline I dot_bytes(I sum, I w, I x) {
       _mm512_madd_epi16(and_i(w, set1_16(0xff)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
   const I odd = _mm512_madd_epi16(_mm512_srli_epi16(w, 8), _mm512_srai_epi16(x, 8));
   return _mm512_add_epi32(sum, _mm512_add_epi32(even, odd));
+#endif
+}
+// Both sums with 64 bytes at p. In one piece: loads that the compiler moves ahead leave it short of
+// registers.
+template <bool kOfWords, bool kSmall>
+[[gnu::always_inline]] static inline void dot_twice(I* sum0, I* sum1, I w0, I w1, const void* p) {
+#ifdef __AVX512VNNI__
+  I a = *sum0, b = *sum1, x;  // operands in memory would stay there
+  if constexpr (kOfWords) {
+    __asm__("vmovdqu64 %5, %2\n\tvpdpwssd %2, %3, %0\n\tvpdpwssd %2, %4, %1"
+            : "+v"(a), "+v"(b), "=&v"(x)
+            : "v"(w0), "v"(w1), "m"(*static_cast<const __m512i_u*>(p)));
+  } else {
+    __asm__("vmovdqu64 %5, %2\n\tvpdpbusd %2, %3, %0\n\tvpdpbusd %2, %4, %1"
+            : "+v"(a), "+v"(b), "=&v"(x)
+            : "v"(w0), "v"(w1), "m"(*static_cast<const __m512i_u*>(p)));
+  }
+  *sum0 = a;
+  *sum1 = b;
+#else
+  const I x = load_i(p);
+  *sum0 = kOfWords ? dot_words(*sum0, w0, x) : dot_bytes<kSmall>(*sum0, w0, x);
+  *sum1 = kOfWords ? dot_words(*sum1, w1, x) : dot_bytes<kSmall>(*sum1, w1, x);
 #endif
 }
 // The same with four bytes at p in every lane.

@@ -5,6 +5,7 @@
 // Rows of activations in the register tile of a panel's product, and whether expanding codes again
 // for each tile slows it down.
 constexpr int kTileRows = 4;
+constexpr int kWalkedRows = 1;
 constexpr bool kExpandingCosts = true;
 
 #define BITFOLD_LANES for (int i = 0; i < 16; ++i)

@@ -1,5 +1,7 @@
 // Products with unit vectors are the weights themselves: every column of a block meets its own
 // code, for every operand and both walks.
+#include <algorithm>
+
 #include "products.h"
 
 namespace bitfold {
@@ -35,8 +37,8 @@ std::vector<float> product(const PackedView& w, Operand operand, Walk walk, cons
   if (walk == Walk::kRows) {
     std::vector<Line> scratch = lines(rows_scratch_bytes(xs));
     // In two pieces, of which the second does not begin with the first row.
-    k.multiply_rows(w, xs, 0, 5, reinterpret_cast<float*>(scratch.data()), y.data());
-    k.multiply_rows(w, xs, 5, kRows, reinterpret_cast<float*>(scratch.data()), y.data() + 5);
+    k.multiply_rows(w, xs, 0, 5, reinterpret_cast<float*>(scratch.data()), y.data(), kRows);
+    k.multiply_rows(w, xs, 5, kRows, reinterpret_cast<float*>(scratch.data()), y.data() + 5, kRows);
     return y;
   }
   std::vector<Line> scratch = lines(panel_scratch_bytes(xs));
@@ -59,12 +61,17 @@ void check(const std::string& text, Operand operand, Walk walk) {
   std::vector<float> x(static_cast<size_t>(kCols * kCols)), y;
   for (int64_t c = 0; c < kCols; ++c) x[static_cast<size_t>(c * kCols + c)] = 1.0f;
   if (walk == Walk::kPanels) y = product(w.view(), operand, walk, x.data(), kCols);
+  const int64_t most = operand == Operand::kTwoBytes ? 1 : active_kernels().walked_rows;
   const Accuracy level = operand == Operand::kBytes ? Accuracy::kInt8 : Accuracy::kAuto;
+  int64_t first = 0, together = walk == Walk::kPanels ? kCols : 0;
   for (int64_t c = 0; c < kCols; ++c) {
-    const float* unit = x.data() + c * kCols;
-    if (walk == Walk::kRows) y = product(w.view(), operand, walk, unit, 1);
+    if (c == first + together) {  // one, two, ... as many as may go together
+      first = c;
+      together = std::min(together % most + 1, kCols - c);
+      y = product(w.view(), operand, walk, x.data() + c * kCols, together);
+    }
     for (int64_t r = 0; r < kRows; ++r) {
-      const size_t at = static_cast<size_t>(walk == Walk::kRows ? r : c * kRows + r);
+      const size_t at = static_cast<size_t>((c - first) * kRows + r);
       // As if there were no other column: x is exact, and only the level is rounded.
       PackedView view = w.view();
       double allowed = 0.0;
