@@ -29,7 +29,8 @@ def save(model: nn.Module, file: str | PathLike[str]) -> None:
     """Write the whole state of `model` to one safetensors file, atomically.
 
     The file holds the packed bytes as they are in RAM; the same model gives the same file, byte for byte. A
-    process killed in the middle leaves a previous file untouched. For transformers models use `model.save_pretrained` instead.
+    process killed in the middle leaves a previous file untouched. For transformers models use
+    `model.save_pretrained` instead.
 
     Example:
         >>> bitfold.save(model, "model.safetensors")  # doctest: +SKIP

@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitfold.calibration import memory
-from bitfold.calibration.batches import Batch
 from bitfold.calibration.blocks import Layout, Stage, arrange, find_layout
 from bitfold.calibration.distributed import Processes
 from bitfold.calibration.replay import run
@@ -18,6 +17,7 @@ from bitfold.calibration.sets import MatrixSet, find_sets
 from bitfold.calibration.settings import Settings
 from bitfold.calibration.streams import needs_all_outputs
 from bitfold.choosing import Fold, matrix_shape
+from bitfold.outputs import Batch
 
 
 @dataclass
