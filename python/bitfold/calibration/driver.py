@@ -21,7 +21,7 @@ from bitfold.calibration.placing import Placing
 from bitfold.calibration.preparing import CHANGED, Prepared, prepare
 from bitfold.calibration.refining import refine_stage
 from bitfold.calibration.report import Log, Report, remember
-from bitfold.calibration.resuming import go_on, open_checkpoint
+from bitfold.calibration.resuming import checkpoint_of, go_on
 from bitfold.calibration.sets import MatrixSet, find_sets
 from bitfold.calibration.settings import Settings
 from bitfold.calibration.solving import FALLBACK, solve_set
@@ -73,15 +73,10 @@ def calibrate(job: Job) -> None:
     with processes.together(), frozen(job.model):
         batches = as_batches(job.calibration, job.model, job.tokenizer, job.settings)
         walk = Walk(job, processes.share(batches), processes)
-        store = open_checkpoint(walk, job, batches)
-        del batches
-        try:
+        with checkpoint_of(walk, job, batches) as store:
             walk.go(store)
             if store is not None and processes.everywhere(True) and processes.rank == 0:
                 store.remove()
-        finally:
-            if store is not None:
-                store.close()
 
 
 class Walk:
@@ -105,7 +100,7 @@ class Walk:
         found = survey(self.model, names, batches, processes)
         self.stages = found.layout.stages
         self.streams = Streams(Stream(self.model, found.layout.stacks, len(batches), found.keep_all), both)
-        prediction = predict_memory(self.model, found, todo, batches[0], self.settings)
+        prediction = predict_memory(self.model, found, todo, self.method_of, batches[0], self.settings)
         memory.check(prediction, self.settings.max_memory)
         self.report = Report(notes=found.notes, predicted_bytes=prediction.peak)
         remember(self.model, self.report)

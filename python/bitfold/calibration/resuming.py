@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
     from bitfold.calibration.driver import Job, Walk
 
 
-def open_checkpoint(walk: Walk, job: Job, batches: list[Batch]) -> Checkpoint | None:
+@contextmanager
+def checkpoint_of(walk: Walk, job: Job, batches: list[Batch]) -> Iterator[Checkpoint | None]:
     """The checkpoint of this run, new or not; None where none is wanted. `batches` are those of all ranks."""
     where = job.checkpoint
     if where is False:
-        return None
+        yield None
+        return
     from bitfold import __version__
 
     settings = {**vars(walk.settings), **job.options}
@@ -45,16 +49,19 @@ def open_checkpoint(walk: Walk, job: Job, batches: list[Batch]) -> Checkpoint | 
         msg = f"process {walk.processes.rank} differs from process 0 in {'; '.join(other)}; give all the same"
         raise ValueError(msg)
 
-    def make() -> Checkpoint:
-        rank = walk.processes.rank
-        if where is not None and where is not True:
-            return Checkpoint(where, made, rank)
-        directory = directory_for(walk.model, made)
-        if rank == 0:
-            remove_abandoned(directory.parent, but=directory)
-        return Checkpoint(directory, made, rank)
+    with ExitStack() as stack:
 
-    return walk.processes.one_by_one(make)
+        def make() -> Checkpoint:
+            directory = where
+            if directory is None or directory is True:
+                directory = directory_for(walk.model, made)
+                if walk.processes.rank == 0:
+                    remove_abandoned(directory.parent, but=directory)
+            store = Checkpoint(directory, made, walk.processes.rank)
+            stack.callback(store.close)  # also where another process fails at this
+            return store
+
+        yield walk.processes.one_by_one(make)
 
 
 def go_on(walk: Walk, store: Checkpoint) -> int:
