@@ -214,7 +214,7 @@ class Walk:
             self.placing.todo,
             self.method_of,
             self.batches[0],
-            self.streams.folded.stubs(0),
+            self.streams.folded,
             self._known,
             self.processes,
         )

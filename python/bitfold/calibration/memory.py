@@ -110,6 +110,13 @@ def clip_bytes(shape: tuple[int, int]) -> int:
     return 4 * 7 * rows * columns
 
 
+def trial_bytes(block: int, activations: int) -> int:
+    """Looking for the folds of a block: two copies of it, and what it makes of the probe, in and out of each
+    module, before and after.
+    """
+    return 2 * block + 4 * activations
+
+
 def training_bytes(weights: int) -> int:
     """State of `learned`: rank, zero point, start, offset, its gradient and the best one of each weight, and
     about as much that is kept for the gradient.

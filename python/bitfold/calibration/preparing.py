@@ -16,6 +16,7 @@ from bitfold.calibration.distributed import Processes
 from bitfold.calibration.replay import Stop, run
 from bitfold.calibration.sets import MatrixSet
 from bitfold.calibration.statistics import InputStatistics
+from bitfold.calibration.streams import Stream
 from bitfold.choosing import Fold
 from bitfold.methods import BlockView, Statistics
 from bitfold.outputs import Batch
@@ -56,7 +57,7 @@ def prepare(
     folds: Mapping[str, Fold],
     method_of: Mapping[str, str],
     batch: Batch,
-    stubs: Mapping[str, Callable[[], Any]],
+    stream: Stream,
     known: list[Any],
     processes: Processes,
 ) -> Prepared:
@@ -69,8 +70,8 @@ def prepare(
         gather: statistics of the groups of a set, of all data.
         folds: by name of the matrix.
         method_of: by name of the matrix.
-        batch: what to run the model on, up to the block.
-        stubs: of the blocks before it.
+        batch: the first one, on which the model runs up to the block.
+        stream: what the folded model feeds.
         known: kept from block to block.
         processes: whose weights are to be the same afterwards.
 
@@ -84,7 +85,7 @@ def prepare(
     module = model.get_submodule(block)
     view = BlockView(
         block=module,
-        inputs=_inputs_of(model, block, batch, stubs),
+        inputs=_inputs_of(model, block, batch, stream.stubs(0)),
         formats={n.removeprefix(prefix): folds[n].format for n in names if method_of[n] in wanted},
         statistics=_statistics(sets, gather, prefix),
         shared=_used_elsewhere(model, prefix),
@@ -136,17 +137,25 @@ def _inputs_of(
         raise Stop
 
     run(model, batch, stubs=stubs, before={block: look})
-    tensors = batch.tensors()
-    if not tensors or tensors[0].ndim < 2:
-        return seen
-    rows, tokens = tensors[0].shape[:2]
-    few = max(1, _PROBE_TOKENS // max(tokens, 1))
+    rows, few = probe_rows(batch)
 
     def fewer(leaf: Any) -> Any:
         cut = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
-        return leaf[:few] if cut else leaf
+        return leaf[:few].clone() if cut and few < rows else leaf  # a view would keep all
 
     return [(args, dict(kwargs)) for args, kwargs in pytree.tree_map(fewer, seen)]
+
+
+def probe_rows(batch: Batch) -> tuple[int, int]:
+    """Sequences in the batch, and how many of them a preparation tries things on."""
+    tensors = batch.tensors()
+    if not tensors or not tensors[0].ndim:
+        return 1, 1
+    first = tensors[0]
+    rows = first.shape[0]
+    # Of floats [rows, features] each row is a token.
+    tokens = 1 if first.ndim == 1 or (first.ndim == 2 and first.is_floating_point()) else first.shape[1]
+    return rows, min(rows, max(1, _PROBE_TOKENS // max(tokens, 1)))
 
 
 def _used_elsewhere(model: nn.Module, prefix: str) -> set[int]:

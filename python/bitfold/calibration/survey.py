@@ -13,6 +13,7 @@ from bitfold import methods
 from bitfold.calibration import memory
 from bitfold.calibration.blocks import Layout, Stage, arrange, find_layout
 from bitfold.calibration.distributed import Processes
+from bitfold.calibration.preparing import probe_rows
 from bitfold.calibration.replay import run
 from bitfold.calibration.sets import MatrixSet, find_sets
 from bitfold.calibration.settings import Settings
@@ -113,7 +114,12 @@ def predict_memory(
         if names and kind not in known:
             known[kind] = _sets(model, stage, batch, names, settings)
         held = sum(streams.values()) * (2 if cross else 1)
+        block = found.made.get(stage.block or "", 0)
         copies = _copies(model, found, stage, [method_of[name] for name in names])
+        if copies:
+            rows, few = probe_rows(batch)
+            work = memory.trial_bytes(copies, block * few // rows)
+            moments.append(memory.Prediction(held, 0, work, packed, freed, copies))
         before = 0  # Hessians of the set before, which are still there while a block is prepared
         for groups in known[kind] if names else []:
             members = [i for group in groups for i in group]
@@ -132,7 +138,7 @@ def predict_memory(
         if any(methods.refinement(method_of[name]) for name in names) and stage.block is not None:
             outputs = found.outputs.get(stage.block, 0)
             weights = sum(rows * columns for rows, columns in shapes)
-            work = memory.training_bytes(weights) + found.made.get(stage.block, 0)
+            work = memory.training_bytes(weights) + block
             moments.append(memory.Prediction(max(held, outputs), 0, work, packed, freed, outputs))
         tensors = [todo[name].owner.module.weight for name in names]  # kept until the stage is done
         freed += sum(weight.numel() * weight.itemsize for weight in tensors)

@@ -70,10 +70,10 @@ rank = torch.distributed.get_rank()
 def broken(*args, **kwargs):
     raise OSError("broken on purpose")
 
-def attempt(owner=None, name=None, **arguments):
+def attempt(owner=None, name=None, at=1, **arguments):
     model = networks.make("perceptron")
     kept = None if owner is None else getattr(owner, name)
-    if rank == 1 and owner is not None:
+    if rank == at and owner is not None:
         setattr(owner, name, broken)
     try:
         networks.quantize(model, "perceptron", checkpoint=directory + "/state", **arguments)
@@ -92,7 +92,7 @@ told = {{
     "memory": attempt(driver.memory, "check"),
     "directory": attempt(resuming, "Checkpoint"),
     "gather": attempt(driver, "gather"),
-    "solve": attempt(methods, "fold_weight"),
+    "solve": attempt(methods, "fold_weight", at=0),  # who solves the only matrix of a set
     "disk": attempt(resuming.Checkpoint, "save_streams"),
 }}
 well = attempt()
@@ -173,7 +173,9 @@ def test_an_error_in_one_process_ends_all_and_they_say_whose(tmp_path):
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in said)
     assert second.pop("data").startswith("ValueError: calibration item 0: expected a text")
     assert second.pop("other data").startswith("ValueError: process 1 differs from process 0 in the calibr")
+    assert second.pop("solve").endswith("elsewhere: process 0: OSError: broken on purpose")
     assert set(second.values()) == {"OSError: broken on purpose"}
+    assert first.pop("solve") == "OSError: broken on purpose"
     for what, text in first.items():
         assert text.startswith("RuntimeError: calibration stopped because of an error elsewhere: process 1: ")
         assert second.get(what, "ValueError: ") in text, what
