@@ -8,18 +8,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bitfold.errors import ActivationError
 
 __all__ = [
     "Batch",
     "check_rows",
+    "device_of",
     "final_output",
     "final_rows",
     "kl_divergence",
     "only_tensor",
     "read_batches",
+    "row_mask",
 ]
+
+
+MASKS = ("attention_mask", "decoder_attention_mask")
 
 
 @dataclass(frozen=True)
@@ -29,35 +35,62 @@ class Batch:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, model: nn.Module) -> Any:
-        """Call `model`, without gradients, on the device of its first tensor."""
-        tensors = [*model.parameters(), *model.buffers()]
-        device = tensors[0].device if tensors else torch.device("cpu")
-
-        def move(value: Any) -> Any:
-            return value.to(device) if isinstance(value, Tensor) else value
-
-        with torch.no_grad():
-            return model(*map(move, self.args), **{key: move(value) for key, value in self.kwargs.items()})
-
     @property
     def masks(self) -> list[Tensor]:
-        """Masks of real tokens `[batch, length]`, those of a decoder first."""
-        names = ("decoder_attention_mask", "attention_mask")
-        found = [self.kwargs[name] for name in names if isinstance(self.kwargs.get(name), Tensor)]
+        """Bool `[rows, tokens]` each, False for padding: the attention masks among the arguments."""
+        found = [self.kwargs[name] for name in MASKS if isinstance(self.kwargs.get(name), Tensor)]
         return [mask.bool() for mask in found if mask.ndim == 2]
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors, in a fixed order."""
+        leaves = pytree.tree_leaves((self.args, sorted(self.kwargs.items())))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device."""
+        move = lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        args, kwargs = pytree.tree_map(move, (self.args, self.kwargs))
+        return Batch(args, kwargs)
+
+    @torch.no_grad()
+    def run(self, model: nn.Module) -> Any:
+        """Call `model`, without gradients, on its own device."""
+        here = self.to(device_of(model))
+        return model(*here.args, **here.kwargs)
 
     def rows(self, tensor: Tensor) -> Tensor:
         """`tensor` `[..., features]` as `[rows, features]` float32, without the rows of padding tokens."""
         if tensor.ndim == 0:
             return tensor.reshape(1, 1).float()
         flat = tensor.detach().reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.detach()[None]
-        for mask in self.masks:
-            # linear layers of some models see [batch * length, features]
-            if tuple(tensor.shape[:-1]) in (tuple(mask.shape), (mask.numel(),)):
-                flat = flat[mask.reshape(-1).to(flat.device)]
-                break
-        return flat.float()
+        mask = row_mask(tensor, self.masks)
+        return (flat if mask is None else flat[mask.to(flat.device)]).float()
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model is, by its first parameter or buffer."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        return tensor.device
+    return torch.device("cpu")
+
+
+def row_mask(x: Tensor, masks: list[Tensor]) -> Tensor | None:
+    """The mask over the rows of x `[..., n]`, by shape; None where no mask fits.
+
+    Args:
+        x: `[rows, tokens, n]`, `[tokens, rows, n]` or `[rows * tokens, n]`.
+        masks: bool `[rows, tokens]` each; of several that fit, a token counts if all say so.
+    """
+    found: Tensor | None = None
+    for mask in masks:
+        fitting: Tensor | None = None
+        if tuple(x.shape[:-1]) == tuple(mask.shape) or (x.ndim == 2 and x.shape[0] == mask.numel()):
+            fitting = mask.reshape(-1)
+        elif x.ndim == 3 and tuple(x.shape[:2]) == (mask.shape[1], mask.shape[0]):
+            fitting = mask.t().reshape(-1)
+        if fitting is not None:
+            found = fitting if found is None else found & fitting
+    return found
 
 
 def read_batches(batches: Any, where: str) -> Iterator[Batch]:
@@ -79,8 +112,8 @@ def read_batches(batches: Any, where: str) -> Iterator[Batch]:
             yield Batch(args=(batch,))
         elif isinstance(batch, tuple):
             yield Batch(args=batch)
-        elif hasattr(batch, "args") and hasattr(batch, "kwargs"):  # one of bitfold.calibration
-            yield Batch(tuple(batch.args), dict(batch.kwargs))
+        elif isinstance(batch, Batch):
+            yield batch
         else:
             msg = (
                 f"{where}: batch {count} is a {type(batch).__name__}, expected a dict of forward arguments, "

@@ -192,29 +192,28 @@ def _calibrate(
     log: str | os.PathLike[str] | None,
     progress: bool,
 ) -> None:
-    from bitfold.calibration.batches import as_batches
-    from bitfold.calibration.driver import calibrate
+    from bitfold.calibration.driver import Job, calibrate
     from bitfold.calibration.settings import Settings
 
-    settings = settings or Settings()
     if any(parameter.is_meta for parameter in model.parameters()):
         msg = "quantize(): a model on the meta device has no values to calibrate; load it first"
         raise ValueError(msg)
-    batches = as_batches(calibration, model, tokenizer, settings)
     bar = _bar(sum(not fold.done for fold in [*folds, *data_free])) if progress else None
     try:
-        calibrate(
+        job = Job(
             model,
             folds,
             data_free,
             method_of,
-            batches,
-            options=options or {},
-            settings=settings,
-            checkpoint=checkpoint,
-            log=log,
-            bar=bar,
+            calibration,
+            tokenizer,
+            options or {},
+            settings or Settings(),
+            checkpoint,
+            log,
+            bar,
         )
+        calibrate(job)
     finally:
         if bar is not None:
             bar.close()

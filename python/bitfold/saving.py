@@ -28,16 +28,16 @@ METADATA_KEY = "bitfold"
 def save(model: nn.Module, file: str | PathLike[str]) -> None:
     """Write the whole state of `model` to one safetensors file, atomically.
 
-    The file holds the packed bytes as they are in RAM. A process killed in the middle leaves a previous
-    file untouched. For transformers models use `model.save_pretrained` instead.
+    The file holds the packed bytes as they are in RAM; the same model gives the same file, byte for byte. A
+    process killed in the middle leaves a previous file untouched. For transformers models use
+    `model.save_pretrained` instead.
 
     Example:
         >>> bitfold.save(model, "model.safetensors")  # doctest: +SKIP
         >>> bitfold.load_into(MyModel(), "model.safetensors")  # doctest: +SKIP
     """
-    from safetensors.torch import save_file
-
     from bitfold.io.atomic import atomic_file
+    from bitfold.io.safetensors_writer import SafetensorsWriter, TensorSpec
 
     stored: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
@@ -54,13 +54,15 @@ def save(model: nn.Module, file: str | PathLike[str]) -> None:
             aliases[name] = first[key]
         else:
             first[key] = name
-            stored[name] = _own_memory(tensor)
+            stored[name] = tensor
     description = manifests.describe(model)
     if aliases:
         description["aliases"] = aliases
     metadata = {"format": "pt", METADATA_KEY: json.dumps(description)}
-    with atomic_file(Path(file)) as temporary:
-        save_file(stored, temporary, metadata=metadata)
+    specs = {name: TensorSpec.of(tensor) for name, tensor in stored.items()}
+    with atomic_file(Path(file)) as temporary, SafetensorsWriter(temporary, specs, metadata) as writer:
+        for name, tensor in stored.items():
+            writer.write(name, tensor)
 
 
 def load_into(model: nn.Module, file: str | PathLike[str]) -> nn.Module:
@@ -117,13 +119,6 @@ def read_manifest(metadata: Mapping[str, str] | None, path: Path) -> dict[str, A
         raise PackedDataError(msg) from error
     manifests.check(description)
     return description
-
-
-def _own_memory(tensor: Tensor) -> Tensor:
-    """`tensor` as safetensors takes it: contiguous, and not a part of larger memory that others share."""
-    tensor = tensor.detach().contiguous()
-    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
-    return tensor if whole else tensor.clone()
 
 
 def _aliases(description: Mapping[str, Any], names: set[str], path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ import bitfold
 from bitfold import Format, Plan
 from bitfold.errors import ActivationError, BitfoldError, BudgetError, CoverageError, FormatError
 from bitfold.io.shards import Checkpoint
+from bitfold.outputs import Batch
 from bitfold.planning.candidates import LADDER
 from bitfold.planning.knapsack import solve
 
@@ -310,7 +311,7 @@ def test_infeasible_budget_names_the_smallest_and_what_takes_it():
         ({"target_ratio": 4.0, "formats": ["nf9"]}, "nf9"),
         ({"target_ratio": 4.0, "sensitivity": "guess"}, "'guess'"),
         ({"target_ratio": 4.0, "sensitivity": "kl"}, "calibration"),
-        ({"target_ratio": 4.0, "calibration": []}, "no batches"),
+        ({"target_ratio": 4.0, "calibration": []}, "the data is empty"),
         ({"target_ratio": 4.0, "skip": ["no.such"]}, "no.such"),
     ],
 )
@@ -319,11 +320,25 @@ def test_bad_arguments(arguments, words):
         bitfold.plan(Toy(), progress=False, **arguments)
 
 
+def test_texts_are_read_as_quantize_reads_them():
+    model, texts = Toy(), ["a bc def", "ghij", "klmno pq", "r"]
+    encode = lambda text: [ord(letter) % 100 for letter in text]  # noqa: E731
+
+    def losses(calibration, **others):
+        arguments = {"sensitivity": "output", "progress": False, **others}
+        return bitfold.plan(model, 5.0, calibration=calibration, **arguments).losses
+
+    of_texts = losses(texts, tokenizer=encode)
+    assert of_texts == losses([encode(text) for text in texts])
+    settings = bitfold.calibration.Settings(sequence_length=3)
+    assert of_texts != losses(texts, tokenizer=encode, settings=settings)
+
+
 def test_wrong_calibration_and_coverage():
-    with pytest.raises(TypeError, match="dicts of forward arguments"):
+    with pytest.raises(ValueError, match="does not say where its tokenizer is"):
         bitfold.plan(Toy(), 4.0, calibration="text", progress=False)
-    with pytest.raises(TypeError, match="batch 1 is a str"):
-        bitfold.plan(Toy(), 4.0, calibration=["text"], progress=False)
+    with pytest.raises(ValueError, match=r"item 1: expected a text, token ids, .* got NoneType"):
+        bitfold.plan(Toy(), 4.0, calibration=[[1, 2], None], progress=False)
     with pytest.raises(CoverageError):
         bitfold.plan(nn.Sequential(nn.Linear(64, 64), nn.Conv1d(64, 64, 3)), 4.0, progress=False)
     with pytest.raises(ValueError, match="no matrix to fold"):
@@ -431,7 +446,7 @@ def test_auto_takes_what_there_is():
     from bitfold.planning.sensitivity import choose_measure
 
     groups = [budget.Group("a", [0], [Format("nf4"), Format("int8-row")])]
-    many = list(budget.read_batches([torch.zeros(1000, 1000, dtype=torch.int64)], "here"))
+    many = [Batch(args=(torch.zeros(1000, 1000, dtype=torch.int64),))]
     assert choose_measure(model, groups, many) == "output"
 
 

@@ -4,43 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from bitfold.calibration.settings import Settings
-
-MASKS = ("attention_mask", "decoder_attention_mask")
-
-
-@dataclass
-class Batch:
-    """Arguments of one forward pass, and which of its tokens count.
-
-    Args:
-        args, kwargs: what the model is called with.
-        masks: bool `[rows, tokens]` each, False for padding; of several that fit an activation, a token
-            counts if all say so.
-    """
-
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    masks: list[Tensor] = field(default_factory=list)
-
-    def to(self, device: torch.device) -> Batch:
-        """The same on another device."""
-        move = lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        args, kwargs, masks = pytree.tree_map(move, (self.args, self.kwargs, self.masks))
-        return Batch(args, kwargs, masks)
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors, in a fixed order."""
-        leaves = pytree.tree_leaves((self.args, sorted(self.kwargs.items()), self.masks))
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+from bitfold.outputs import Batch
 
 
 def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Settings) -> list[Batch]:
@@ -50,7 +21,7 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
         calibration: an iterable (a generator, a list, a DataLoader) of texts, or of dicts with a `"text"`;
             of sequences of token ids (lists or 1-D tensors); of batches of ids (2-D tensors); of dicts of
             the model's arguments, one sequence or a batch each; of float tensors or tuples, for models
-            that take those.
+            that take those; of Batches.
         model: the float model.
         tokenizer: for texts: a transformers tokenizer, its name, any callable that turns a text into ids,
             or None for the one that came with the model.
@@ -89,6 +60,8 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
 
 def _one(item: Any, encode: _Encoder, model: nn.Module, where: str) -> Batch | list[int]:
     """One item: a batch, or a sequence of ids that is batched with others later."""
+    if isinstance(item, Batch):
+        return Batch(item.args, dict(item.kwargs))
     if isinstance(item, str):
         return encode(item)
     if isinstance(item, Mapping):
@@ -119,8 +92,7 @@ def _from_mapping(item: Mapping[str, Any], where: str) -> Batch | list[int]:
         if set(kwargs) <= {"input_ids", "attention_mask"} and (mask is None or bool(mask.all())):
             return [int(token) for token in ids]
         kwargs = {k: v.unsqueeze(0) if isinstance(v, Tensor) and v.ndim else v for k, v in kwargs.items()}
-    masks = [kwargs[name].bool() for name in MASKS if getattr(kwargs.get(name), "ndim", 0) == 2]
-    return Batch(kwargs=kwargs, masks=masks)
+    return Batch(kwargs=kwargs)
 
 
 def _as_tensor(value: Any, where: str) -> Any:
@@ -166,7 +138,7 @@ def _of_ids(ids: Tensor, mask: Tensor | None, model: nn.Module) -> Batch:
         return Batch(args=(ids,))
     if mask is None or not _takes(model, "attention_mask"):
         return Batch(kwargs={"input_ids": ids})
-    return Batch(kwargs={"input_ids": ids, "attention_mask": mask}, masks=[mask.bool()])
+    return Batch(kwargs={"input_ids": ids, "attention_mask": mask})
 
 
 def _takes(model: nn.Module, argument: str) -> bool:
@@ -212,7 +184,6 @@ def _complete_decoder(batch: Batch, model: nn.Module) -> None:
     mask = batch.kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and _takes(model, "decoder_attention_mask"):
         batch.kwargs["decoder_attention_mask"] = mask.clone()
-        batch.masks.append(mask.bool())
 
 
 class _Encoder:

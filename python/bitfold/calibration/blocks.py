@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bitfold.calibration.batches import Batch
 from bitfold.calibration.replay import Stop, run, stop_after, tensor_map
+from bitfold.outputs import Batch
 
 
 @dataclass(frozen=True)

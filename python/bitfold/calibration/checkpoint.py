@@ -13,61 +13,35 @@ seeds its own.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import shutil
-import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bitfold.calibration.fingerprint import differences, key
+from bitfold.calibration.fingerprint import differences
 from bitfold.calibration.streams import Stream
 from bitfold.errors import BitfoldError, PackedDataError
 from bitfold.io.atomic import atomic_file
+from bitfold.io.locking import DirectoryLock, HeldError
 from bitfold.io.safetensors_file import SafetensorsFile
 from bitfold.io.safetensors_writer import SafetensorsWriter, TensorSpec
 from bitfold.methods import Solution
+
+MARK = "fingerprint.json"  # the file by which a directory is known as a checkpoint
 
 
 class CheckpointError(BitfoldError, RuntimeError):
     """A checkpoint of another run, or a damaged one."""
 
 
-def default_directory(fingerprint: dict[str, Any]) -> Path:
-    """`$XDG_CACHE_HOME/bitfold/calibration/<key>`, `~/.cache` where the variable is not set.
-
-    The key is that of the whole fingerprint, so another model, other data or another plan get another
-    directory.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "bitfold" / "calibration" / key(fingerprint)
-
-
-# Where the runs of this process over a model keep their state: an interrupted one has changed the model, so
-# its directory would not be found by the fingerprint.
-_OF_MODEL: weakref.WeakKeyDictionary[nn.Module, Path] = weakref.WeakKeyDictionary()
-
-
-def directory_for(model: nn.Module, fingerprint: dict[str, Any]) -> Path:
-    """The default directory, or that of an interrupted run of this process over the same model and data."""
-    earlier = _OF_MODEL.get(model)
-    if earlier is not None:
-        with contextlib.suppress(OSError, ValueError):
-            stored = json.loads((earlier / "fingerprint.json").read_text())
-            if not differences(stored, fingerprint):
-                return earlier
-    _OF_MODEL[model] = default_directory(fingerprint)
-    return _OF_MODEL[model]
-
-
 class Checkpoint:
-    """The checkpoint directory of one run.
+    """The checkpoint directory of one run, which holds it until `close`.
 
     Args:
         directory: made if it is not there.
@@ -76,14 +50,31 @@ class Checkpoint:
 
     Raises:
         CheckpointError: the directory holds another run (the message says what differs), or files that are
-            none of ours.
+            none of ours, or another process works in it.
     """
 
     def __init__(self, directory: str | os.PathLike[str], fingerprint: dict[str, Any], rank: int = 0) -> None:
         self.path = Path(directory)
         self._rank = rank
         self.path.mkdir(parents=True, exist_ok=True)
-        mark = self.path / "fingerprint.json"
+        self._lock: DirectoryLock | None = None
+        try:
+            if rank == 0:
+                self._lock = DirectoryLock(self.path)
+            self._check(fingerprint)
+        except HeldError as error:
+            msg = (
+                f"{self.path}: process {error.pid} is at work on this checkpoint; wait for its end, or give "
+                f"another checkpoint=… (if it is no run of bitfold, delete {error.file})"
+            )
+            raise CheckpointError(msg) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def _check(self, fingerprint: dict[str, Any]) -> None:
+        """Whether the directory is of this run; make it so if it is empty."""
+        rank, mark = self._rank, self.path / MARK
         if not mark.exists():
             if rank == 0 and any(not file.name.startswith(".") for file in self.path.iterdir()):
                 msg = (
@@ -106,6 +97,12 @@ class Checkpoint:
                 "Undo the change to go on with it, delete it to start anew, or give another checkpoint=…"
             )
             raise CheckpointError(msg)
+
+    def close(self) -> None:
+        """Let others work in the directory."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def finished(self) -> int:
         """How many stages are there, counted from the first."""
@@ -192,25 +189,36 @@ class Checkpoint:
 
     def load_streams(self, number: int, streams: dict[str, Stream]) -> bool:
         """Fill `streams`; False where they are not there or not readable."""
-        filled: dict[str, dict[str, list[Any]]] = {kind: {} for kind in streams}
+        filled: dict[str, dict[str, dict[int, Any]]] = {kind: {} for kind in streams}
         try:
             with SafetensorsFile(self._stream(number)) as file:
-                for path, text in file.metadata.items():
-                    kind, block, _ = path.split(":")
+                for path, text in file.metadata.items():  # in any order
+                    kind, _, place = path.partition(":")
+                    block, _, batch = place.rpartition(":")
                     spec, plain = json.loads(text)
                     leaves = [
                         file.read(f"{path}:{i}") if leaf == "tensor" else leaf[0]
                         for i, leaf in enumerate(plain)
                     ]
                     tree = pytree.tree_unflatten(leaves, pytree.treespec_loads(spec))
-                    filled[kind].setdefault(block, []).append(tree)
+                    filled[kind].setdefault(block, {})[int(batch)] = tree
         except (OSError, PackedDataError, KeyError, ValueError):
             return False
         for kind, stream in streams.items():
-            if any(len(outputs) != stream.count for outputs in filled[kind].values()):
+            if any(sorted(outputs) != list(range(stream.count)) for outputs in filled[kind].values()):
                 return False
-            stream.outputs = filled[kind]
+        for kind, stream in streams.items():
+            stream.outputs = {
+                block: [outputs[batch] for batch in range(stream.count)]
+                for block, outputs in filled[kind].items()
+            }
         return True
+
+    def start_over(self) -> None:
+        """Delete all stages, the last first, so that those that are left are always whole."""
+        for number in reversed(range(self.finished())):
+            self._stage(number).unlink()
+            self.forget_streams(number)
 
     def forget_streams(self, number: int) -> None:
         """Delete the streams of stage `number`, which a later one has replaced."""

@@ -7,17 +7,18 @@ and every one of them calls `bitfold.quantize` with the same model and the same 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bitfold.calibration.batches import Batch
 from bitfold.calibration.statistics import InputStatistics
 from bitfold.formats import Format
 from bitfold.methods import Solution
+from bitfold.outputs import Batch
 
 T = TypeVar("T")
 
@@ -32,6 +33,7 @@ class Processes:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._made = False
+        self._parted = False  # no exchange is possible any more
         if dist.is_available() and not dist.is_initialized() and _started_by_torchrun():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
             self._made = True
@@ -39,11 +41,49 @@ class Processes:
         self.rank = dist.get_rank() if together else 0
         self.size = dist.get_world_size() if together else 1
 
-    def close(self) -> None:
-        """Leave the group, where it was made here."""
-        if self._made:
-            dist.destroy_process_group()
-            self._made = False
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around all that the processes do: where one raises, all do, and say which one and why.
+
+        Before each exchange all tell each other whether they are well. One that has raised takes part in the
+        next such round, whatever the others meant to exchange, and leaves; so do they. (A process that is
+        killed or interrupted takes part in nothing: whoever started it has to end the others.)
+        """
+        try:
+            yield
+            with self._meeting():
+                pass  # whoever is through waits for those that are not
+        except Exception as error:
+            if self.size > 1 and not self._parted:
+                self._meet(error)
+            raise
+        finally:
+            if self._made:
+                dist.destroy_process_group()
+                self._made = False
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        """Around every exchange."""
+        if self.size > 1:
+            self._meet(None)
+            self._parted = True  # if the exchange itself fails, the others cannot be told
+        yield
+        self._parted = False
+
+    def _meet(self, error: Exception | None) -> None:
+        self._parted = True
+        failed = torch.tensor([int(error is not None)], device=self._wire())
+        dist.all_reduce(failed)
+        if not failed:
+            self._parted = False
+            return
+        told: list[str | None] = [None] * self.size
+        dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+        if error is None:
+            whose = "; ".join(f"process {rank}: {text}" for rank, text in enumerate(told) if text is not None)
+            msg = f"calibration stopped because of an error elsewhere: {whose}"
+            raise RuntimeError(msg)
 
     def share(self, batches: list[Batch]) -> list[Batch]:
         """The batches of this rank."""
@@ -60,7 +100,8 @@ class Processes:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=self._wire())
+        with self._meeting():
+            dist.broadcast_object_list(box, src=0, device=self._wire())
         return box[0]
 
     def everywhere(self, value: bool) -> bool:
@@ -68,7 +109,8 @@ class Processes:
         if self.size == 1:
             return value
         flag = torch.tensor([int(value)], device=self._wire())
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        with self._meeting():
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag.item())
 
     def one_by_one(self, make: Callable[[], T]) -> T:
@@ -85,22 +127,26 @@ class Processes:
         """Make the statistics of each rank's share those of all data, in place."""
         if self.size == 1:
             return
-        for part in gathered:
-            counts = torch.tensor(
-                [part.tokens, part.dropped, int(part.unmasked), int(part.cross is None)], device=self._wire()
-            )
-            dist.all_reduce(counts)
-            total, part.dropped = int(counts[0]), int(counts[1])
-            part.unmasked = bool(counts[2])
-            if counts[3]:
-                part.cross = None
-            cross = () if part.cross is None else (part.cross, part.mean_float)
-            for tensor in (part.hessian, part.mean, part.mean_abs, *cross):
-                tensor.mul_(part.tokens / max(total, 1))
-                dist.all_reduce(tensor)
-            part.tokens = total
-            if part.sample_rows:
-                self._join_samples(part)
+        with self._meeting():
+            for part in gathered:
+                self._reduce(part)
+
+    def _reduce(self, part: InputStatistics) -> None:
+        counts = torch.tensor(
+            [part.tokens, part.dropped, int(part.unmasked), int(part.cross is None)], device=self._wire()
+        )
+        dist.all_reduce(counts)
+        total, part.dropped = int(counts[0]), int(counts[1])
+        part.unmasked = bool(counts[2])
+        if counts[3]:
+            part.cross = None
+        cross = () if part.cross is None else (part.cross, part.mean_float)
+        for tensor in (part.hessian, part.mean, part.mean_abs, *cross):
+            tensor.mul_(part.tokens / max(total, 1))
+            dist.all_reduce(tensor)
+        part.tokens = total
+        if part.sample_rows:
+            self._join_samples(part)
 
     def _join_samples(self, part: InputStatistics) -> None:
         boxes: list[Any] = [None] * self.size
@@ -125,22 +171,12 @@ class Processes:
         for number in sorted(range(len(jobs)), key=lambda n: -jobs[n][2]):
             owners[number] = load.index(min(load))
             load[owners[number]] += jobs[number][2]
-        mine: dict[int, Solution] = {}
-        failure: Exception | None = None
-        try:
-            for number, owner in enumerate(owners):
-                if owner == self.rank:
-                    mine[number] = solve(number)
-        except Exception as error:
-            failure = error
-        if not self.everywhere(failure is None):
-            if failure is not None:
-                raise failure
-            msg = "calibration: another process failed; its own message says why"
-            raise RuntimeError(msg)
-        return [
-            self._spread(mine.get(number), owner, *jobs[number][:2]) for number, owner in enumerate(owners)
-        ]
+        mine = {number: solve(number) for number, owner in enumerate(owners) if owner == self.rank}
+        with self._meeting():
+            return [
+                self._spread(mine.get(number), owner, *jobs[number][:2])
+                for number, owner in enumerate(owners)
+            ]
 
     def _spread(self, solution: Solution | None, owner: int, fmt: Format, shape: tuple[int, int]) -> Solution:
         box: list[Any] = [None if solution is None else (solution.report, solution.bias_shift is not None)]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold.calibration.batches import Batch
 from bitfold.nn import PackedModule, TiedEmbedding, TiedHead
+from bitfold.outputs import Batch
 
 _WORDS = {
     "model": "the model",

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold.calibration.batches import Batch
-from bitfold.calibration.replay import Stop, device_of, run
+from bitfold.calibration.replay import Stop, run
 from bitfold.calibration.sets import MatrixSet
 from bitfold.calibration.settings import Settings
-from bitfold.calibration.statistics import InputStatistics, row_mask
+from bitfold.calibration.statistics import InputStatistics
 from bitfold.calibration.streams import Stream
+from bitfold.outputs import Batch, device_of, row_mask
 
 FloatView = Callable[[], contextlib.AbstractContextManager[None]]
 

@@ -8,16 +8,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bitfold.nn._places import Places
 
 
-class FloatView:
-    """The float modules of the stage in work (and those folded without data), to be put back for a moment."""
+class Originals:
+    """The stage in work as it was, and modules folded without data: to be run for a moment, or put back.
+
+    What is half folded, or prepared and not folded, cannot be gone on with, so it is put back as a whole.
+    """
 
     def __init__(self) -> None:
         self._swapped: list[tuple[nn.Module, str, nn.Module, nn.Module]] = []
+        self._values: list[tuple[nn.Parameter, Tensor]] = []
         self._kept = 0
 
     def remember(self, places: Places, swaps: Mapping[nn.Module, nn.Module]) -> None:
@@ -25,18 +29,26 @@ class FloatView:
         for old, new in swaps.items():
             self._swapped += [(parent, attribute, old, new) for parent, attribute in places.of(old)]
 
+    def keep_values(self, block: nn.Module) -> None:
+        """Copy the parameters of `block`, which is about to be prepared."""
+        self._values = [(parameter, parameter.detach().clone()) for parameter in block.parameters()]
+
     def keep(self) -> None:
-        """Never forget those that are there by now: every pass runs through them."""
+        """Never forget the modules that are there by now: every pass runs through them."""
         self._kept = len(self._swapped)
 
     def forget(self) -> None:
         """Release all others."""
         del self._swapped[self._kept :]
+        self._values = []
 
+    @torch.no_grad()
     def restore(self) -> None:
-        """Put all that are remembered back for good."""
+        """Put all that is remembered back for good."""
         for parent, attribute, old, _ in self._swapped:
             parent._modules[attribute] = old
+        for parameter, value in self._values:
+            parameter.copy_(value)
 
     @contextlib.contextmanager
     def view(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.made = 0  # bytes of all tensors made, alive or not
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -45,6 +46,7 @@ class LiveBytes(TorchDispatchMode):
         number, nbytes = storage._cdata, storage.nbytes()
         self._known.add(number)
         self.live += nbytes
+        self.made += nbytes
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._forget, number, nbytes)
 
@@ -67,6 +69,7 @@ class Prediction:
         work: tensors of one forward pass, or the workspace of the solver.
         packed: matrices folded by then.
         freed: float matrices released by then.
+        block: what a method holds of the block: a copy to undo its scales, inputs that it is trained on.
     """
 
     streams: int = 0
@@ -74,17 +77,19 @@ class Prediction:
     work: int = 0
     packed: int = 0
     freed: int = 0
+    block: int = 0
 
     @property
     def peak(self) -> int:
         """The sum."""
-        return self.streams + self.hessians + self.work + self.packed - self.freed
+        return self.streams + self.hessians + self.work + self.packed - self.freed + self.block
 
     def __str__(self) -> str:
         parts = [
             f"{_mib(self.streams)} outputs of blocks",
             f"{_mib(self.hessians)} Hessians",
             f"{_mib(self.work)} for one pass or one matrix",
+            *([f"{_mib(self.block)} copies of a block or of its inputs"] if self.block else []),
             f"{_mib(self.packed - self.freed)} packed matrices less released ones",
         ]
         return f"{_mib(self.peak)} ({', '.join(parts)})"
@@ -99,9 +104,29 @@ def solver_bytes(shape: tuple[int, int], cross: bool) -> int:
     return 4 * ((3 + 2 * more) * columns * columns + (3 + more) * rows * columns)
 
 
-def hessian_bytes(size: int, cross: bool) -> int:
+def clip_bytes(shape: tuple[int, int]) -> int:
+    """Workspace of AWQ's clip search: the weight cut off, decoded, its error, and that in tiles, twice."""
+    rows, columns = shape
+    return 4 * 7 * rows * columns
+
+
+def trial_bytes(block: int, activations: int) -> int:
+    """Looking for the folds of a block: two copies of it, and what it makes of the probe, in and out of each
+    module, before and after.
+    """
+    return 2 * block + 4 * activations
+
+
+def training_bytes(weights: int) -> int:
+    """State of `learned`: rank, zero point, start, offset, its gradient and the best one of each weight, and
+    about as much that is kept for the gradient.
+    """
+    return 4 * 12 * weights
+
+
+def hessian_bytes(size: int, cross: bool, sample_rows: int = 0) -> int:
     """Statistics of one input of `size` columns."""
-    return 4 * (size * size * (2 if cross else 1) + 2 * size)
+    return 4 * (size * size * (2 if cross else 1) + (2 + sample_rows) * size)
 
 
 def check(prediction: Prediction, limit: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bitfold import methods
-from bitfold.calibration.batches import Batch
 from bitfold.calibration.distributed import Processes
 from bitfold.calibration.replay import Stop, run
 from bitfold.calibration.sets import MatrixSet
 from bitfold.calibration.statistics import InputStatistics
+from bitfold.calibration.streams import Stream
 from bitfold.choosing import Fold
 from bitfold.methods import BlockView, Statistics
-from bitfold.nn._places import Places
+from bitfold.outputs import Batch
 
 _PROBE_TOKENS = 512  # of the call that a preparation may try things on
 
@@ -28,29 +29,24 @@ _PROBE_TOKENS = 512  # of the call that a preparation may try things on
 CHANGED: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
-class Undo:
-    """A stage as it was: what is half folded, or prepared and not folded, cannot be gone on with."""
+@dataclass
+class Prepared:
+    """What was done to a block.
 
-    def __init__(self) -> None:
-        self._values: list[tuple[nn.Parameter, Tensor]] = []
-        self._swapped: list[tuple[nn.Module, str, nn.Module]] = []
+    Args:
+        lines: name of a matrix -> what to add to its line.
+        changed: name of a parameter that has changed and is no matrix to be folded -> its value.
+        notes: what could not be done, for the report.
+    """
 
-    def keep_values(self, block: nn.Module) -> None:
-        """Copy the parameters of `block`, which is about to be prepared."""
-        self._values = [(parameter, parameter.detach().clone()) for parameter in block.parameters()]
+    lines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
-    def remember(self, places: Places, swaps: Mapping[nn.Module, nn.Module]) -> None:
-        """Hold the keys of `swaps`, which are about to be replaced."""
-        for old in swaps:
-            self._swapped += [(parent, attribute, old) for parent, attribute in places.of(old)]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Float modules and values as they were."""
-        for parent, attribute, old in self._swapped:
-            parent._modules[attribute] = old
-        for parameter, value in self._values:
-            parameter.copy_(value)
+    @classmethod
+    def nothing(cls, names: Iterable[str], reason: str) -> Prepared:
+        """None of the matrices `names` got a scale."""
+        return cls({name: {"no_scale": reason} for name in names})
 
 
 def prepare(
@@ -61,10 +57,10 @@ def prepare(
     folds: Mapping[str, Fold],
     method_of: Mapping[str, str],
     batch: Batch,
-    stubs: Mapping[str, Callable[[], Any]],
+    stream: Stream,
     known: list[Any],
     processes: Processes,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+) -> Prepared:
     """Let the method of the matrices in `sets` change the weights of a block.
 
     Args:
@@ -74,27 +70,22 @@ def prepare(
         gather: statistics of the groups of a set, of all data.
         folds: by name of the matrix.
         method_of: by name of the matrix.
-        batch: what to run the model on, up to the block.
-        stubs: of the blocks before it.
+        batch: the first one, on which the model runs up to the block.
+        stream: what the folded model feeds.
         known: kept from block to block.
         processes: whose weights are to be the same afterwards.
 
-    Returns:
-        Name of a matrix -> what to add to its line; name of a parameter that has changed and is no matrix to
-        be folded -> its value, for the checkpoint.
     """
     sets = list(sets)
     prefix = f"{block}." if block else ""
     names = [name for matrices in sets for group in matrices.groups for name in group]
     wanted = {method_of[name] for name in names if methods.preparation(method_of[name]) is not None}
-    if not wanted:
-        return {}, {}
     preparing = methods.preparation(min(wanted))
     assert preparing is not None
     module = model.get_submodule(block)
     view = BlockView(
         block=module,
-        inputs=_inputs_of(model, block, batch, stubs),
+        inputs=_inputs_of(model, block, batch, stream.stubs(0)),
         formats={n.removeprefix(prefix): folds[n].format for n in names if method_of[n] in wanted},
         statistics=_statistics(sets, gather, prefix),
         shared=_used_elsewhere(model, prefix),
@@ -107,7 +98,9 @@ def prepare(
         _copy(module, processes.agree(changed))
     weights = {f"{name.removeprefix(prefix)}.weight" for name in names}
     kept = {prefix + name: value.clone() for name, value in changed.items() if name not in weights}
-    return {prefix + name: line for name, line in found.items()}, kept
+    lines = Prepared.nothing((n for n in names if method_of[n] in wanted), "no legal fold feeds it").lines
+    lines |= {prefix + name: line for name, line in found.items()}
+    return Prepared(lines, kept, [f"no scale from {name}: {why}" for name, why in view.refused.items()])
 
 
 @torch.no_grad()
@@ -144,17 +137,25 @@ def _inputs_of(
         raise Stop
 
     run(model, batch, stubs=stubs, before={block: look})
-    tensors = batch.tensors()
-    if not tensors or tensors[0].ndim < 2:
-        return seen
-    rows, tokens = tensors[0].shape[:2]
-    few = max(1, _PROBE_TOKENS // max(tokens, 1))
+    rows, few = probe_rows(batch)
 
     def fewer(leaf: Any) -> Any:
         cut = isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] == rows
-        return leaf[:few] if cut else leaf
+        return leaf[:few].clone() if cut and few < rows else leaf  # a view would keep all
 
     return [(args, dict(kwargs)) for args, kwargs in pytree.tree_map(fewer, seen)]
+
+
+def probe_rows(batch: Batch) -> tuple[int, int]:
+    """Sequences in the batch, and how many of them a preparation tries things on."""
+    tensors = batch.tensors()
+    if not tensors or not tensors[0].ndim:
+        return 1, 1
+    first = tensors[0]
+    rows = first.shape[0]
+    # Of floats [rows, features] each row is a token.
+    tokens = 1 if first.ndim == 1 or (first.ndim == 2 and first.is_floating_point()) else first.shape[1]
+    return rows, min(rows, max(1, _PROBE_TOKENS // max(tokens, 1)))
 
 
 def _used_elsewhere(model: nn.Module, prefix: str) -> set[int]:

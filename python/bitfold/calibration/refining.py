@@ -8,13 +8,63 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitfold.calibration.batches import Batch
+from bitfold import methods
+from bitfold.calibration.blocks import Stage
+from bitfold.calibration.guards import seeded
+from bitfold.calibration.placing import Placing
 from bitfold.calibration.replay import Stop, run, tensor_map
-from bitfold.calibration.streams import Stream
+from bitfold.calibration.solving import float_matrix
+from bitfold.calibration.streams import Stream, Streams
 from bitfold.methods import Solution
 from bitfold.methods.base import Refinement
 from bitfold.methods.learned import Call, first_float
 from bitfold.nn import PackedModule
+from bitfold.outputs import Batch
+
+
+def refine_stage(
+    model: nn.Module,
+    stage: Stage,
+    placing: Placing,
+    solutions: dict[str, Solution],
+    method_of: Mapping[str, str],
+    batches: list[Batch],
+    streams: Streams,
+    options: Mapping[str, Any],
+    seed: int,
+) -> None:
+    """Let the method of a folded block improve it; `solutions` become what was found.
+
+    Args:
+        model: with the block folded.
+        stage: of the block.
+        placing: knows the float matrices that it was folded from.
+        solutions: what was put in place, by name of the matrix.
+        method_of: by name of the matrix.
+        batches: the data.
+        streams: the folded one is at the block, the float one behind it.
+        options: of the method.
+        seed: of its random numbers.
+    """
+    refining = {method for name in solutions if methods.refinement(method := method_of[name]) is not None}
+    if not refining or stage.block is None or streams.floats is None:
+        return
+    refinement = methods.refinement(min(refining))
+    assert refinement is not None
+    floats = {name: float_matrix(fold) for name, fold in placing.refinable.items()}
+    with seeded(seed, stage.block):
+        found, line = refine_block(
+            model, stage.block, floats, batches, streams.folded, streams.floats, refinement, options
+        )
+    for name, solution in found.items():
+        before = solutions[name].bias_shift
+        if solution.bias_shift is not None and before is not None:
+            solution.bias_shift = solution.bias_shift + before
+        packed: Any = model.get_submodule(name)
+        # From the float bias, in one step: the same bits as where an interrupted run goes on.
+        packed.take(solution, placing.refinable[name].owner.module.bias)
+        solutions[name] = solution
+    placing.log.add({"name": stage.block, "method": min(refining), **line})
 
 
 def refine_block(

@@ -12,11 +12,10 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from bitfold.calibration.batches import Batch
+from bitfold.outputs import Batch
 
 PreHook = Callable[[tuple[Any, ...], dict[str, Any]], None]
 PostHook = Callable[[Any], Any]
@@ -26,7 +25,6 @@ class Stop(BaseException):
     """Raised in a hook to end a forward pass; no `except Exception` of a model catches it."""
 
 
-@torch.no_grad()
 def run(
     model: nn.Module,
     batch: Batch,
@@ -60,9 +58,8 @@ def run(
                 lambda *call, hook=post_hook: hook(call[2])
             )
             stack.callback(handle.remove)
-        batch = batch.to(device_of(model))
         try:
-            return model(*batch.args, **batch.kwargs)
+            return batch.run(model)
         except Stop:
             return None
 
@@ -87,13 +84,6 @@ def stop_after(block: str | None) -> dict[str, PostHook]:
         raise Stop
 
     return {} if block is None else {block: stop}
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model is, by its first parameter or buffer."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        return tensor.device
-    return torch.device("cpu")
 
 
 def tensor_map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

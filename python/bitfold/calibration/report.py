@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import warnings
 import weakref
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,9 @@ class Report:
         lines: one dict of JSON types per matrix, in the order of folding: `name`, `shape`, `format`,
             `method`, `tokens`, what the method reported (`loss`, `predicted`, `damping`, …), `seconds`,
             `peak_rss_bytes`; `fallback` says why a matrix was folded without calibration, `dropped_rows`
-            how many rows of its input were not finite, `blended` how much an expert took from the others.
+            how many rows of its input were not finite, `blended` how much an expert took from the others,
+            `effective_rank` that of its Hessian where there were fewer than four tokens per input,
+            `no_scale` why `awq` found no scale for it.
         notes: what was decided about the model as a whole.
         predicted_bytes: memory that the run was predicted to add at its peak.
     """
@@ -33,6 +36,24 @@ class Report:
     lines: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     predicted_bytes: int = 0
+
+    def warn(self) -> None:
+        """Say once what is wrong with the data: rows that are not finite, and too few of them."""
+        bad = {line["name"]: line["dropped_rows"] for line in self.lines if line.get("dropped_rows")}
+        if bad:
+            shown = ", ".join(f"{name} ({count} rows)" for name, count in list(bad.items())[:5])
+            more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+            text = f"activations that are not finite were left out at the inputs of {shown}{more}"
+            warnings.warn(text, CalibrationWarning, stacklevel=6)
+        thin = [line for line in self.lines if "effective_rank" in line]
+        if thin:
+            worst = min(thin, key=lambda line: line["tokens"] / line["shape"][1])
+            text = (
+                f"little calibration data: {worst['name']} saw {worst['tokens']} for {worst['shape'][1]} "
+                f"inputs, effective rank {worst['effective_rank']:.1f}; at least four tokens per input are "
+                "wanted, give more or longer sequences"
+            )
+            warnings.warn(text, CalibrationWarning, stacklevel=6)
 
     def __getitem__(self, name: str) -> dict[str, Any]:
         for line in self.lines:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bitfold.calibration.batches import Batch
 from bitfold.calibration.blocks import Stage, call_order, depends
 from bitfold.calibration.replay import run, stop_after
+from bitfold.outputs import Batch
 
 
 @dataclass(frozen=True)

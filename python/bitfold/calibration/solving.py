@@ -46,6 +46,8 @@ def solve_set(
     Returns:
         name -> Solution, whose report has become the matrix's line.
     """
+    thin = [i for i, part in enumerate(gathered) if part.tokens < 4 * part.size]
+    ranks = {i: round(gathered[i].effective_rank(), 1) for i in thin}
     blended = blend_experts(matrices, gathered, settings)
     jobs = [(name, i) for i, group in enumerate(matrices.groups) for name in group]
     finished = [part.finish() for part in gathered]
@@ -58,6 +60,8 @@ def solve_set(
             line["dropped_rows"] = part.dropped
         if part.unmasked:
             line["padding_counted"] = True
+        if i in ranks:
+            line["effective_rank"] = ranks[i]
         if i in blended:
             line["blended"] = round(blended[i], 4)
         floor = 1 if matrices.roles[i] is None else settings.expert_floor

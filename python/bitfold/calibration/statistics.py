@@ -114,22 +114,3 @@ def mean_of(parts: list[InputStatistics]) -> InputStatistics:
                 getattr(total, name).lerp_(getattr(part, name), share)
             total.tokens += part.tokens
     return total
-
-
-def row_mask(x: Tensor, masks: list[Tensor]) -> Tensor | None:
-    """The mask over the rows of x `[..., n]`, by shape; None where no mask fits.
-
-    Args:
-        x: `[rows, tokens, n]`, `[tokens, rows, n]` or `[rows * tokens, n]`.
-        masks: bool `[rows, tokens]` each; of several that fit, a token counts if all say so.
-    """
-    found: Tensor | None = None
-    for mask in masks:
-        fitting: Tensor | None = None
-        if tuple(x.shape[:-1]) == tuple(mask.shape) or (x.ndim == 2 and x.shape[0] == mask.numel()):
-            fitting = mask.reshape(-1)
-        elif x.ndim == 3 and tuple(x.shape[:2]) == (mask.shape[1], mask.shape[0]):
-            fitting = mask.t().reshape(-1)
-        if fitting is not None:
-            found = fitting if found is None else found & fitting
-    return found

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from bitfold.calibration.batches import Batch
 from bitfold.calibration.blocks import Layout, Print, Stack, alike, fingerprint
-from bitfold.calibration.replay import Stop, device_of, run, tensor_map
+from bitfold.calibration.replay import Stop, run, tensor_map
+from bitfold.outputs import Batch, device_of
 
 
 class Stream:
@@ -89,6 +89,28 @@ class Stream:
     def _fresh(self, name: str, number: int) -> Any:
         device = device_of(self._model)
         return tensor_map(lambda t: t.to(device, copy=True), self.outputs[name][number])
+
+
+class Streams:
+    """The walk of the folded model, and beside it that of the float one where somebody asks for it.
+
+    Args:
+        folded: at the start.
+        both: whether there is a float one.
+    """
+
+    def __init__(self, folded: Stream, both: bool) -> None:
+        self.folded = folded
+        self.floats = folded.another() if both else None
+
+    def by_name(self) -> dict[str, Stream]:
+        """For the checkpoint."""
+        return {"folded": self.folded} | ({} if self.floats is None else {"float": self.floats})
+
+    def restart(self) -> None:
+        """Back to the start."""
+        for stream in self.by_name().values():
+            stream.outputs = {}
 
 
 def _returning(value: Any) -> Callable[[], Any]:

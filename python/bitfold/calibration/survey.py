@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from bitfold import methods
 from bitfold.calibration import memory
-from bitfold.calibration.batches import Batch
 from bitfold.calibration.blocks import Layout, Stage, arrange, find_layout
 from bitfold.calibration.distributed import Processes
+from bitfold.calibration.preparing import probe_rows
 from bitfold.calibration.replay import run
 from bitfold.calibration.sets import MatrixSet, find_sets
 from bitfold.calibration.settings import Settings
 from bitfold.calibration.streams import needs_all_outputs
 from bitfold.choosing import Fold, matrix_shape
+from bitfold.outputs import Batch
 
 
 @dataclass
@@ -30,6 +32,7 @@ class Survey:
         activations: bytes of tensors alive at most during one pass.
         widest: bytes of the largest input of a matrix, as float32.
         outputs: block -> bytes of its outputs over all data of this rank.
+        made: block -> bytes of all tensors that it makes in one pass.
         notes: for the report.
     """
 
@@ -38,6 +41,7 @@ class Survey:
     activations: int
     widest: int
     outputs: dict[str, int]
+    made: dict[str, int]
     notes: list[str] = field(default_factory=list)
 
 
@@ -54,35 +58,48 @@ def survey(model: nn.Module, names: Collection[str], batches: list[Batch], proce
     return Survey(layout, keep_all, *_weigh(model, layout, batches), notes)
 
 
-def _weigh(model: nn.Module, layout: Layout, batches: list[Batch]) -> tuple[int, int, dict[str, int]]:
-    """One pass over the largest batch: peak, widest input, and outputs of blocks scaled up to all data."""
+def _weigh(
+    model: nn.Module, layout: Layout, batches: list[Batch]
+) -> tuple[int, int, dict[str, int], dict[str, int]]:
+    """One pass over the largest batch: peak, widest input, outputs of blocks scaled up to all data, and what
+    each block makes.
+    """
     sizes = [memory.tensor_bytes(batch.tensors()) for batch in batches]
     share = sum(sizes) / max(*sizes, 1)
     outputs: dict[str, int] = {}
+    made: dict[str, int] = {}
+
+    def start(name: str, args: Any, kwargs: Any) -> None:
+        if name in matrices:
+            inputs.extend(4 * x.numel() for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
+        made[name] = -live.made
 
     def weigh(name: str, output: Any) -> None:
+        made[name] += live.made
         outputs[name] = int(memory.tensor_bytes(output) * share)
 
-    def measure(args: Any, kwargs: Any) -> None:
-        inputs.extend(4 * x.numel() for x in [*args, *kwargs.values()] if isinstance(x, Tensor))
-
     inputs = [0]
-    matrices = [name for stage in layout.stages for name in stage.matrices]
+    matrices = {name for stage in layout.stages for name in stage.matrices}
     blocks = [block for stack in layout.stacks for block in stack.blocks]
     with memory.LiveBytes() as live:
         run(
             model,
             batches[sizes.index(max(sizes))],
-            before=dict.fromkeys(matrices, measure),
+            before={name: partial(start, name) for name in [*matrices, *blocks]},
             after={name: partial(weigh, name) for name in blocks},
         )
-    return live.peak, max(inputs), outputs
+    return live.peak, max(inputs), outputs, {name: made[name] for name in outputs}
 
 
 def predict_memory(
-    model: nn.Module, found: Survey, todo: dict[str, Fold], batch: Batch, settings: Settings
+    model: nn.Module,
+    found: Survey,
+    todo: dict[str, Fold],
+    method_of: Mapping[str, str],
+    batch: Batch,
+    settings: Settings,
 ) -> memory.Prediction:
-    """The worst moment of a run over `todo`: gathering or solving one of the sets."""
+    """The worst moment of a run over `todo`: preparing, gathering, solving one of the sets, or refining."""
     cross = bool(settings.float_stream)
     # For the cross term the float model's input is held beside the folded one's, and their difference.
     one_pass = found.activations + (2 * found.widest if cross else 0)
@@ -96,20 +113,52 @@ def predict_memory(
         kind = tuple(shapes)  # blocks of the same shapes have the same sets
         if names and kind not in known:
             known[kind] = _sets(model, stage, batch, names, settings)
+        held = sum(streams.values()) * (2 if cross else 1)
+        block = found.made.get(stage.block or "", 0)
+        copies = _copies(model, found, stage, [method_of[name] for name in names])
+        if copies:
+            rows, few = probe_rows(batch)
+            work = memory.trial_bytes(copies, block * few // rows)
+            moments.append(memory.Prediction(held, 0, work, packed, freed, copies))
+        before = 0  # Hessians of the set before, which are still there while a block is prepared
         for groups in known[kind] if names else []:
             members = [i for group in groups for i in group]
-            hessians = sum(memory.hessian_bytes(shapes[group[0]][1], cross) for group in groups)
-            solver = max(memory.solver_bytes(shapes[i], cross) for i in members)
-            held = sum(streams.values()) * (2 if cross else 1)
-            moments += [memory.Prediction(held, hessians, work, packed, freed) for work in (one_pass, solver)]
+            hessians = sum(
+                memory.hessian_bytes(shapes[group[0]][1], cross, settings.sample_rows) for group in groups
+            )
+            solver = max(_solver_bytes(shapes[i], method_of[names[i]], cross) for i in members)
+            if copies:
+                unfolded = memory.Prediction(held, before + hessians, one_pass, packed, freed, copies)
+                moments.append(unfolded)
+                before = hessians
+            moments += [
+                memory.Prediction(held, hessians, work, packed, freed, copies) for work in (one_pass, solver)
+            ]
             packed += sum(todo[names[i]].format.nbytes(shapes[i]) for i in members)
-        weights = [todo[name].owner.module.weight for name in names]  # kept until the stage is done
-        freed += sum(weight.numel() * weight.itemsize for weight in weights)
+        if any(methods.refinement(method_of[name]) for name in names) and stage.block is not None:
+            outputs = found.outputs.get(stage.block, 0)
+            weights = sum(rows * columns for rows, columns in shapes)
+            work = memory.training_bytes(weights) + block
+            moments.append(memory.Prediction(max(held, outputs), 0, work, packed, freed, outputs))
+        tensors = [todo[name].owner.module.weight for name in names]  # kept until the stage is done
+        freed += sum(weight.numel() * weight.itemsize for weight in tensors)
         for stack in found.layout.stacks:
             if stage.block in stack.blocks:
                 kept = streams.get(stack.name, 0) if found.keep_all else 0
                 streams[stack.name] = kept + found.outputs.get(stage.block or "", 0)
     return max(moments, key=lambda moment: moment.peak)
+
+
+def _solver_bytes(shape: tuple[int, int], method: str, cross: bool) -> int:
+    return memory.clip_bytes(shape) if method == "awq" else memory.solver_bytes(shape, cross)
+
+
+def _copies(model: nn.Module, found: Survey, stage: Stage, used: list[str]) -> int:
+    """Bytes of the copy of a block that is kept while a method prepares it and it is folded."""
+    whole = stage.block if stage.block is not None else "" if len(found.layout.stages) == 1 else None
+    if whole is None or not any(methods.preparation(method) for method in used):
+        return 0
+    return memory.tensor_bytes(list(model.get_submodule(whole).parameters()))
 
 
 def _sets(

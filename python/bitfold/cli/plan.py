@@ -13,6 +13,7 @@ from typing import Any
 
 from bitfold.cli.output import Output
 from bitfold.cli.quantize import quiet_transformers, rule
+from bitfold.outputs import Batch
 
 HELP = "formats per matrix for a number of bytes"
 
@@ -107,31 +108,19 @@ def load_float(directory: Path, trust_remote_code: bool) -> Any:
     return cls.from_pretrained(directory, dtype="auto", **options).eval()
 
 
-def text_batches(
-    file: Path, directory: Path, model: Any, sequences: int, length: int
-) -> list[dict[str, Any]]:
-    """Batches of four sequences: of a causal model pieces of the whole text, else a line each.
+def text_batches(file: Path, directory: Path, model: Any, sequences: int, length: int) -> list[Batch]:
+    """Batches of the text in `file`: of a causal model pieces of the whole, else a line each, four at a time.
 
-    Raises ValueError where the file has too little text, FileNotFoundError where it is not there.
+    Raises ValueError where the file has no text, FileNotFoundError where it is not there.
     """
-    from transformers import AutoTokenizer
+    from bitfold.calibration.batches import as_batches
+    from bitfold.calibration.settings import Settings
 
     text = file.read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    is_decoder = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
-    if is_decoder:
-        ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-        pieces = [ids[i * length : (i + 1) * length] for i in range(min(sequences, len(ids) // length))]
-        batches = [{"input_ids": piece[None]} for piece in pieces]
-    else:
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        lines = [line for line in text.splitlines() if line.strip()][:sequences]
-        options = {"truncation": True, "max_length": length, "padding": True, "return_tensors": "pt"}
-        batches = [dict(tokenizer(lines[i : i + 4], **options)) for i in range(0, len(lines), 4)]
-    if not batches:
-        msg = f"{file}: no text to measure on; expected {length} tokens at least, or a line that is not empty"
+    if not text.strip():
+        msg = f"{file}: no text to measure on; expected a line that is not empty"
         raise ValueError(msg)
-    if getattr(model.config, "is_encoder_decoder", False):
-        batches = [{**batch, "labels": batch["input_ids"]} for batch in batches]
-    return batches
+    whole = "CausalLM" in type(model).__name__ or "LMHead" in type(model).__name__
+    lines = [text] if whole else [line for line in text.splitlines() if line.strip()][:sequences]
+    settings = Settings(batch_size=1 if whole else 4, sequence_length=length, pack=whole)
+    return as_batches(lines, model, str(directory), settings)[:sequences]

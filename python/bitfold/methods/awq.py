@@ -48,12 +48,14 @@ def scale_block(view: BlockView) -> dict[str, dict[str, Any]]:
 
 def _folds_of(view: BlockView) -> list[ScaleFold]:
     """Blocks of a model are mostly alike, so what was found in one is tried on the next as a whole."""
-    for folds in view.known:
-        if holds(view.block, view.inputs, folds, view.shared):
-            return list(folds)
-    found = find_folds(view.block, view.inputs, view.shared).folds
-    view.known.append(found)
-    return found
+    for found in view.known:
+        if holds(view.block, view.inputs, found.folds, view.shared):
+            break
+    else:
+        found = find_folds(view.block, view.inputs, view.shared)
+        view.known.append(found)
+    view.refused |= found.refused
+    return list(found.folds)
 
 
 def _choose(

@@ -83,6 +83,7 @@ class BlockView:
             when they are asked for, on weights that are not changed yet.
         shared: `id` of parameters that modules outside of the block use too.
         known: what earlier blocks of this run left here for later ones.
+        refused: a preparation says here what it could not do: module -> why.
     """
 
     block: nn.Module
@@ -91,6 +92,7 @@ class BlockView:
     statistics: Iterable[dict[str, Statistics]]
     shared: Collection[int] = ()
     known: list[Any] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 # What some methods do to a whole block before any of its codes is chosen. Returns what to report of matrices,

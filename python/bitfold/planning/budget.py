@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from bitfold.choosing import Choice, choose
 from bitfold.formats import Format, as_format
 from bitfold.nn._base import check_finite
-from bitfold.outputs import Batch, read_batches
+from bitfold.outputs import Batch
 from bitfold.planning.candidates import TABLE_BITS, Group, group_folds, ladder
 from bitfold.planning.file_bytes import FileBytes
 from bitfold.planning.fitting import Fitting
 from bitfold.planning.plans import Plan
 from bitfold.planning.sensitivity import MEASURES, Losses, choose_measure, measure
+
+if TYPE_CHECKING:
+    from bitfold.calibration import Settings
 
 __all__ = ["plan"]
 
@@ -30,7 +33,9 @@ def plan(
     min_bits: int = 2,
     max_bits: int = 8,
     formats: Iterable[Format | str] | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Any = None,
+    tokenizer: Any = None,
+    settings: Settings | None = None,
     sensitivity: str | Plan = "auto",
     embeddings: Format | str | None = "auto",
     skip: Iterable[str] = (),
@@ -53,8 +58,11 @@ def plan(
         min_bits: least bits of the element codes to choose from, 2 to 8.
         max_bits: most of them.
         formats: candidates, instead of `planning.candidates.LADDER`.
-        calibration: batches that the losses are measured on: dicts of forward arguments, tensors, or tuples
-            of arguments. Take others than those that a calibrated method is given afterwards.
+        calibration: data that the losses are measured on, in any form that `bitfold.quantize` takes: texts,
+            token ids, batches of the model's arguments. Take other than what a calibrated method is given
+            afterwards.
+        tokenizer: for texts; default the one that the model came with.
+        settings: `bitfold.calibration.Settings`: batch size, sequence length and packing of texts and ids.
         sensitivity: `"kl"` (each group folded alone, divergence of the logits), `"output"` (error of each
             layer's outputs), `"weight"` (error of the weights, without data); `"auto"` is KL where that takes
             minutes, else output; weight where there is no calibration. Or an earlier Plan for the same
@@ -114,7 +122,7 @@ def plan(
         notes = ["embeddings and heads: below 4 bits allowed, as the budget cannot be met otherwise"]
     fitting.check_feasible(budget)
 
-    batches = list(read_batches(calibration, "plan(): calibration")) if calibration is not None else []
+    batches = [] if calibration is None else _batches(calibration, model, tokenizer, settings)
     kind, losses = _losses(sensitivity, model, choice, groups, batches, seed, progress)
     chosen = fitting.solve(losses, budget)
     members = {i: group.name for group in groups for i in group.members}
@@ -128,6 +136,13 @@ def plan(
         next_ratio=fitting.next_ratios(chosen),
         notes=tuple(notes),
     )
+
+
+def _batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Settings | None) -> list[Batch]:
+    from bitfold.calibration.batches import as_batches
+    from bitfold.calibration.settings import Settings
+
+    return as_batches(calibration, model, tokenizer, settings or Settings())
 
 
 def _from_four_bits(formats: list[Format]) -> list[Format]:
@@ -154,7 +169,7 @@ def _check_arguments(
         msg = f"plan(): sensitivity must be one of {allowed}, or a Plan, got {sensitivity!r}"
         raise ValueError(msg)
     if sensitivity in ("kl", "output") and calibration is None:
-        msg = f"plan(): sensitivity {sensitivity!r} is measured on data; pass calibration=[batches]"
+        msg = f"plan(): sensitivity {sensitivity!r} is measured on data; pass calibration=[texts or batches]"
         raise ValueError(msg)
 
 

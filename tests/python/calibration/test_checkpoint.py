@@ -8,16 +8,22 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import networks
 import pytest
 import torch
+from torch import nn
 
 import bitfold
 from bitfold import calibration, methods
-from bitfold.calibration import CheckpointError, Settings
+from bitfold.calibration import CalibrationWarning, CheckpointError, Settings
 from bitfold.calibration import checkpoint as checkpoints
+from bitfold.calibration.checkpoint import Checkpoint
+from bitfold.calibration.streams import Stream
+from bitfold.io.locking import DirectoryLock
+from bitfold.io.safetensors_file import SafetensorsFile
 
 pytest.importorskip("transformers")
 
@@ -180,6 +186,92 @@ def test_lost_streams_are_made_again(failing, tmp_path):
     failing(-1)
     model = networks.quantize(networks.make("t5"), "t5", checkpoint=tmp_path / "state")
     assert_same_bytes(model.state_dict(), whole)
+
+
+def test_streams_come_back_whatever_the_order_of_keys(tmp_path):
+    def stream():
+        return Stream(nn.Identity(), [], 12)
+
+    store, before, after = Checkpoint(tmp_path, {}), stream(), stream()
+    before.outputs = {"a:b": [torch.tensor([number]) for number in range(12)]}
+    store.save_streams(0, {"folded": before})
+    (path,) = tmp_path.glob("stream-*")
+    with SafetensorsFile(path) as file:
+        tensors = {name: file.read(name) for name in file.tensors}
+        keys = sorted(file.metadata.items(), reverse=True)
+    checkpoints._write(path, tensors, dict(keys))
+    assert store.load_streams(0, {"folded": after})
+    assert after.outputs == before.outputs
+    checkpoints._write(path, tensors, dict(keys[1:]))
+    assert not store.load_streams(0, {"folded": after})  # one batch is missing
+
+
+@pytest.mark.filterwarnings("ignore:little calibration data")
+def test_after_scaling_lost_streams_mean_starting_over_and_folded_blocks_a_refusal(failing, tmp_path):
+    """The float blocks in front of which norms were scaled are not there any more."""
+    arguments = {"method": "awq+gptq", "calibration": networks.data("llama", count=10)}
+    whole = networks.quantize(networks.make("llama"), "llama", **arguments).state_dict()
+    arguments["checkpoint"] = tmp_path / "state"
+    failing(10)
+    model = networks.make("llama")
+    with pytest.raises(RuntimeError, match="on purpose"):
+        networks.quantize(model, "llama", **arguments)
+    (stream,) = (tmp_path / "state").glob("stream-*")
+    stream.unlink()
+    made = failing(-1)
+    with pytest.raises(CheckpointError, match=r"stream-0000\) are lost .*load the model and call again"):
+        networks.quantize(model, "llama", **arguments)
+    assert made.calls == 0
+    model = networks.make("llama")
+    with pytest.warns(CalibrationWarning, match=r"after 'awq\+gptq' they cannot .*starts over"):
+        networks.quantize(model, "llama", **arguments)
+    assert_same_bytes(model.state_dict(), whole)
+    assert made.calls == 15
+    assert "started over: the outputs of 1 finished stages were lost" in calibration.report(model).notes
+
+
+def test_two_runs_do_not_share_a_directory(failing, tmp_path):
+    class Other:
+        def __call__(self, weight, fmt, statistics=None, **options):
+            with pytest.raises(CheckpointError, match=rf"process {os.getpid()} is at work .* another checkp"):
+                networks.quantize(networks.make("perceptron"), "perceptron", checkpoint=tmp_path)
+            return GPTQ(weight, fmt, statistics, **options)
+
+    methods.base._METHODS["gptq"] = Other()
+    try:
+        networks.quantize(networks.make("perceptron"), "perceptron", checkpoint=tmp_path)
+    finally:
+        methods.base._METHODS["gptq"] = GPTQ
+    assert not tmp_path.exists()
+    failing(1)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        networks.quantize(networks.make("perceptron"), "perceptron", checkpoint=tmp_path)
+    failing(-1)  # what failed holds nothing
+    networks.quantize(networks.make("perceptron"), "perceptron", checkpoint=tmp_path)
+
+
+def test_abandoned_checkpoints_go_when_a_new_one_is_opened():
+    cache = Path(os.environ["XDG_CACHE_HOME"]) / "bitfold" / "calibration"
+    for name, days, mark in (
+        ("old", 31, True),
+        ("held", 31, True),
+        ("young", 29, True),
+        ("foreign", 99, False),
+    ):
+        file = cache / name / ("fingerprint.json" if mark else "thesis.txt")
+        file.parent.mkdir(parents=True)
+        file.write_text("{}")
+        lock = DirectoryLock(file.parent) if name == "held" else None
+        then = time.time() - days * 24 * 3600
+        for path in (file, *file.parent.iterdir(), file.parent):
+            os.utime(path, (then, then))
+        if lock is not None:  # by another process that lives: the one that started this one
+            held = next(file.parent.glob(".lock-*"))
+            held.rename(held.with_name(held.name.replace(str(os.getpid()), str(os.getppid()))))
+            os.utime(file.parent, (then, then))
+            lock.release()
+    networks.quantize(networks.make("perceptron"), "perceptron")
+    assert sorted(path.name for path in cache.iterdir()) == ["foreign", "held", "young"]
 
 
 def test_another_run_is_refused_with_what_changed(failing, tmp_path):

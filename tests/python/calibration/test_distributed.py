@@ -54,9 +54,57 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start_two(directory, after=-1):
+# What every rank runs to see that an error in one of them ends them all; last, a run that is well.
+FAILING = """
+import json, os, sys
+sys.path[:0] = [{here!r}, {hf!r}]
+import torch
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+import bitfold, networks
+from bitfold import methods
+from bitfold.calibration import distributed, driver, resuming
+directory = sys.argv[1]
+rank = torch.distributed.get_rank()
+
+def broken(*args, **kwargs):
+    raise OSError("broken on purpose")
+
+def attempt(owner=None, name=None, at=1, **arguments):
+    model = networks.make("perceptron")
+    kept = None if owner is None else getattr(owner, name)
+    if rank == at and owner is not None:
+        setattr(owner, name, broken)
+    try:
+        networks.quantize(model, "perceptron", checkpoint=directory + "/state", **arguments)
+        return model
+    except Exception as error:
+        assert type(model[0]) is torch.nn.Linear
+        return f"{{type(error).__name__}}: {{error}}"
+    finally:
+        if owner is not None:
+            setattr(owner, name, kept)
+
+data = networks.data("perceptron")
+told = {{
+    "data": attempt(calibration=[None] if rank == 1 else data),
+    "other data": attempt(calibration=data[1:] if rank == 1 else data),
+    "memory": attempt(driver.memory, "check"),
+    "directory": attempt(resuming, "Checkpoint"),
+    "gather": attempt(driver, "gather"),
+    "solve": attempt(methods, "fold_weight", at=0),  # who solves the only matrix of a set
+    "disk": attempt(resuming.Checkpoint, "save_streams"),
+}}
+well = attempt()
+assert not isinstance(well, str), well
+torch.save(well.state_dict(), f"{{directory}}/well-{{rank}}.pt")
+print(json.dumps(told))
+"""
+
+
+def start_two(directory, after=-1, script=SCRIPT):
     """Start as torchrun does; the environment is all that it gives."""
-    code = SCRIPT.format(here=str(HERE), hf=str(HERE.parent / "hf"))
+    code = script.format(here=str(HERE), hf=str(HERE.parent / "hf"))
     common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         subprocess.Popen(
@@ -113,3 +161,32 @@ def test_two_processes_agree_with_one_also_after_one_was_killed(tmp_path):
         assert line.get("tokens") == expected.get("tokens")
         if "loss" in expected:
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.filterwarnings("ignore:little calibration data")
+def test_an_error_in_one_process_ends_all_and_they_say_whose(tmp_path):
+    alone = networks.quantize(networks.make("perceptron"), "perceptron").state_dict()
+    codes, said = finish(start_two(tmp_path, script=FAILING))
+    assert codes == [0, 0], said
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in said)
+    assert second.pop("data").startswith("ValueError: calibration item 0: expected a text")
+    assert second.pop("other data").startswith("ValueError: process 1 differs from process 0 in the calibr")
+    assert second.pop("solve").endswith("elsewhere: process 0: OSError: broken on purpose")
+    assert set(second.values()) == {"OSError: broken on purpose"}
+    assert first.pop("solve") == "OSError: broken on purpose"
+    for what, text in first.items():
+        assert text.startswith("RuntimeError: calibration stopped because of an error elsewhere: process 1: ")
+        assert second.get(what, "ValueError: ") in text, what
+
+    # With biases of their own, which take the mean error of the outputs.
+    results = [torch.load(tmp_path / f"well-{rank}.pt") for rank in range(2)]
+    for name, tensor in alone.items():
+        assert torch.equal(results[0][name], results[1][name]), name
+        if name.endswith("bias"):
+            torch.testing.assert_close(results[0][name], tensor, rtol=1e-3, atol=1e-4)
+    moved = [
+        not torch.equal(networks.make("perceptron").state_dict()[n], alone[n]) for n in ("0.bias", "2.bias")
+    ]
+    assert all(moved)

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 torch.set_num_threads(1)
 import bitfold
+from bitfold.methods.learned import Training
 
 class Block(nn.Module):
     def __init__(self, size):
@@ -38,23 +39,28 @@ def resident(what):
 size, rows, kind = 480, 1024, sys.argv[1]
 if kind == "cross":
     size, rows = 640, 150
+if kind == "awq":
+    size, rows = 640, 256
+method = kind if kind in ("awq", "learned") else "gptq"
+options = {"gptq": {"sweeps": 1}, "learned": {"training": Training(iterations=2, evaluations=1), "sweeps": 1}}
 torch.manual_seed(0)
 model = nn.Sequential(*[Block(size) for _ in range(3)])
 data = [torch.randn(rows, size) for _ in range(20 if kind == "streams" else 4)]
-settings = bitfold.calibration.Settings(float_stream=kind == "cross")
+settings = bitfold.calibration.Settings(float_stream=kind in ("cross", "learned"))
 bitfold.quantize(nn.Sequential(Block(32), Block(32)), "int4-g64", calibration=[torch.randn(200, 32)],
-                 method="gptq", checkpoint=False, progress=False)  # what torch and Python load on first use
+                 method=method, options=options.get(method), settings=settings, checkpoint=False,
+                 progress=False)  # what torch and Python load on first use
 before = resident("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
-bitfold.quantize(model, "int4-g64", calibration=data, method="gptq", settings=settings, options={"sweeps": 1},
-                 progress=False)
+bitfold.quantize(model, "int4-g64", calibration=data, method=method, settings=settings,
+                 options=options.get(method), progress=False)
 measured = resident("VmHWM") - before
 print(json.dumps([bitfold.calibration.report(model).predicted_bytes, measured]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["streams", "cross"])
+@pytest.mark.parametrize("kind", ["streams", "cross", "awq", "learned"])
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's peak")
 def test_prediction_is_within_fifteen_percent_of_the_peak(kind, tmp_path):
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back at once

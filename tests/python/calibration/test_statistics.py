@@ -8,12 +8,13 @@ import torch
 from torch import nn
 
 from bitfold.calibration import Settings
-from bitfold.calibration.batches import Batch, as_batches
+from bitfold.calibration.batches import as_batches
 from bitfold.calibration.blocks import find_layout
 from bitfold.calibration.gathering import gather
 from bitfold.calibration.sets import find_sets
-from bitfold.calibration.statistics import InputStatistics, mean_of, row_mask
+from bitfold.calibration.statistics import InputStatistics, mean_of
 from bitfold.calibration.streams import Stream, needs_all_outputs
+from bitfold.outputs import Batch, row_mask
 
 CPU = torch.device("cpu")
 

@@ -298,6 +298,7 @@ def test_more_processes_and_no_float_stream_are_refused(monkeypatch):
 
     def two(self, device):
         self._device, self._made, self.rank, self.size = device, False, 0, 2
+        self._parted = True  # there is no other one
 
     monkeypatch.setattr(Processes, "__init__", two)
     with pytest.raises(ValueError, match="'learned' trains blocks in one process; run it without torchrun"):

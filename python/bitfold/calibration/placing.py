@@ -1,0 +1,96 @@
+"""Packed modules take the places of float ones, matrix by matrix; the stage in work can be seen as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from bitfold import methods
+from bitfold.calibration.guards import Originals
+from bitfold.calibration.report import Log, peak_rss_bytes
+from bitfold.calibration.solving import fold_alone
+from bitfold.choosing import Fold, matrix_shape
+from bitfold.errors import WeightError
+from bitfold.manifest import PACKED_KINDS, bias_owner
+from bitfold.methods import Solution
+from bitfold.nn._places import Places
+from bitfold.quantizing import swaps_of
+
+
+class Placing:
+    """Puts solutions into a model, and records a line of each.
+
+    Args:
+        model: changed in place.
+        todo: name of a matrix -> its Fold; whatever is put in place is taken out.
+        method_of: by name of the matrix.
+        log: for the lines.
+        bar: a tqdm bar to be advanced by one per matrix, or None.
+        float_stream: the float model runs beside the folded one, so modules folded without data are kept.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        todo: dict[str, Fold],
+        method_of: Mapping[str, str],
+        log: Log,
+        bar: Any,
+        float_stream: bool,
+    ) -> None:
+        self.model, self.todo, self.log, self.bar = model, todo, log, bar
+        self.originals = Originals()
+        self.refinable: dict[str, Fold] = {}  # of the stage in work, where the method refines it
+        self._method_of, self._float_stream = method_of, float_stream
+        self._places = Places(model)
+
+    def put(self, name: str, solution: Solution, quiet: bool = False) -> None:
+        """Swap the packed module in; `quiet` records no line."""
+        fold = self.todo.pop(name)
+        owner, shape = fold.owner, matrix_shape(fold.owner)
+        if methods.refinement(self._method_of[name]) is not None:
+            self.refinable[name] = fold
+        if solution.bias_shift is not None and bias_owner(self.model, owner.module) is not None:
+            solution = Solution(solution.packed, solution.report)  # another module adds this bias too
+        try:
+            packed = PACKED_KINDS[owner.kind].from_float(owner.module, fold.format, solution=solution)
+        except WeightError as error:
+            raise WeightError(f"{name}: {error}") from error  # noqa: EM102
+        swaps = swaps_of(self.model, fold, packed)
+        self.originals.remember(self._places, swaps)
+        self._places.replace(swaps)
+        if not quiet:
+            line = {"name": name, "shape": list(shape), "format": str(fold.format), **solution.report}
+            self.log.add({**line, "peak_rss_bytes": peak_rss_bytes()})
+        if self.bar is not None:
+            self.bar.set_postfix_str(name, refresh=False)
+            self.bar.update()
+
+    def put_alone(self, name: str, method: str, **remarks: Any) -> None:
+        """Fold a matrix without data and swap it in."""
+        line = {"method": method, **remarks}
+        self.put(name, fold_alone(self.todo[name], method, line))
+
+    def fold_data_free(self, folds: list[Fold]) -> None:
+        """Fold what needs no data; `folds` is emptied."""
+        while folds:
+            fold = folds.pop(0)
+            name = fold.owner.name
+            self.todo[name] = fold
+            self.put_alone(name, self._method_of[name])
+        if self._float_stream:
+            self.originals.keep()
+        else:
+            self.originals.forget()
+
+    def has_bias(self, name: str) -> bool:
+        """Whether the matrix has a bias that no other module adds."""
+        module = self.todo[name].owner.module
+        return getattr(module, "bias", None) is not None and bias_owner(self.model, module) is None
+
+    def finish_stage(self) -> None:
+        """Release what was there before: from here on the stage is as it is."""
+        self.originals.forget()
+        self.refinable.clear()
