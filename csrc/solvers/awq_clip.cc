@@ -13,6 +13,7 @@ namespace {
 
 constexpr int kSteps = 9;  // of clipping, from 0.95 to 0.55
 constexpr int kCandidates = 1 + kSteps;
+constexpr float kFinest = 0.25f;       // below what clipping makes of a scale, with room to spare
 constexpr int64_t kTileColumns = 512;  // of one group; what tiles share is left out
 constexpr int64_t kPanelsAtOnce =
     8;  // errors of all candidates of a section: 2.6 MB, and H times them
@@ -45,11 +46,11 @@ class ClipSearch {
     if (exact) w_.read_exact(exact, parallel_);
     choose_scales(&w_, method_ == Method::kSearch,
                   std::vector<float>(static_cast<size_t>(w_.cols), 1.0f), parallel_);
-    exponent_ = exponent();
+    exponent_ = exponent(kFinest);
     cut_in_sections();
     for (int64_t first = 0; first < w_.panels; first += kPanelsAtOnce)
       search(first, std::min(kPanelsAtOnce, w_.panels - first), found);
-    w_.store_scales(exponent(), &storage_);
+    w_.store_scales(exponent(1.0f), &storage_);
     parallel_(w_.panels, 1, [&](int64_t begin, int64_t end) {
       std::vector<float> error(static_cast<size_t>(w_.cols * kPanelLanes));
       for (int64_t p = begin; p < end; ++p) w_.round(p, error.data(), w_.codes_of(p));
@@ -60,12 +61,13 @@ class ClipSearch {
   }
 
  private:
-  // The power of two that scales are stored with.
-  int exponent() const {
+  // The power of two that scales are stored with if some become `finest` times as large.
+  int exponent(float finest) const {
     MagnitudeRange range;
     std::vector<float> scales, zeros;
     w_.collect(&scales, &zeros);
     range.add(scales.data(), static_cast<int64_t>(scales.size()));
+    range.smallest *= finest;
     return choose_exponent(range);
   }
 

@@ -59,6 +59,7 @@ def awq_scale(readers: Sequence[AwqReader], channels: int) -> tuple[Tensor | Non
         WeightError: not a float matrix, no elements, or a NaN or infinity; the reader is named.
         RuntimeError: tensors that do not fit each other, a channel that does not exist, a Hessian or mean
             that is not finite; the reader is named.
+        ValueError: no reader.
 
     Example:
         >>> x = torch.randn(200, 32) * torch.where(torch.arange(32) % 8 == 0, 25.0, 1.0)
@@ -69,6 +70,9 @@ def awq_scale(readers: Sequence[AwqReader], channels: int) -> tuple[Tensor | Non
         >>> scale.shape, report["after"] < report["before"]
         (torch.Size([32]), True)
     """
+    if not readers:
+        msg = "awq_scale(): there must be at least one reader of the scaled channels"
+        raise ValueError(msg)
     formats = [as_format(reader.format) for reader in readers]
     for reader in readers:
         check_weight("awq_scale", reader.weight)
