@@ -134,9 +134,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             reports.setdefault(name, []).append(report)
             decoded[name] = ops.dequantize(packed, fmt, shape)
 
-        reader = solvers.AwqReader(
-            weight, fmt, hessian, x.abs().mean(0), torch.arange(shape[1]), args.rows
-        )
+        reader = solvers.AwqReader(weight, fmt, hessian, x.abs().mean(0), torch.arange(shape[1]), args.rows)
 
         def clip() -> None:
             decoded["awq, clip"] = ops.dequantize(solvers.awq_clip(weight, fmt, hessian)[0], fmt, shape)

@@ -1,4 +1,4 @@
-"""The searches of AWQ: the scale is the best of the grid, clipping lowers the error of products, bad input is named."""
+"""AWQ: the scale is the best of the grid, clipping lowers the error of products, bad input is named."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def test_the_scale_is_the_best_of_those_tried(fmt: str) -> None:
     shares = [part.abs() / part.abs().amax(1, keepdim=True) for part in weight.split(size, dim=1)]
     mean, share = x.abs().mean(0), torch.cat(shares, dim=1).mean(0)
     for i in range(20):
-        for tried in (mean ** (i / 20), mean ** (i / 20) / share ** (1 - i / 20)):
-            tried = tried / (tried.max() * tried.min()).sqrt()
+        for power in (mean ** (i / 20), mean ** (i / 20) / share ** (1 - i / 20)):
+            tried = power / (power.max() * power.min()).sqrt()
             assert report["after"] <= 1.001 * loss_with(tried, weight, fmt, x)
 
 
@@ -124,9 +124,9 @@ def test_clipping_lowers_the_error_of_products(fmt: str) -> None:
     assert 0 < report["clipped"] <= report["groups"]
     for kind in (torch.float16, torch.bfloat16):  # and strides
         narrow = weight.to(kind)
-        columns = narrow.T.contiguous().T
-        same, _ = solvers.awq_clip(columns, fmt, hessian.double())
-        assert all(torch.equal(a, b) for a, b in zip(same, solvers.awq_clip(narrow.float(), fmt, hessian)[0]))
+        columns, wide = narrow.T.contiguous().T, narrow.float()
+        found = [solvers.awq_clip(w, fmt, h)[0] for w, h in ((columns, hessian.double()), (wide, hessian))]
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_two_threads_choose_the_same() -> None:
@@ -162,8 +162,10 @@ def test_what_cannot_be_clipped_is_refused() -> None:
         solvers.awq_clip(weight, "nf4", torch.eye(32))
     with pytest.raises(RuntimeError, match=r"exact must be a contiguous uint8 CPU tensor \[4, 64\]"):
         solvers.awq_clip(weight, "nf4", hessian, exact=torch.zeros(4, 32))
+    broken = hessian.clone()
+    broken[2, 2] = torch.nan
     with pytest.raises(RuntimeError, match=r"hessian\[2, 2\] is NaN"):
-        solvers.awq_clip(weight, "nf4", hessian.index_put((torch.tensor(2), torch.tensor(2)), torch.tensor(torch.nan)))
+        solvers.awq_clip(weight, "nf4", broken)
     weight[1, 5] = torch.inf
     with pytest.raises(WeightError, match=r"weight\[1, 5\] is infinite"):
         solvers.awq_clip(weight, "nf4", hessian)

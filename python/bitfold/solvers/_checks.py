@@ -1,4 +1,4 @@
-"""What the wrappers of solvers share: checks of their arguments, errors, and the shapes of what they return."""
+"""What the wrappers of solvers share: checks of arguments, errors, the shapes of what they return."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ class AwqReader:
 def awq_scale(readers: Sequence[AwqReader], channels: int) -> tuple[Tensor | None, dict[str, Any]]:
     """The scale of channels with which rounding the matrices that read them costs least.
 
-    Tried are ``x^a`` and ``x^a / w^(1 - a)``, x the mean \\|input\\| of a channel, w its mean \\|weight\\| as a
-    share of the largest of its group, a = 0, 0.05, …, 0.95, each divided by the geometric mean of its
+    Tried are ``x^a`` and ``x^a / w^(1 - a)``, x the mean magnitude of a channel, w that of its weights as a
+    share of the largest of their group, a = 0, 0.05, …, 0.95, each divided by the geometric mean of its
     extremes. With W' the weights, their columns multiplied by a scale, rounded by their format's own method,
     and divided by it again, the loss is the sum over readers of ``tokens * tr((W' - W) H (W' - W)ᵀ)``. Of
     matrices of more than 2^31 / in² rows as many are judged, but at least 64, evenly apart.
