@@ -130,6 +130,10 @@ def solver_goals(records: dict[str, Record]) -> list[Goal]:
         goal("Hessian, seconds", "hessian", 1.6, records["hessian"]["median_s"], most=True),
         goal("GPTQ, seconds", "solve", 1.1, records["solve"]["median_s"], most=True),
         goal("GPTQ, loss of the public one's", "solve", 1.0, loss, most=True),
+        goal(
+            "AWQ scales, seconds", "awq, scale grid", 1.0, records["awq, scale grid"]["median_s"], most=True
+        ),
+        goal("AWQ clipping, seconds", "awq, clip", 1.0, records["awq, clip"]["median_s"], most=True),
     ]
 
 

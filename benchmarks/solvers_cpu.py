@@ -1,4 +1,4 @@
-"""Calibrated solvers on the CPU: the Hessian of a layer's input, and GPTQ, in parts.
+"""Calibrated solvers on the CPU: the Hessian of a layer's input, GPTQ in parts, the searches of AWQ.
 
 Beside them stands what the public implementations do, written out here in torch: the Hessian as one full
 product per sequence; the solve as Cholesky, inverse, Cholesky, then one column after the other in blocks of
@@ -134,6 +134,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             reports.setdefault(name, []).append(report)
             decoded[name] = ops.dequantize(packed, fmt, shape)
 
+        reader = solvers.AwqReader(weight, fmt, hessian, x.abs().mean(0), torch.arange(shape[1]), args.rows)
+
+        def clip() -> None:
+            decoded["awq, clip"] = ops.dequantize(solvers.awq_clip(weight, fmt, hessian)[0], fmt, shape)
+
         def solve_publicly(_: int) -> None:
             decoded["public solve"] = public_gptq(weight, hessian, 128, damping)
 
@@ -144,6 +149,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "solve": lambda _: solve("solve"),
             "solve, range scales": lambda _: solve("solve, range scales", scales="range"),
             swept: lambda _: solve(swept, **more),
+            "awq, scale grid": lambda _: solvers.awq_scale([reader], shape[1]),
+            "awq, clip": lambda _: clip(),
         }
         if not args.no_reference:
             calls["torch, one product [in, in] x [in, out]"] = lambda _: hessian @ weight.T  # a yardstick

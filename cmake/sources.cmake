@@ -25,6 +25,8 @@ set(BITFOLD_CPU_SOURCES
 )
 
 set(BITFOLD_SOLVER_SOURCES
+  csrc/solvers/awq_clip.cc
+  csrc/solvers/awq_scale.cc
   csrc/solvers/factor.cc
   csrc/solvers/feedback.cc
   csrc/solvers/gptq.cc
@@ -47,6 +49,7 @@ set(BITFOLD_ISA_PORTABLE portable)
 set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni)
 
 set(BITFOLD_OPS_SOURCES
+  csrc/torch/awq.cc
   csrc/torch/checks.cc
   csrc/torch/dequantize.cc
   csrc/torch/hqq.cc
@@ -75,6 +78,7 @@ set(BITFOLD_CPP_TESTS
   cpu/activations
   cpu/instruction_sets
   cpu/isa
+  solvers/awq
   solvers/gptq
   solvers/hessian
   solvers/hqq

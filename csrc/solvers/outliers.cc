@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
 #include <numeric>
 #include <vector>
 
@@ -11,6 +10,7 @@
 #include "core/scale_coding.h"
 #include "solvers/quantize.h"
 #include "solvers/row_reader.h"
+#include "solvers/scratch_buffers.h"
 
 namespace bitfold {
 namespace {
@@ -22,23 +22,6 @@ int64_t group_size_of(const Format& format, int64_t cols) {
 MatrixView view_of(const float* data, int64_t rows, int64_t cols) {
   return {data, FloatType::kFloat32, rows, cols, cols, 1};
 }
-
-// Buffers of a format that nobody keeps.
-class ScratchBuffers {
- public:
-  ScratchBuffers(const Format& format, int64_t rows, int64_t cols) {
-    for (const BufferSpec& spec : format.buffers(rows, cols)) {
-      // As int32, so that all of them are aligned.
-      storage_.emplace_back(new int32_t[static_cast<size_t>(spec.nbytes() + 3) / 4]);
-      pointers_.push_back(storage_.back().get());
-    }
-  }
-  void* const* data() const { return pointers_.data(); }
-
- private:
-  std::vector<std::unique_ptr<int32_t[]>> storage_;
-  std::vector<void*> pointers_;
-};
 
 // score[c] = |w[c] - middle of its group|, the middle being the mean without the two extremes,
 // which one huge weight does not move. Magnitudes, not squares: those might overflow.

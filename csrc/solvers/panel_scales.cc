@@ -124,18 +124,6 @@ class WeightedTensor : public GroupProbe {
   const Parallel& parallel_;
 };
 
-void extremes(const float* block, int64_t n, float* low, float* high) {
-  std::copy_n(block, kPanelLanes, low);
-  std::copy_n(block, kPanelLanes, high);
-  for (int64_t j = 1; j < n; ++j) {
-    for (int64_t i = 0; i < kPanelLanes; ++i) {
-      const float v = block[j * kPanelLanes + i];
-      low[i] = v < low[i] ? v : low[i];
-      high[i] = v > high[i] ? v : high[i];
-    }
-  }
-}
-
 void choose_for_tensor(PanelMatrix* w, bool search, const std::vector<float>& importance,
                        const Parallel& parallel) {
   float low[kPanelLanes], high[kPanelLanes], scale[kPanelLanes], zero[kPanelLanes];
@@ -161,6 +149,18 @@ void choose_for_tensor(PanelMatrix* w, bool search, const std::vector<float>& im
 }
 
 }  // namespace
+
+void extremes(const float* block, int64_t n, float* low, float* high) {
+  std::copy_n(block, kPanelLanes, low);
+  std::copy_n(block, kPanelLanes, high);
+  for (int64_t j = 1; j < n; ++j) {
+    for (int64_t i = 0; i < kPanelLanes; ++i) {
+      const float v = block[j * kPanelLanes + i];
+      low[i] = v < low[i] ? v : low[i];
+      high[i] = v > high[i] ? v : high[i];
+    }
+  }
+}
 
 void choose_group_scales(const KernelTable& k, const Encoding& encoding, bool search,
                          const float* block, const float* importance, int64_t n, float* scale,

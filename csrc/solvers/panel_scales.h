@@ -6,6 +6,9 @@
 
 namespace bitfold {
 
+// low [16] and high [16] of block [n, 16].
+void extremes(const float* block, int64_t n, float* low, float* high);
+
 // scale [16] and zero [16] of one group: block [n, 16] and importance [n, 16].
 void choose_group_scales(const KernelTable& k, const Encoding& encoding, bool search,
                          const float* block, const float* importance, int64_t n, float* scale,

@@ -38,7 +38,7 @@ STABLE_TORCH_LIBRARY(bitfold, m) {
       "Tensor[]");
   m.def("instruction_set() -> int");
 
-  // Calibrated solvers; bitfold/solvers.py says what the arguments mean.
+  // Calibrated solvers; bitfold/solvers/ says what the arguments mean.
   m.def(
       "hessian_update(Tensor(a!) hessian, Tensor x, Tensor? mask, int tokens) -> (int counted, int "
       "dropped)");
@@ -54,4 +54,11 @@ STABLE_TORCH_LIBRARY(bitfold, m) {
   m.def(
       "refit_scales(Tensor[] packed, int[] spec, Tensor weight, Tensor hessian, float damping, int "
       "sweeps) -> (Tensor[] packed, Tensor report)");
+  // One entry per reader of the scaled channels; specs one after the other.
+  m.def(
+      "awq_scale(Tensor[] weights, int[] specs, int[] methods, Tensor[] hessians, Tensor[] "
+      "channels, Tensor[] magnitudes, int[] tokens, int size) -> (Tensor scale, Tensor report)");
+  m.def(
+      "awq_clip(Tensor weight, Tensor hessian, int[] spec, int method, Tensor? exact) -> (Tensor[] "
+      "packed, Tensor report)");
 }

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bitfold import ops
+from bitfold import ops, solvers
 from bitfold.folds import ScaleFold, apply_folds, find_folds, holds
 from bitfold.formats import Format
 from bitfold.methods import base
-from bitfold.methods._awq_search import Reader, clip, loss_of, search_scale
 from bitfold.methods.base import BlockView, Solution, Statistics, register
 from bitfold.nn.conv1d import is_conv1d
+from bitfold.outliers import choose_outliers, fill_outliers, set_aside
+from bitfold.solvers.awq import can_clip
 
 
 def scale_block(view: BlockView) -> dict[str, dict[str, Any]]:
@@ -62,31 +64,45 @@ def _choose(
     view: BlockView, fold: ScaleFold, names: list[str], seen: dict[str, Statistics]
 ) -> tuple[Tensor | None, dict[str, Any]]:
     readers = [
-        Reader(
-            _matrix(view, name), view.formats[name], seen[name], fold.readers[name].to(seen[name].mean.device)
+        solvers.AwqReader(
+            _matrix(view, name),
+            view.formats[name],
+            seen[name].hessian,
+            seen[name].mean_abs,
+            fold.readers[name].to(seen[name].mean.device),
+            seen[name].tokens,
         )
         for name in names
         if seen[name].tokens > 0
     ]
     if not readers:
         return None, {"alpha": 0.0}
-    return search_scale(readers, fold.channels)
+    return solvers.awq_scale(readers, fold.channels)
 
 
 def _matrix(view: BlockView, name: str) -> Tensor:
     module: Any = view.block.get_submodule(name)
     weight: Tensor = module.weight.detach()
-    return (weight.t() if is_conv1d(module) else weight).float()
+    return weight.t() if is_conv1d(module) else weight
 
 
 @register("awq", calibrated=True, prepare=scale_block)
 def awq(weight: Tensor, fmt: Format, statistics: Statistics | None = None) -> Solution:
-    """Codes by the format's own method, the weights of each group clipped where that lowers the error."""
+    """Codes by the format's own method, the range of each group clipped where that lowers the error."""
     assert statistics is not None  # fold_weight sees to it
-    clipped, groups = clip(weight, fmt, statistics.hessian)
-    packed = ops.quantize(clipped, fmt)
+    hessian, clipped = statistics.hessian, 0
+    if not can_clip(fmt):
+        packed = ops.quantize(weight, fmt)
+    elif fmt.outliers:
+        mask = choose_outliers(weight, fmt, hessian.diagonal().clamp_min(0).contiguous())
+        packed, found = solvers.awq_clip(set_aside(weight, fmt, mask), fmt.dense, hessian, exact=mask)
+        packed, clipped = fill_outliers(packed, fmt, weight, mask), found["clipped"]
+    else:
+        packed, found = solvers.awq_clip(weight, fmt, hessian)
+        clipped = found["clipped"]
     error = ops.dequantize(packed, fmt, (weight.shape[0], weight.shape[1])) - weight.float()
-    return Solution(packed, {"loss": loss_of(error, statistics.hessian), "clipped_groups": groups})
+    loss = float(torch.einsum("ij,ij->", error @ hessian, error))
+    return Solution(packed, {"loss": loss, "clipped_groups": clipped})
 
 
 @register("awq+gptq", calibrated=True, prepare=scale_block, float_stream=True, options_of="gptq")

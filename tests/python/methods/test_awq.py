@@ -11,7 +11,6 @@ from torch import nn
 import bitfold
 from bitfold import Format, calibration, methods, ops
 from bitfold.methods import Statistics
-from bitfold.methods._awq_search import Reader, clip, loss_of, search_scale
 
 QUIET = pytest.mark.filterwarnings("ignore:little calibration data")
 
@@ -146,53 +145,27 @@ def test_it_cannot_do_without_data():
         bitfold.quantize(Model(), "int4-g32", method="awq")
 
 
-def test_the_scale_found_is_the_best_of_those_tried():
-    x = torch.randn(400, 64) * torch.where(torch.arange(64) % 9 == 0, 25.0, 1.0)
-    weight, fmt = torch.randn(48, 64), Format("int3-g32")
-    reader = Reader(weight, fmt, statistics_of(x), torch.arange(64))
-    scale, line = search_scale([reader], 64)
-    packed = ops.quantize(weight * scale, fmt)
-    error = ops.dequantize(packed, fmt, (48, 64)) / scale - weight
-    assert line["after"] == pytest.approx(400 * float((x @ error.t()).square().sum(1).mean()), rel=1e-3)
-    assert line["after"] < 0.7 * line["before"]
-    assert scale[::9].min() > 1
-
-
-def test_columns_without_a_channel_and_channels_without_a_reader():
-    x, weight = torch.randn(200, 32), torch.randn(16, 32)
-    channel = torch.cat([torch.arange(16) // 2, torch.full((16,), -1)])
-    scale, _ = search_scale([Reader(weight, Format("int3-g16"), statistics_of(x), channel)], 9)
-    assert scale is None or (scale.shape == (9,) and bool(torch.isfinite(scale).all()))
-    dead = statistics_of(torch.zeros(200, 32))
-    assert search_scale([Reader(weight, Format("int3-g16"), dead, channel)], 9)[0] is None
-
-
-@pytest.mark.parametrize("fmt", ["int3-g32", "int2-g16", "nf4-g32", "int4-row", "int4-g48-fz"])
-def test_clipping_lowers_the_error_of_products(fmt):
+@pytest.mark.parametrize("fmt", ["int3-g32", "nf4", "int4-row-outliers", "kmeans4-row", "int8-tensor", "fp4"])
+def test_codes_of_one_matrix(fmt):
     fmt, shape = Format(fmt), (40, 70)
     x = torch.randn(500, 70) @ (torch.eye(70) + 0.2 * torch.randn(70, 70))
     weight = torch.distributions.Laplace(0.0, 1.0).sample(shape)
-    hessian = statistics_of(x).hessian
+    statistics = statistics_of(x)
 
-    def loss(values):
-        return loss_of(ops.dequantize(ops.quantize(values, fmt), fmt, shape) - weight, hessian)
+    def loss(packed):
+        error = ops.dequantize(packed, fmt, shape) - weight
+        return float(((error @ statistics.hessian) * error).sum())
 
-    clipped, groups = clip(weight, fmt, hessian)
-    assert loss(clipped) <= loss(weight) * 1.001
-    assert (clipped.abs() <= weight.abs()).all()
-    assert groups > 0
-    assert bool(torch.equal(clipped, weight)) is False
-    solution = methods.fold_weight(weight, fmt, "awq", statistics_of(x))
-    assert solution.report["loss"] == pytest.approx(loss(clipped), rel=1e-5)
-    assert solution.report["clipped_groups"] == groups
-
-
-def test_one_scale_for_all_and_learned_levels_are_not_clipped():
-    weight = torch.randn(16, 64)
-    for fmt in ("int8-tensor", "kmeans4-row"):
-        clipped, groups = clip(weight, Format(fmt), torch.eye(64))
-        assert groups == 0
-        assert torch.equal(clipped, weight)
+    solution = methods.fold_weight(weight, fmt, "awq", statistics)
+    stored = [(tuple(t.shape), t.dtype) for t in solution.packed]
+    assert stored == [(tuple(t.shape), t.dtype) for t in ops.quantize(weight, fmt)]
+    assert solution.report["loss"] == pytest.approx(loss(solution.packed), rel=1e-5)
+    if fmt.grouping == "tensor" or fmt.code.startswith("kmeans"):  # nothing to clip
+        assert solution.report["clipped_groups"] == 0
+        assert solution.report["loss"] == pytest.approx(loss(ops.quantize(weight, fmt)), rel=1e-5)
+    else:
+        assert solution.report["clipped_groups"] > 0
+        assert solution.report["loss"] < loss(ops.quantize(weight, fmt))
 
 
 @QUIET

@@ -1,18 +1,4 @@
-"""Native solvers of calibrated quantization, one wrapper per op with its fake kernel beside it.
-
-A solver sees one matrix ``W`` ``[out, in]`` and statistics of its input ``x`` ``[tokens, in]``, never a
-model. What counts is ``||(W - Q) x||²`` summed over the tokens, which is ``tokens * tr(E H Eᵀ)`` with
-``E = W - Q`` and ``H = mean(x xᵀ)``, the Hessian of that error.
-
-    >>> import torch
-    >>> x, weight = torch.randn(512, 64) @ torch.randn(64, 64), torch.randn(32, 64)
-    >>> hessian = torch.zeros(64, 64)
-    >>> hessian_update(hessian, x)
-    (512, 0)
-    >>> packed, report = gptq_quantize(weight, "int4-g16", hessian_finish(hessian))
-    >>> report["loss"] < report["plain"]  # of rounding without feedback
-    True
-"""
+"""GPTQ and what goes with it: codes column by column, and scales fitted again (arXiv 2210.17323)."""
 
 from __future__ import annotations
 
@@ -22,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold import _C, ops  # noqa: F401  (ops loads the library)
-from bitfold.errors import FormatError, WeightError
-from bitfold.formats import Format, as_format
+from bitfold.formats import Format
+from bitfold.solvers._checks import check_weight, dense, empty_packed, weight_error
 
 _ops = torch.ops.bitfold
 
@@ -54,74 +39,6 @@ GPTQ_REPORT = (
 )
 _COUNTS = ("dead", "measured_rows", "refitted")
 _FLAGS = ("fp64", "fallback")
-
-
-def hessian_update(
-    hessian: Tensor, x: Tensor, mask: Tensor | None = None, tokens: int = 0
-) -> tuple[int, int]:
-    """Takes a batch of inputs into the running mean of ``x xᵀ``; any split in batches gives one answer.
-
-    Args:
-        hessian: ``[in, in]``, float32 or float64, contiguous; updated in place. With ``tokens=0`` what it
-            holds is not read. Sums are made in its dtype. Only what lies on and below the diagonal (and some
-            more) is kept up to date: `hessian_finish` fills in the rest once all batches are in.
-        x: ``[..., in]``, float32, float16 or bfloat16.
-        mask: bool or uint8, one entry per row of x: rows where it is 0 (padding) are passed over. None counts
-            all.
-        tokens: how many rows the mean stands for so far, i.e. the sum of what earlier calls counted.
-
-    Returns:
-        How many rows were counted, and how many were dropped because they hold a NaN or an infinity. Masked
-            rows are neither.
-
-    Raises:
-        RuntimeError: shapes or dtypes that do not fit.
-
-    Example:
-        >>> h = torch.empty(4, 4)
-        >>> first = hessian_update(h, torch.ones(3, 4))
-        >>> hessian_update(h, torch.tensor([[1.0, 2, 3, 4], [float("nan")] * 4]), tokens=first[0])
-        (1, 1)
-        >>> hessian_finish(h)[0].tolist()
-        [1.0, 1.25, 1.5, 1.75]
-    """
-    return _ops.hessian_update(hessian, x.detach(), mask, tokens)
-
-
-def hessian_finish(hessian: Tensor) -> Tensor:
-    """Makes an updated Hessian symmetric, in place, and returns it.
-
-    Example:
-        >>> hessian_finish(torch.tensor([[1.0, float("nan")], [2.0, 3.0]])).tolist()
-        [[1.0, 2.0], [2.0, 3.0]]
-    """
-    _ops.hessian_finish(hessian)
-    return hessian
-
-
-def cross_update(
-    cross: Tensor, x_float: Tensor, x: Tensor, mask: Tensor | None = None, tokens: int = 0
-) -> tuple[int, int]:
-    """Takes a batch into the running mean of ``(x_float - x) xᵀ`` (GPTAQ, 2504.02692).
-
-    Args:
-        cross: ``[in, in]``, float32 or float64, contiguous; updated in place, all of it.
-        x_float: ``[..., in]``, what the float model would have fed.
-        x: the same shape, what the model quantized so far does feed.
-        mask: as in `hessian_update`.
-        tokens: as in `hessian_update`.
-
-    Returns:
-        Rows counted, and rows dropped because either input is not finite there.
-
-    Example:
-        >>> c = torch.zeros(2, 2)
-        >>> cross_update(c, torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
-        (1, 0)
-        >>> c.tolist()
-        [[1.0, 1.0], [0.0, 0.0]]
-    """
-    return _ops.cross_update(cross, x_float.detach(), x.detach(), mask, tokens)
 
 
 def gptq_quantize(
@@ -205,8 +122,8 @@ def gptq_quantize(
         >>> report["fallback"], report["dead"]
         (False, 0)
     """
-    fmt = _dense("gptq_quantize", fmt)
-    _check_weight("gptq_quantize", weight)
+    fmt = dense("gptq_quantize", fmt)
+    check_weight("gptq_quantize", weight)
     try:
         packed, report = _ops.gptq_quantize(
             weight.detach(),
@@ -225,7 +142,7 @@ def gptq_quantize(
             timed,
         )
     except RuntimeError as error:
-        raise _weight_error(error) from None
+        raise weight_error(error) from None
     values: dict[str, Any] = dict(zip(GPTQ_REPORT, report.tolist(), strict=True))
     values |= {name: int(values[name]) for name in _COUNTS} | {name: bool(values[name]) for name in _FLAGS}
     return packed, values
@@ -260,73 +177,19 @@ def refit_scales(
 
     Example:
         >>> x, w = torch.randn(256, 32) @ torch.randn(32, 32), torch.randn(8, 32)
-        >>> packed = ops.quantize(w, "int3-g16")
+        >>> packed = bitfold.ops.quantize(w, "int3-g16")
         >>> packed, losses = refit_scales(packed, "int3-g16", w, x.T @ x / 256)
         >>> losses["after"] < losses["before"]
         True
     """
-    fmt = _dense("refit_scales", fmt)
-    _check_weight("refit_scales", weight)
+    fmt = dense("refit_scales", fmt)
+    check_weight("refit_scales", weight)
     spec = fmt.spec((weight.shape[0], weight.shape[1]))
     try:
         refitted, report = _ops.refit_scales(list(packed), spec, weight.detach(), hessian, damping, sweeps)
     except RuntimeError as error:
-        raise _weight_error(error) from None
+        raise weight_error(error) from None
     return refitted, dict(zip(("before", "after"), report.tolist(), strict=True))
-
-
-def hqq_solve(
-    weight: Tensor,
-    fmt: Format | str,
-    *,
-    p: float = 0.7,
-    beta: float = 10.0,
-    kappa: float = 1.01,
-    iterations: int = 10,
-) -> list[Tensor]:
-    """Folds a matrix with zero points that minimize ``sum |w - decoded|^p`` (HQQ, Badri and Shaji, 2023).
-
-    Scales are searched as by ``ops.quantize(method="search")`` and stay. Then, group by group, with r the
-    residuals in steps: ``e = sign(r) max(|r| - |r|^(p-1) / beta, 0)``, ``z = mean(code - w / s + e)``, until
-    mean |r| grows; the best zero point is kept, as it is stored. The published code starts from min-max
-    scales, counts r in units of weights (where its shrinkage never acts) and stops by the mean over the
-    tensor; its squared error is a tenth higher at 4 bits and four fifths higher at 2.
-
-    Args:
-        weight: ``[out, in]``, float32, float16 or bfloat16, any strides.
-        fmt: a format with real zero points of groups or rows, such as ``"int4-g64-fz"``.
-        p: of the norm, above 0 and at most 1.
-        beta: how tightly e follows r, above 0.
-        kappa: factor on beta per iteration, from 1 to 2.
-        iterations: at most, 1 to 100. Twenty lower mean |r| by 0.1 % more than ten.
-
-    Returns:
-        The packed tensors; the same bits on every CPU and thread count.
-
-    Raises:
-        FormatError: a format without such zero points; the message names one with.
-        WeightError: not a float matrix, no elements, or a NaN or infinity.
-        ValueError: an option out of its range.
-
-    Example:
-        >>> w = torch.distributions.Laplace(0.0, 1.0).sample((8, 64))
-        >>> def error(packed):
-        ...     return (ops.dequantize(packed, "int2-g64-fz", (8, 64)) - w).abs().pow(0.7).mean()
-        >>> bool(error(hqq_solve(w, "int2-g64-fz")) < error(ops.quantize(w, "int2-g64-fz")))
-        True
-    """
-    fmt = _dense("hqq_solve", fmt)
-    _check_weight("hqq_solve", weight)
-    spec = fmt.spec((weight.shape[0], weight.shape[1]))
-    try:
-        return _ops.hqq_solve(weight.detach(), spec, p, beta, kappa, iterations)
-    except RuntimeError as error:
-        sentence = str(error).splitlines()[0]
-        if "has no real zero points" in sentence:
-            raise FormatError(sentence) from None
-        if "p must be in" in sentence:
-            raise ValueError(sentence) from None
-        raise _weight_error(error) from None
 
 
 def _choice(op: str, argument: str, value: str, known: dict[str, int]) -> int:
@@ -336,65 +199,9 @@ def _choice(op: str, argument: str, value: str, known: dict[str, int]) -> int:
     return known[value]
 
 
-def _dense(op: str, fmt: Format | str) -> Format:
-    fmt = as_format(fmt)
-    if fmt.outliers:
-        msg = (
-            f"{op}(): {fmt} has outliers, which are chosen first; solve for {fmt.dense}, given exact=mask "
-            "where there is such an argument, then bitfold.outliers.fill_outliers; method 'gptq' does both"
-        )
-        raise FormatError(msg)
-    return fmt
-
-
-def _check_weight(op: str, weight: Tensor) -> None:
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        msg = f"{op}(): weight must be float32, float16 or bfloat16, got {weight.dtype}"
-        raise WeightError(msg)
-    if weight.dim() != 2 or weight.numel() == 0:
-        msg = f"{op}(): weight must be [out, in] with at least one element, got {tuple(weight.shape)}"
-        raise WeightError(msg)
-
-
-def _weight_error(error: RuntimeError) -> Exception:
-    sentence = str(error).splitlines()[0]
-    return WeightError(sentence) if "every weight must be finite" in sentence else RuntimeError(sentence)
-
-
-# ---- fake kernels ----
-
-
-def _empty_packed(weight: Tensor, spec: Sequence[int]) -> list[Tensor]:
-    buffers = _C.buffers_of_spec(list(spec))
-    return [weight.new_empty(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in buffers]
-
-
-@torch.library.register_fake("bitfold::hessian_update")
-def _(hessian: Tensor, x: Tensor, mask: Tensor | None, tokens: int) -> tuple[Any, Any]:  # noqa: ARG001
-    context = torch.library.get_ctx()
-    return context.new_dynamic_size(), context.new_dynamic_size()
-
-
-@torch.library.register_fake("bitfold::hessian_finish")
-def _(hessian: Tensor) -> None:
-    pass
-
-
-@torch.library.register_fake("bitfold::cross_update")
-def _(
-    cross: Tensor,  # noqa: ARG001
-    x_float: Tensor,  # noqa: ARG001
-    x: Tensor,  # noqa: ARG001
-    mask: Tensor | None,  # noqa: ARG001
-    tokens: int,  # noqa: ARG001
-) -> tuple[Any, Any]:
-    context = torch.library.get_ctx()
-    return context.new_dynamic_size(), context.new_dynamic_size()
-
-
 @torch.library.register_fake("bitfold::gptq_quantize")
 def _(weight: Tensor, hessian: Tensor, spec: Sequence[int], *_options: Any) -> tuple[list[Tensor], Tensor]:  # noqa: ARG001
-    return _empty_packed(weight, spec), weight.new_empty((len(GPTQ_REPORT),), dtype=torch.float64)
+    return empty_packed(weight, spec), weight.new_empty((len(GPTQ_REPORT),), dtype=torch.float64)
 
 
 @torch.library.register_fake("bitfold::refit_scales")
@@ -407,8 +214,3 @@ def _(
     sweeps: int,  # noqa: ARG001
 ) -> tuple[list[Tensor], Tensor]:
     return [torch.empty_like(p) for p in packed], weight.new_empty((2,), dtype=torch.float64)
-
-
-@torch.library.register_fake("bitfold::hqq_solve")
-def _(weight: Tensor, spec: Sequence[int], *_options: Any) -> list[Tensor]:
-    return _empty_packed(weight, spec)

@@ -1,0 +1,43 @@
+"""What the wrappers of solvers share: checks of arguments, errors, the shapes of what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bitfold import _C, ops  # noqa: F401  (ops loads the library)
+from bitfold.errors import FormatError, WeightError
+from bitfold.formats import Format, as_format
+
+
+def dense(op: str, fmt: Format | str) -> Format:
+    fmt = as_format(fmt)
+    if fmt.outliers:
+        msg = (
+            f"{op}(): {fmt} has outliers, which are chosen first; solve for {fmt.dense}, given exact=mask "
+            "where there is such an argument, then bitfold.outliers.fill_outliers; method 'gptq' does both"
+        )
+        raise FormatError(msg)
+    return fmt
+
+
+def check_weight(op: str, weight: Tensor) -> None:
+    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        msg = f"{op}(): weight must be float32, float16 or bfloat16, got {weight.dtype}"
+        raise WeightError(msg)
+    if weight.dim() != 2 or weight.numel() == 0:
+        msg = f"{op}(): weight must be [out, in] with at least one element, got {tuple(weight.shape)}"
+        raise WeightError(msg)
+
+
+def weight_error(error: RuntimeError) -> Exception:
+    sentence = str(error).splitlines()[0]
+    return WeightError(sentence) if "every weight must be finite" in sentence else RuntimeError(sentence)
+
+
+def empty_packed(weight: Tensor, spec: Sequence[int]) -> list[Tensor]:
+    """What fake kernels return for a folded matrix."""
+    buffers = _C.buffers_of_spec(list(spec))
+    return [weight.new_empty(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in buffers]
