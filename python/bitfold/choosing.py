@@ -179,12 +179,6 @@ def _fold(uses: list[Use], fmt: Format) -> Fold:
     return Fold(owner, tied, fmt)
 
 
-def matrix_shape(use: Use) -> tuple[int, int]:
-    """`(out, in)` of the float matrix; a Conv1D holds the transpose."""
-    rows, columns = use.module.weight.shape
-    return (columns, rows) if use.kind == "conv1d" else (rows, columns)
-
-
 def _nbytes(module: Any) -> int:
     if isinstance(module, PackedModule):
         return module.original_nbytes()

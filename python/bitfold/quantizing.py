@@ -16,6 +16,7 @@ from bitfold.manifest import PACKED_KINDS, QUANT_METHOD, bias_owner, describe, f
 from bitfold.nn import PackedModule, TiedEmbedding, TiedHead
 from bitfold.nn._base import check_finite
 from bitfold.nn._places import Places
+from bitfold.progress import progress_bar
 
 if TYPE_CHECKING:
     from bitfold.calibration import Settings
@@ -198,8 +199,8 @@ def _calibrate(
     if any(parameter.is_meta for parameter in model.parameters()):
         msg = "quantize(): a model on the meta device has no values to calibrate; load it first"
         raise ValueError(msg)
-    bar = _bar(sum(not fold.done for fold in [*folds, *data_free])) if progress else None
-    try:
+    left = sum(not fold.done for fold in [*folds, *data_free])
+    with progress_bar(left, "folding", "matrix", progress) as advance:
         job = Job(
             model,
             folds,
@@ -211,12 +212,9 @@ def _calibrate(
             settings or Settings(),
             checkpoint,
             log,
-            bar,
+            advance,
         )
         calibrate(job)
-    finally:
-        if bar is not None:
-            bar.close()
 
 
 def _check_values(todo: list[Fold]) -> None:
@@ -226,26 +224,12 @@ def _check_values(todo: list[Fold]) -> None:
 
 def _consumed(todo: list[Fold], progress: bool) -> Iterator[Fold]:
     """Hand out the folds, forgetting each, under a progress bar where there is one."""
-    bar = _bar(len(todo)) if progress and todo else None
     todo.reverse()
-    try:
+    with progress_bar(len(todo), "folding", "matrix", progress and bool(todo)) as advance:
         while todo:
-            if bar is not None:
-                bar.set_postfix_str(todo[-1].owner.name, refresh=False)
+            name = todo[-1].owner.name
             yield todo.pop()
-            if bar is not None:
-                bar.update()
-    finally:
-        if bar is not None:
-            bar.close()
-
-
-def _bar(total: int) -> Any:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return None
-    return tqdm(total=total, desc="folding", unit="matrix")
+            advance(name)
 
 
 def _fold_one(

@@ -31,6 +31,7 @@ from bitfold.calibration.survey import predict_memory, survey
 from bitfold.choosing import Fold
 from bitfold.methods import Solution
 from bitfold.outputs import Batch, device_of
+from bitfold.progress import Advance
 
 __all__ = ["Job", "calibrate"]
 
@@ -51,7 +52,7 @@ class Job:
         settings: of calibration.
         checkpoint: directory, None for the default one, False for none.
         log: file for a JSON line per matrix.
-        bar: a tqdm bar to be advanced by one per matrix, or None.
+        advance: called with the name of each matrix that is done.
     """
 
     model: nn.Module
@@ -64,7 +65,7 @@ class Job:
     settings: Settings
     checkpoint: str | os.PathLike[str] | bool | None
     log: str | os.PathLike[str] | None
-    bar: Any
+    advance: Advance
 
 
 def calibrate(job: Job) -> None:
@@ -105,7 +106,7 @@ class Walk:
         self.report = Report(notes=found.notes, predicted_bytes=prediction.peak)
         remember(self.model, self.report)
         log = Log(job.log if processes.rank == 0 else None, self.report)
-        self.placing = Placing(self.model, todo, self.method_of, log, job.bar, both)
+        self.placing = Placing(self.model, todo, self.method_of, log, job.advance, both)
         self._known: list[Any] = []  # what preparations of earlier blocks leave for later ones
 
     def go(self, store: Checkpoint | None) -> None:

@@ -11,11 +11,12 @@ from bitfold import methods
 from bitfold.calibration.guards import Originals
 from bitfold.calibration.report import Log, peak_rss_bytes
 from bitfold.calibration.solving import fold_alone
-from bitfold.choosing import Fold, matrix_shape
+from bitfold.choosing import Fold
 from bitfold.errors import WeightError
 from bitfold.manifest import PACKED_KINDS, bias_owner
 from bitfold.methods import Solution
 from bitfold.nn._places import Places
+from bitfold.progress import Advance
 from bitfold.quantizing import swaps_of
 
 
@@ -27,7 +28,7 @@ class Placing:
         todo: name of a matrix -> its Fold; whatever is put in place is taken out.
         method_of: by name of the matrix.
         log: for the lines.
-        bar: a tqdm bar to be advanced by one per matrix, or None.
+        advance: called with the name of each matrix that is done.
         float_stream: the float model runs beside the folded one, so modules folded without data are kept.
     """
 
@@ -37,10 +38,10 @@ class Placing:
         todo: dict[str, Fold],
         method_of: Mapping[str, str],
         log: Log,
-        bar: Any,
+        advance: Advance,
         float_stream: bool,
     ) -> None:
-        self.model, self.todo, self.log, self.bar = model, todo, log, bar
+        self.model, self.todo, self.log, self.advance = model, todo, log, advance
         self.originals = Originals()
         self.refinable: dict[str, Fold] = {}  # of the stage in work, where the method refines it
         self._method_of, self._float_stream = method_of, float_stream
@@ -49,7 +50,7 @@ class Placing:
     def put(self, name: str, solution: Solution, quiet: bool = False) -> None:
         """Swap the packed module in; `quiet` records no line."""
         fold = self.todo.pop(name)
-        owner, shape = fold.owner, matrix_shape(fold.owner)
+        owner, shape = fold.owner, fold.owner.shape
         if methods.refinement(self._method_of[name]) is not None:
             self.refinable[name] = fold
         if solution.bias_shift is not None and bias_owner(self.model, owner.module) is not None:
@@ -64,9 +65,7 @@ class Placing:
         if not quiet:
             line = {"name": name, "shape": list(shape), "format": str(fold.format), **solution.report}
             self.log.add({**line, "peak_rss_bytes": peak_rss_bytes()})
-        if self.bar is not None:
-            self.bar.set_postfix_str(name, refresh=False)
-            self.bar.update()
+        self.advance(name)
 
     def put_alone(self, name: str, method: str, **remarks: Any) -> None:
         """Fold a matrix without data and swap it in."""

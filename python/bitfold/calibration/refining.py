@@ -13,7 +13,6 @@ from bitfold.calibration.blocks import Stage
 from bitfold.calibration.guards import seeded
 from bitfold.calibration.placing import Placing
 from bitfold.calibration.replay import Stop, run, tensor_map
-from bitfold.calibration.solving import float_matrix
 from bitfold.calibration.streams import Stream, Streams
 from bitfold.methods import Solution
 from bitfold.methods.base import Refinement
@@ -51,7 +50,7 @@ def refine_stage(
         return
     refinement = methods.refinement(min(refining))
     assert refinement is not None
-    floats = {name: float_matrix(fold) for name, fold in placing.refinable.items()}
+    floats = {name: fold.owner.float_matrix() for name, fold in placing.refinable.items()}
     with seeded(seed, stage.block):
         found, line = refine_block(
             model, stage.block, floats, batches, streams.folded, streams.floats, refinement, options

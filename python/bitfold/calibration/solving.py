@@ -7,15 +7,13 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from bitfold import methods
 from bitfold.calibration.distributed import Processes
 from bitfold.calibration.guards import seeded
 from bitfold.calibration.sets import MatrixSet
 from bitfold.calibration.settings import Settings
 from bitfold.calibration.statistics import InputStatistics, mean_of
-from bitfold.choosing import Fold, matrix_shape
+from bitfold.choosing import Fold
 from bitfold.methods import Solution
 
 FALLBACK = "search"  # where there is no data, or next to none
@@ -71,7 +69,7 @@ def solve_set(
         start = time.perf_counter()
         with seeded(settings.seed, name):
             solution = methods.fold_weight(
-                float_matrix(folds[name]),
+                folds[name].owner.float_matrix(),
                 folds[name].format,
                 method_of[name],
                 replace(finished[i], bias=name in biased),
@@ -80,7 +78,7 @@ def solve_set(
         solution.report = {**line, **solution.report, "seconds": _since(start)}
         return solution
 
-    shapes = [matrix_shape(folds[name].owner) for name, _ in jobs]
+    shapes = [folds[name].owner.shape for name, _ in jobs]
     costs = [float(rows) * columns**2 + float(columns) ** 3 / 3 for rows, columns in shapes]
     formats = [folds[name].format for name, _ in jobs]
     solved = processes.solve(list(zip(formats, shapes, costs, strict=True)), solve)
@@ -90,15 +88,9 @@ def solve_set(
 def fold_alone(fold: Fold, method: str, line: dict[str, Any]) -> Solution:
     """Fold a matrix without data; `line` is what to report of it."""
     start = time.perf_counter()
-    solution = methods.fold_weight(float_matrix(fold), fold.format, method)
+    solution = methods.fold_weight(fold.owner.float_matrix(), fold.format, method)
     solution.report = {**line, **solution.report, "seconds": _since(start)}
     return solution
-
-
-def float_matrix(fold: Fold) -> Tensor:
-    """The weight `[out, in]` in float32."""
-    weight: Tensor = fold.owner.module.weight.detach()
-    return (weight.t() if fold.owner.kind == "conv1d" else weight).float()
 
 
 def blend_experts(

@@ -18,7 +18,7 @@ from bitfold.calibration.replay import run
 from bitfold.calibration.sets import MatrixSet, find_sets
 from bitfold.calibration.settings import Settings
 from bitfold.calibration.streams import needs_all_outputs
-from bitfold.choosing import Fold, matrix_shape
+from bitfold.choosing import Fold
 from bitfold.outputs import Batch
 
 
@@ -109,7 +109,7 @@ def predict_memory(
     packed = freed = 0
     for stage in found.layout.stages:
         names = [name for name in stage.matrices if name in todo]
-        shapes = [matrix_shape(todo[name].owner) for name in names]
+        shapes = [todo[name].owner.shape for name in names]
         kind = tuple(shapes)  # blocks of the same shapes have the same sets
         if names and kind not in known:
             known[kind] = _sets(model, stage, batch, names, settings)

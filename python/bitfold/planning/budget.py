@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,6 +17,7 @@ from bitfold.planning.file_bytes import FileBytes
 from bitfold.planning.fitting import Fitting
 from bitfold.planning.plans import Plan
 from bitfold.planning.sensitivity import MEASURES, Losses, choose_measure, measure
+from bitfold.progress import progress_bar
 
 if TYPE_CHECKING:
     from bitfold.calibration import Settings
@@ -191,23 +191,6 @@ def _losses(
                 raise ValueError(msg)
         return sensitivity.measure, {name: dict(found) for name, found in sensitivity.losses.items()}
     kind = choose_measure(model, groups, batches) if sensitivity == "auto" else sensitivity
-    with _bar(sum(len(group.formats) > 1 for group in groups), f"measuring {kind}", progress) as advance:
+    open_groups = sum(len(group.formats) > 1 for group in groups)
+    with progress_bar(open_groups, f"measuring {kind}", "group", progress) as advance:
         return kind, measure(kind, model, choice.folds, groups, batches, seed, advance)
-
-
-@contextmanager
-def _bar(total: int, title: str, progress: bool) -> Iterator[Callable[[str], None]]:
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        progress = False
-    if not progress:
-        yield lambda name: None  # noqa: ARG005
-        return
-    with tqdm(total=total, desc=title, unit="group") as bar:
-
-        def advance(name: str) -> None:
-            bar.set_postfix_str(name, refresh=False)
-            bar.update()
-
-        yield advance

@@ -1,0 +1,27 @@
+"""A bar over a known number of things, where tqdm is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Advance = Callable[[str], None]  # called with the name of each thing that is done
+
+
+@contextmanager
+def progress_bar(total: int, title: str, unit: str, shown: bool = True) -> Iterator[Advance]:
+    """Show a bar on stderr while the context lasts; gives what advances it."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        shown = False
+    if not shown:
+        yield lambda name: None  # noqa: ARG005
+        return
+    with tqdm(total=total, desc=title, unit=unit) as bar:
+
+        def advance(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
+
+        yield advance
