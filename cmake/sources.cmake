@@ -26,6 +26,7 @@ set(BITFOLD_CPU_SOURCES
 
 set(BITFOLD_SOLVER_SOURCES
   csrc/solvers/awq_clip.cc
+  csrc/solvers/awq_grid.cc
   csrc/solvers/awq_scale.cc
   csrc/solvers/factor.cc
   csrc/solvers/feedback.cc
@@ -78,7 +79,8 @@ set(BITFOLD_CPP_TESTS
   cpu/activations
   cpu/instruction_sets
   cpu/isa
-  solvers/awq
+  solvers/awq_clip
+  solvers/awq_scale
   solvers/gptq
   solvers/hessian
   solvers/hqq

@@ -1,4 +1,4 @@
-"""Native solvers of calibrated quantization: a file per problem, each op with its fake kernel beside it.
+"""Native solvers of calibrated quantization: one wrapper per op with its fake kernel, a file per problem.
 
 A solver sees one matrix ``W`` ``[out, in]`` and statistics of its input ``x`` ``[tokens, in]``, never a
 model. What counts is ``||(W - Q) x||²`` summed over the tokens, which is ``tokens * tr(E H Eᵀ)`` with
