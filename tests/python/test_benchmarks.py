@@ -37,7 +37,7 @@ def script(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "solvers_cpu", "hqq_cpu", "perplexity"])  # the last draw nothing
+@pytest.mark.parametrize("name", [*SCRIPTS, "solvers_cpu", "perplexity"])  # the last draw nothing
 def test_script_runs_and_writes_json(script, name, tmp_path, capsys):
     script(name).main(["--smoke", "--no-picture", "--out", str(tmp_path)])
     written = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))
