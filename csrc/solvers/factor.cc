@@ -39,7 +39,7 @@ std::vector<double> HessianView::diagonal() const {
   return values;
 }
 
-Status HessianView::check_finite(const Parallel& parallel) const {
+Status HessianView::check_finite(const Parallel& parallel, const char* name) const {
   std::atomic<int64_t> bad_row = n;
   parallel(n, grain(n, kGrainEntries), [&](int64_t begin, int64_t end) {
     const auto scan = [&](const auto* values) {
@@ -57,7 +57,8 @@ Status HessianView::check_finite(const Parallel& parallel) const {
   int64_t j = 0;
   while (std::isfinite(at(bad_row, j))) ++j;
   return Status::error(StatusCode::kNonFinite,
-                       "hessian[" + std::to_string(bad_row) + ", " + std::to_string(j) + "] is " +
+                       std::string(name) + "[" + std::to_string(bad_row) + ", " +
+                           std::to_string(j) + "] is " +
                            (std::isnan(at(bad_row, j)) ? "NaN" : "infinite") +
                            "; look for non-finite or huge activations in the calibration data");
 }

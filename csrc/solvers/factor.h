@@ -30,7 +30,7 @@ struct HessianView {
   }
   std::vector<double> diagonal() const;
   // Fails on NaN and infinity, naming the place.
-  Status check_finite(const Parallel& parallel) const;
+  Status check_finite(const Parallel& parallel, const char* name = "hessian") const;
 };
 
 enum class ColumnOrder {

@@ -295,6 +295,8 @@ Status gptq_quantize(const KernelTable& k, const LinearAlgebra& algebra, const F
                      void* const* buffers, const Parallel& parallel, GptqReport* report) {
   Status status = check_sizes(format, w, h);
   if (status.ok()) status = h.check_finite(parallel);
+  if (status.ok() && options.cross)
+    status = HessianView{options.cross, /*fp64=*/false, w.cols}.check_finite(parallel, "cross");
   if (!status.ok()) return status;
   if (options.dynamic && options.order == ColumnOrder::kDescending) {
     return Status::error(StatusCode::kInvalidArgument,

@@ -16,11 +16,6 @@ Method method_of(int64_t method, const char* op) {
   return static_cast<Method>(method);
 }
 
-MatrixView weight_of(const Tensor& weight, int64_t rows, int64_t cols, const std::string& op) {
-  if (!weight.is_cpu()) fail(op.c_str(), "weight must be a CPU tensor");
-  return matrix_of(weight, rows, cols, op.c_str());
-}
-
 // A contiguous CPU tensor of this dtype and shape.
 const Tensor& checked(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
                       const char* argument, const std::string& op) {
@@ -66,7 +61,7 @@ std::tuple<Tensor, Tensor> awq_scale(std::vector<Tensor> weights, std::vector<in
     AwqReader& reader = readers[i];
     check(parse_spec({spec, spec + kSpecLength}, &reader.format, &rows, &cols), op.c_str());
     reader.method = method_of(methods[i], op.c_str());
-    reader.weight = weight_of(weights[i], rows, cols, op);
+    reader.weight = matrix_of(weights[i], rows, cols, op.c_str());
     reader.hessian = static_cast<const float*>(
         checked(hessians[i], ScalarType::Float, {cols, cols}, "hessian", op).const_data_ptr());
     reader.channel = static_cast<const int64_t*>(
@@ -92,7 +87,7 @@ std::tuple<std::vector<Tensor>, Tensor> awq_clip(Tensor weight, Tensor hessian,
   Format format;
   int64_t rows = 0, cols = 0;
   check(parse_spec(spec, &format, &rows, &cols), kOp);
-  const MatrixView view = weight_of(weight, rows, cols, kOp);
+  const MatrixView view = matrix_of(weight, rows, cols, kOp);
   const auto* h = static_cast<const float*>(
       checked(hessian, ScalarType::Float, {cols, cols}, "hessian", kOp).const_data_ptr());
   const uint8_t* marked = nullptr;

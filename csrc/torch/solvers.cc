@@ -131,6 +131,14 @@ int64_t in_range(int64_t value, int64_t end, const char* op, const char* argumen
   return value;
 }
 
+double in_range(double value, double most, const char* op, const char* argument) {
+  if (!(value >= 0.0 && value <= most)) {
+    fail(op, std::string(argument) + " must be between 0 and " + std::to_string(most) + ", got " +
+                 std::to_string(value));
+  }
+  return value;
+}
+
 constexpr int64_t kMostRounds = 1000;
 
 std::tuple<std::vector<Tensor>, Tensor> gptq_quantize(
@@ -145,13 +153,9 @@ std::tuple<std::vector<Tensor>, Tensor> gptq_quantize(
   options.dynamic = dynamic;
   options.sweeps = static_cast<int>(in_range(sweeps, kMostRounds, kOp, "sweeps"));
   options.refits = static_cast<int>(in_range(refits, kMostRounds, kOp, "refits"));
-  options.alpha = alpha;
+  options.alpha = in_range(alpha, 1.0, kOp, "alpha");
   options.measured_rows = measured_rows;
-  if (!(damping >= 0.0 && damping <= kMostDamping)) {
-    fail(kOp, "damping must be between 0 and " + std::to_string(kMostDamping) + ", got " +
-                  std::to_string(damping));
-  }
-  options.damping = damping;
+  options.damping = in_range(damping, kMostDamping, kOp, "damping");
   Tensor kept_cross, kept_exact;
   if (cross.has_value()) {
     check_mean(*cross, layer.cols, kOp, "cross");
@@ -203,11 +207,11 @@ std::tuple<std::vector<Tensor>, Tensor> refit_scales(std::vector<Tensor> packed,
     buffers.push_back(refitted.back().mutable_data_ptr());
   }
   double losses[2];
-  check(
-      refit_packed(kernels(kOp), torch_linear_algebra(), layer.format, layer.weight, layer.hessian,
-                   damping, static_cast<int>(in_range(sweeps, kMostRounds, kOp, "sweeps")),
-                   buffers.data(), torch_parallel(), &losses[0], &losses[1]),
-      kOp);
+  check(refit_packed(kernels(kOp), torch_linear_algebra(), layer.format, layer.weight,
+                     layer.hessian, in_range(damping, kMostDamping, kOp, "damping"),
+                     static_cast<int>(in_range(sweeps, kMostRounds, kOp, "sweeps")), buffers.data(),
+                     torch_parallel(), &losses[0], &losses[1]),
+        kOp);
   Tensor report = torch::stable::new_empty(weight, {2}, ScalarType::Double);
   std::copy_n(losses, 2, static_cast<double*>(report.mutable_data_ptr()));
   return {refitted, report};

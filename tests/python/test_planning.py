@@ -436,6 +436,26 @@ def test_a_sensitive_layer_is_told_by_data(kind):
     assert plan["1"].bits > plan["0"].bits
 
 
+class Idle(nn.Module):
+    """A layer that is called, and one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.idle = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+@pytest.mark.parametrize("kind", ["output", "kl"])
+def test_layers_that_the_data_do_not_reach_are_judged_by_their_weights(kind):
+    data = [torch.randn(40, 64)]
+    made = bitfold.plan(Idle(), 5.0, calibration=data, sensitivity=kind, progress=False)
+    assert all(loss > 0 for loss in made.losses["idle"].values())
+    assert any("idle" in note for note in made.notes)
+
+
+
 def test_auto_takes_what_there_is():
     assert bitfold.plan(Toy(), 5.0, progress=False).measure == "weight"
     assert bitfold.plan(Toy(), 5.0, calibration=batches(), progress=False).measure == "kl"

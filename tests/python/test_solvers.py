@@ -213,6 +213,15 @@ def test_bad_weights_and_options() -> None:
         solvers.gptq_quantize(weight, "nf4", hessian, scales="best")
     with pytest.raises(RuntimeError, match="damping must be between"):
         solvers.gptq_quantize(weight_of(4, 16), "nf4", hessian, damping=2.0)
+    for alpha in (7.0, -1.0, float("nan")):
+        with pytest.raises(RuntimeError, match="alpha must be between"):
+            solvers.gptq_quantize(weight_of(4, 16), "nf4", hessian, alpha=alpha)
+    with pytest.raises(RuntimeError, match=r"cross\[0, 0\] is NaN"):
+        solvers.gptq_quantize(weight_of(4, 16), "nf4", hessian, cross=torch.full((16, 16), float("nan")))
+    packed, _ = solvers.gptq_quantize(weight_of(4, 16), "nf4", hessian)
+    for damping in (-0.5, 5.0, float("nan")):
+        with pytest.raises(RuntimeError, match="damping must be between"):
+            solvers.refit_scales(packed, "nf4", weight_of(4, 16), hessian, damping=damping)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -83,7 +83,7 @@ def _choose(
 def _matrix(view: BlockView, name: str) -> Tensor:
     module: Any = view.block.get_submodule(name)
     weight: Tensor = module.weight.detach()
-    return weight.t() if is_conv1d(module) else weight
+    return (weight.t() if is_conv1d(module) else weight).float()
 
 
 @register("awq", calibrated=True, prepare=scale_block)

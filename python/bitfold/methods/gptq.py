@@ -64,6 +64,9 @@ def gptq(
     depth = statistics.tokens / weight.shape[1]
     if damping is None:
         damping = min(max(_LEAST_DAMPING, _DAMPING_OF_FEW / max(depth, 1e-9)), _MOST_DAMPING)
+    if alpha and statistics.cross is None:
+        msg = f"gptq: alpha={alpha} needs cross statistics: leave Settings.float_stream at None or True"
+        raise ValueError(msg)
     if alpha is None:
         alpha = depth / (depth + 4)
     if dynamic is None:
@@ -84,6 +87,8 @@ def gptq(
         packed, report = _with_outliers(weight, fmt, hessian, cross, alpha, options)
     else:
         packed, report = solvers.gptq_quantize(weight, fmt, hessian, cross=cross, alpha=alpha, **options)
+    if cross is not None:
+        report["alpha"] = round(alpha, 4)
     shift = _bias_shift(weight, packed, fmt, statistics, cross is not None) if statistics.bias else None
     return Solution(packed, report, shift)
 
@@ -133,6 +138,7 @@ def _with_outliers(
         if cross is not None:
             target = target + alpha * torch.cholesky_solve((target @ cross).t(), factor).t()
         importance = 1 / torch.cholesky_inverse(factor).diagonal()
+        importance = importance.where(hessian.diagonal() > 0, 0)  # what a dead input carries costs nothing
     mask = choose_outliers(target, fmt, importance.contiguous())
     packed, report = solvers.gptq_quantize(target, fmt.dense, hessian, exact=mask, **options)
     report["outliers"] = fmt.outlier_count((weight.shape[0], weight.shape[1]))

@@ -123,7 +123,9 @@ def plan(
     fitting.check_feasible(budget)
 
     batches = [] if calibration is None else _batches(calibration, model, tokenizer, settings)
-    kind, losses = _losses(sensitivity, model, choice, groups, batches, seed, progress)
+    kind, losses, unreached = _losses(sensitivity, model, choice, groups, batches, seed, progress)
+    if unreached:
+        notes.append(f"not reached by the data, judged by their weights: {', '.join(unreached)}")
     chosen = fitting.solve(losses, budget)
     members = {i: group.name for group in groups for i in group.members}
     return Plan.made(
@@ -181,7 +183,8 @@ def _losses(
     batches: Sequence[Batch],
     seed: int,
     progress: bool,
-) -> tuple[str, Losses]:
+) -> tuple[str, Losses, list[str]]:
+    """The measure, the losses, and the groups that the data do not reach."""
     if isinstance(sensitivity, Plan):
         for group in groups:
             known = sensitivity.losses.get(group.name, {})
@@ -189,8 +192,8 @@ def _losses(
             if absent and len(group.formats) > 1:
                 msg = f"{group.name}: the plan given as sensitivity has not measured {', '.join(absent)}"
                 raise ValueError(msg)
-        return sensitivity.measure, {name: dict(found) for name, found in sensitivity.losses.items()}
+        return sensitivity.measure, {name: dict(found) for name, found in sensitivity.losses.items()}, []
     kind = choose_measure(model, groups, batches) if sensitivity == "auto" else sensitivity
     open_groups = sum(len(group.formats) > 1 for group in groups)
     with progress_bar(open_groups, f"measuring {kind}", "group", progress) as advance:
-        return kind, measure(kind, model, choice.folds, groups, batches, seed, advance)
+        return kind, *measure(kind, model, choice.folds, groups, batches, seed, advance)

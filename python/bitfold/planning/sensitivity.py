@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -56,10 +56,13 @@ def measure(
     batches: Sequence[Batch],
     seed: int,
     advance: Callable[[str], None],
-) -> Losses:
+) -> tuple[Losses, list[str]]:
     """Loss of each format of each group; groups with a single one are not measured.
 
     The model is as before when this returns or raises.
+
+    Returns:
+        The losses, and the names of groups that the data do not reach: theirs are of the weights.
     """
     task = _Task(
         model,
@@ -73,10 +76,13 @@ def measure(
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return by(task)
+        losses = by(task)
+        unreached = [group for group in task.groups if not any(losses[group.name].values())]
+        losses |= _by_weight(replace(task, groups=unreached, advance=lambda _: None))
     finally:
         for module in was_training:
             module.training = True
+    return losses, [group.name for group in unreached]
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def gptq_quantize(
             - ``damping``: what was used. ``dead``: inputs that are always 0 (their weights become 0).
             - ``fp64``: the factorization took float64. ``fallback``: no damping helped, the weights were
               rounded plainly with searched scales.
-            - ``measured_rows``, ``refitted`` (scales that refits changed), ``seconds_*``.
+            - ``measured_rows``, ``refitted`` (scales that refits changed); ``seconds_*`` where `timed`.
 
     Raises:
         WeightError: not a float matrix, no elements, or a NaN or infinity.
@@ -145,6 +145,8 @@ def gptq_quantize(
         raise weight_error(error) from None
     values: dict[str, Any] = dict(zip(GPTQ_REPORT, report.tolist(), strict=True))
     values |= {name: int(values[name]) for name in _COUNTS} | {name: bool(values[name]) for name in _FLAGS}
+    if not timed:
+        values = {name: value for name, value in values.items() if not name.startswith("seconds_")}
     return packed, values
 
 

@@ -143,6 +143,20 @@ def test_outliers_of_a_hessian_that_cannot_be_factored_are_chosen_by_its_diagona
     assert torch.isfinite(ops.dequantize(solution.packed, fmt, (48, 192))).all()
 
 
+def test_dead_inputs_take_no_outliers():
+    weight, x, fmt = weights(), inputs(), Format("int3-g64-outliers")
+    weight[:, 5] = 3.0  # large, but what it meets is always zero
+    x[:, 5] = 0
+    solution = fold(weight, fmt, statistics(x))
+    stored = {suffix: t for (suffix, _, _), t in zip(fmt.buffers((48, 192)), solution.packed, strict=True)}
+    assert 5 not in stored["_outlier_column"].tolist()
+
+
+def test_alpha_without_cross_statistics_is_refused():
+    with pytest.raises(ValueError, match=r"alpha=0\.5.*float_stream"):
+        fold(weights(), "int4-g64", statistics(inputs()), alpha=0.5)
+
+
 @pytest.mark.parametrize("order", ["none", "descending", "groups"])
 def test_orders(order):
     weight, found = weights(), statistics(inputs())
