@@ -12,11 +12,11 @@ from bitfold import methods
 from bitfold.choosing import Choice, Fold, choose
 from bitfold.errors import WeightError
 from bitfold.formats import Format
-from bitfold.manifest import PACKED_KINDS, QUANT_METHOD, bias_owner, describe, forget_tied_keys
-from bitfold.nn import PackedModule, TiedEmbedding, TiedHead
+from bitfold.manifest import PACKED_KINDS, QUANT_METHOD, describe, forget_tied_keys
 from bitfold.nn._base import check_finite
 from bitfold.nn._places import Places
 from bitfold.progress import progress_bar
+from bitfold.swapping import swaps_of
 
 if TYPE_CHECKING:
     from bitfold.calibration import Settings
@@ -248,17 +248,6 @@ def _fold_one(
     except WeightError as error:
         raise WeightError(f"{owner.name}: {error}") from error  # noqa: EM102
     found.replace(swaps_of(model, fold, packed))
-
-
-def swaps_of(model: nn.Module, fold: Fold, packed: PackedModule) -> dict[nn.Module, nn.Module]:
-    """What takes the place of what when `packed` comes for the matrix of `fold` and what is tied to it."""
-    swaps: dict[nn.Module, nn.Module] = {fold.owner.module: packed}
-    for use in fold.tied:
-        if use.kind == "embedding":
-            swaps[use.module] = TiedEmbedding.from_float(use.module, packed)
-        else:
-            swaps[use.module] = TiedHead.from_float(use.module, packed, bias_owner(model, use.module))
-    return swaps
 
 
 # Called with each model that was folded; `bitfold.hf` adds what transformers models need.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -53,6 +54,39 @@ def test_folders_depend_downward_only() -> None:
             target = header.split("/")[0]
             if target in folders and (ROOT / "csrc" / header).exists():
                 assert target in MAY_INCLUDE[folder(path)], f"{path} includes {header}"
+
+
+def imported(path: Path) -> set[str]:
+    """First names below `bitfold` that a file imports, in functions too, but not for annotations."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module == "bitfold":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bitfold."):
+            found.add(str(node.module).split(".")[1])
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def test_python_depends_downward_only() -> None:
+    """In the order of the list in docs/architecture.md, which names everything there is."""
+    layers: dict[str, int] = {}
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for number, line in enumerate(re.findall(r"^python/bitfold/(.*)$", text, re.M)):
+        names = re.split(r"\s{2,}", line)[0]
+        layers |= dict.fromkeys(re.findall(r"(\w+)(?:\.py|/)(?=\s|$)", names), number)
+    package = ROOT / "python" / "bitfold"
+    parts = {p.stem for p in package.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    parts -= {"__init__", "__main__"}
+    assert parts == set(layers)
+    for path in sorted(package.rglob("*.py")):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        for other in imported(path) & parts if own in parts else ():
+            assert layers[own] <= layers[other], f"{path} imports {other}"
 
 
 def test_wide_targets_include_no_standard_containers() -> None:

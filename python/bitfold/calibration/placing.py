@@ -17,7 +17,7 @@ from bitfold.manifest import PACKED_KINDS, bias_owner
 from bitfold.methods import Solution
 from bitfold.nn._places import Places
 from bitfold.progress import Advance
-from bitfold.quantizing import swaps_of
+from bitfold.swapping import swaps_of
 
 
 class Placing:
