@@ -52,11 +52,12 @@ set(BITFOLD_CUDA_HOST_SOURCES
   csrc/cuda/launch.cc
   csrc/cuda/weight.cc
 )
+# (quantize.cc leads through kernels: it is linked where they are.)
 set(BITFOLD_CUDA_SOURCES
+  csrc/cuda/quantize.cc
   csrc/cuda/dequantize.cu
   csrc/cuda/encode.cu
   csrc/cuda/pack.cu
-  csrc/cuda/quantize.cc
   csrc/cuda/scales.cu
   csrc/cuda/store_scales.cu
 )
@@ -97,6 +98,7 @@ set(BITFOLD_CPP_TESTS
   core/view
   cuda/decode
   cuda/encode
+  cuda/kernels
   cuda/launch
   cpu/activations
   cpu/instruction_sets
