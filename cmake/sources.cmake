@@ -7,6 +7,7 @@ set(BITFOLD_CORE_SOURCES
   csrc/core/dynamic_map.cc
   csrc/core/format.cc
   csrc/core/scale_coding.cc
+  csrc/core/shrinks.cc
   csrc/core/view.cc
   csrc/core/reference/dequantize.cc
   csrc/core/reference/encode.cc
@@ -49,9 +50,33 @@ set(BITFOLD_SOLVER_SOURCES
 set(BITFOLD_ISA_PORTABLE portable)
 set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni)
 
+# csrc/cuda: what runs on the host is plain C++, part of the core library, and tested without a GPU.
+set(BITFOLD_CUDA_HOST_SOURCES
+  csrc/cuda/encode.cc
+  csrc/cuda/launch.cc
+  csrc/cuda/weight.cc
+)
+# (quantize.cc leads through kernels: it is linked where they are.)
+set(BITFOLD_CUDA_SOURCES
+  csrc/cuda/quantize.cc
+  csrc/cuda/dequantize.cu
+  csrc/cuda/encode.cu
+  csrc/cuda/pack.cu
+  csrc/cuda/scales.cu
+  csrc/cuda/store_scales.cu
+)
+set(BITFOLD_OPS_CUDA_SOURCES
+  csrc/torch/checks.cc
+  csrc/torch/cuda/context.cc
+  csrc/torch/cuda/dequantize.cc
+  csrc/torch/cuda/pack.cc
+  csrc/torch/cuda/quantize.cc
+)
+
 set(BITFOLD_OPS_SOURCES
   csrc/torch/awq.cc
   csrc/torch/checks.cc
+  csrc/torch/cpu_kernels.cc
   csrc/torch/dequantize.cc
   csrc/torch/hqq.cc
   csrc/torch/linear.cc
@@ -76,6 +101,10 @@ set(BITFOLD_CPP_TESTS
   core/format
   core/scale_coding
   core/view
+  cuda/decode
+  cuda/encode
+  cuda/kernels
+  cuda/launch
   cpu/activations
   cpu/instruction_sets
   cpu/isa
