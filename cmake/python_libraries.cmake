@@ -1,4 +1,4 @@
-# The two libraries inside the Python package: _ops.so and _C.<abi>.so.
+# The libraries inside the Python package: _ops.so, _ops_cuda.so where nvcc is found, and _C.<abi>.so.
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
 if(NOT pybind11_DIR)
   execute_process(COMMAND ${Python_EXECUTABLE} -m pybind11 --cmakedir
@@ -6,6 +6,7 @@ if(NOT pybind11_DIR)
 endif()
 find_package(pybind11 2.13 CONFIG REQUIRED HINTS ${pybind11_cmake_dir})
 include(cmake/find_torch.cmake)
+include(cmake/cuda.cmake)
 
 # Stays a MODULE named exactly _ops.so: torch.ops.load_library opens it by path, and it uses nothing of CPython, so one
 # file serves every Python.
@@ -24,9 +25,16 @@ target_compile_definitions(_C PRIVATE
   BITFOLD_COMPILER="${CMAKE_CXX_COMPILER_ID} ${CMAKE_CXX_COMPILER_VERSION}"
   BITFOLD_BUILD_TYPE="${CMAKE_BUILD_TYPE}")
 
-# No path of the build environment in either file: torch is imported, and so loaded, before _ops is.
-set_target_properties(_ops _C PROPERTIES SKIP_BUILD_RPATH ON INSTALL_RPATH "")
-if(BITFOLD_INPLACE)
-  set_target_properties(_ops _C PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${PROJECT_SOURCE_DIR}/python/bitfold)
+set(bitfold_libraries _ops _C)
+if(BITFOLD_CUDA_BUILT)
+  bitfold_add_cuda_library()
+  list(APPEND bitfold_libraries _ops_cuda)
 endif()
-install(TARGETS _ops _C LIBRARY DESTINATION bitfold)
+target_compile_definitions(_C PRIVATE "BITFOLD_CUDA_BUILT=\"${BITFOLD_CUDA_BUILT}\"")
+
+# No path of the build environment in any file: torch is imported, and so loaded, before _ops is.
+set_target_properties(${bitfold_libraries} PROPERTIES SKIP_BUILD_RPATH ON INSTALL_RPATH "")
+if(BITFOLD_INPLACE)
+  set_target_properties(${bitfold_libraries} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${PROJECT_SOURCE_DIR}/python/bitfold)
+endif()
+install(TARGETS ${bitfold_libraries} LIBRARY DESTINATION bitfold)

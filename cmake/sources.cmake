@@ -46,8 +46,23 @@ set(BITFOLD_SOLVER_SOURCES
 set(BITFOLD_ISA_PORTABLE portable)
 set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni)
 
+# csrc/cuda: what runs on the host is plain C++, part of the core library, and tested without a GPU.
+set(BITFOLD_CUDA_HOST_SOURCES
+  csrc/cuda/launch.cc
+  csrc/cuda/weight.cc
+)
+set(BITFOLD_CUDA_SOURCES
+  csrc/cuda/dequantize.cu
+)
+set(BITFOLD_OPS_CUDA_SOURCES
+  csrc/torch/checks.cc
+  csrc/torch/cuda/context.cc
+  csrc/torch/cuda/dequantize.cc
+)
+
 set(BITFOLD_OPS_SOURCES
   csrc/torch/checks.cc
+  csrc/torch/cpu_kernels.cc
   csrc/torch/dequantize.cc
   csrc/torch/hqq.cc
   csrc/torch/linear.cc
@@ -72,6 +87,8 @@ set(BITFOLD_CPP_TESTS
   core/format
   core/scale_coding
   core/view
+  cuda/decode
+  cuda/launch
   cpu/activations
   cpu/instruction_sets
   cpu/isa

@@ -5,10 +5,21 @@
 
 #include "core/bitpack.h"
 #include "core/float16.h"
+#include "core/unread_view.h"
 
 namespace bitfold {
 
 PackedView make_view(const Format& format, int64_t rows, int64_t cols, const void* const* buffers) {
+  ValueAddresses at{};
+  PackedView view = make_unread_view(format, rows, cols, buffers, &at);
+  if (at.scale_offset) view.scale_offset = *at.scale_offset;
+  if (at.exponent) view.factor = std::ldexp(1.0f, *at.exponent);
+  if (at.outlier_exponent) view.outliers.factor = std::ldexp(1.0f, *at.outlier_exponent);
+  return view;
+}
+
+PackedView make_unread_view(const Format& format, int64_t rows, int64_t cols,
+                            const void* const* buffers, ValueAddresses* addresses) {
   PackedView view{};
   view.bits = format.bits();
   view.family = format.family();
@@ -27,6 +38,7 @@ PackedView make_view(const Format& format, int64_t rows, int64_t cols, const voi
   view.scale_row_stride = per_tensor ? 0 : view.groups;
   view.zero_row_bytes = per_tensor ? 0 : packed_row_bytes(view.groups, view.bits);
   view.factor = 1.0f;
+  view.outliers.factor = 1.0f;
   if (format.family() == Family::kFixedCodebook) view.levels = format.element().codebook->levels;
 
   size_t i = 0;
@@ -43,13 +55,13 @@ PackedView make_view(const Format& format, int64_t rows, int64_t cols, const voi
         view.scale_absmax = static_cast<const float*>(data);
         break;
       case BufferRole::kScaleOffset:
-        view.scale_offset = *static_cast<const float*>(data);
+        addresses->scale_offset = static_cast<const float*>(data);
         break;
       case BufferRole::kZero:
         view.zero = data;
         break;
       case BufferRole::kExponent:
-        view.factor = std::ldexp(1.0f, *static_cast<const int8_t*>(data));
+        addresses->exponent = static_cast<const int8_t*>(data);
         break;
       case BufferRole::kCodebook:
         view.codebook = static_cast<const uint16_t*>(data);
@@ -66,7 +78,7 @@ PackedView make_view(const Format& format, int64_t rows, int64_t cols, const voi
         view.outliers.row = static_cast<const int32_t*>(data);
         break;
       case BufferRole::kOutlierExponent:
-        view.outliers.factor = std::ldexp(1.0f, *static_cast<const int8_t*>(data));
+        addresses->outlier_exponent = static_cast<const int8_t*>(data);
         break;
     }
   }

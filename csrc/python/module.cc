@@ -244,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
         info["version"] = BITFOLD_VERSION;
         info["compiler"] = __VERSION__;
         info["cplusplus"] = static_cast<int64_t>(__cplusplus);
+        info["cuda"] = BITFOLD_CUDA_BUILT;  // architectures of _ops_cuda; empty: not built
         return info;
       },
       "How this library was built.");

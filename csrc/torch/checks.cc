@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cpu/isa.h"
-
 namespace bitfold::binding {
 
 void fail(const char* op, const std::string& message) {
@@ -70,22 +68,6 @@ const char* name_of(ScalarType dtype) {
   }
 }
 
-const KernelTable& kernels(const char* op) {
-  Status status;
-  const InstructionSet* isa = active_instruction_set(&status);
-  check(status, op);
-  return *isa->table;
-}
-
-const Parallel& torch_parallel() {
-  static const Parallel parallel = [](int64_t n, int64_t grain, const RangeBody& body) {
-    if (n <= 0) return;
-    if (n <= grain) return body(0, n);
-    torch::stable::parallel_for(0, n, grain, body);
-  };
-  return parallel;
-}
-
 FloatType float_type(ScalarType dtype, const char* op, const char* argument) {
   switch (dtype) {
     case ScalarType::Float:
@@ -141,37 +123,49 @@ std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int6
 namespace {
 
 // The sentence is put together only once something is wrong.
-[[noreturn]] void fail_buffer(const Packed& weight, const BufferSpec& want, const Tensor& got,
+[[noreturn]] void fail_buffer(const PackedBuffers& weight, const BufferSpec& want,
+                              const Tensor& got, bool elsewhere, const char* device,
                               const char* op) {
   fail(op, "weight" + std::string(want.suffix) + "(" + weight.format.to_string() +
-               ") must be a contiguous " + name_of(scalar_type(want.dtype)) + " CPU tensor of " +
-               std::to_string(want.numel()) + " elements for [out, in] = [" +
+               ") must be a contiguous " + name_of(scalar_type(want.dtype)) + " " + device +
+               " tensor of " + std::to_string(want.numel()) + " elements for [out, in] = [" +
                std::to_string(weight.rows) + ", " + std::to_string(weight.cols) + "], got " +
                (got.is_contiguous() ? "" : "non-contiguous ") + name_of(got.scalar_type()) + " " +
-               shape_of(got) + (got.is_cpu() ? "" : " on another device"));
+               shape_of(got) + (elsewhere ? " on another device" : ""));
 }
 
 }  // namespace
 
-Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op) {
-  Packed result;
+PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
+                             const char* op, const Tensor* on_gpu) {
+  PackedBuffers result;
   check(parse_spec(spec, &result.format, &result.rows, &result.cols), op);
   const BufferTable buffers = result.format.buffers(result.rows, result.cols);
   if (packed.size() != buffers.size()) {
     fail(op, "packed(" + result.format.to_string() + ") must hold " +
                  std::to_string(buffers.size()) + " tensors, got " + std::to_string(packed.size()));
   }
-  ShortList<const void*, kMaxBuffers> data;
   for (size_t i = 0; i < buffers.size(); ++i) {
     const BufferSpec& want = buffers[i];
     const Tensor& got = packed[i];
-    if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() ||
-        !got.is_cpu() || !got.is_contiguous()) {
-      fail_buffer(result, want, got, op);
+    const bool here = on_gpu ? is_on_device_of(got, *on_gpu) : got.is_cpu();
+    if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() || !here ||
+        !got.is_contiguous()) {
+      fail_buffer(result, want, got, !here, on_gpu ? "CUDA" : "CPU", op);
     }
-    data.push_back(got.const_data_ptr());
+    result.data.push_back(got.const_data_ptr());
   }
-  result.view = make_view(result.format, result.rows, result.cols, data.data());
+  return result;
+}
+
+bool is_on_device_of(const Tensor& tensor, const Tensor& other) {
+  return tensor.is_cuda() && other.is_cuda() &&
+         tensor.get_device_index() == other.get_device_index();
+}
+
+Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op) {
+  Packed result{unpack_buffers(packed, spec, op), {}};
+  result.view = make_view(result.format, result.rows, result.cols, result.data.data());
   return result;
 }
 

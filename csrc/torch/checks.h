@@ -37,7 +37,8 @@ Tensor empty_with_last(const Tensor& like, int64_t last);
 std::string shape_of(const Tensor& tensor);
 const char* name_of(ScalarType dtype);
 
-// The kernels of the active instruction set; fails where BITFOLD_ISA cannot be honoured.
+// The kernels of the active instruction set; fails where BITFOLD_ISA cannot be honoured. (This and
+// the next are in cpu_kernels.cc, which _ops_cuda does without.)
 const KernelTable& kernels(const char* op);
 
 // Torch's thread pool.
@@ -55,13 +56,22 @@ MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const cha
 std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int64_t rows,
                                   int64_t cols, std::vector<void*>* data, size_t first = 0);
 
-struct Packed {
+struct PackedBuffers {
   Format format;
   int64_t rows = 0, cols = 0;
+  ShortList<const void*, kMaxBuffers> data;
+};
+struct Packed : PackedBuffers {
   PackedView view;
 };
 
-// Checks number, dtype, device, size and contiguity of every buffer against the spec.
+bool is_on_device_of(const Tensor& tensor, const Tensor& other);  // one and the same GPU
+
+// Checks number, dtype, device, size and contiguity of every buffer against the spec. They must lie
+// on the CPU, or on the GPU of `on_gpu`.
+PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
+                             const char* op, const Tensor* on_gpu = nullptr);
+// The same on the CPU, and looks at the bytes.
 Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op);
 
 }  // namespace bitfold::binding

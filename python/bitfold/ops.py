@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bitfold import _C
+from bitfold import _C, cuda
 from bitfold.errors import WeightError
 from bitfold.formats import Format, as_format
 
 torch.ops.load_library(str(Path(__file__).with_name("_ops.so")))
+cuda.load_with_cuda()
 _ops = torch.ops.bitfold
 # The overloads themselves: choosing one, and attributes of `torch.ops`, cost time in every call.
 _linear, _linear_nograd = _ops.linear.default, _ops.linear_nograd.default

@@ -21,7 +21,8 @@ MAY_INCLUDE = {
     "core": {"core"},
     "cpu": {"core", "cpu"},
     "solvers": {"core", "cpu", "solvers"},
-    "torch": {"core", "cpu", "solvers", "torch"},
+    "cuda": {"core", "cuda"},
+    "torch": {"core", "cpu", "cuda", "solvers", "torch"},
     "python": {"core", "cpu"},
 }
 
@@ -134,5 +135,5 @@ def test_every_cpp_test_file_is_built() -> None:
 def test_every_source_file_is_built() -> None:
     listed = (ROOT / "cmake" / "sources.cmake").read_text()
     for path in SOURCES:
-        if path.suffix == ".cc" and path.parent.name != "targets":
+        if path.suffix in (".cc", ".cu") and path.parent.name != "targets":
             assert str(path.relative_to(ROOT)) in listed, f"{path} is missing in cmake/sources.cmake"

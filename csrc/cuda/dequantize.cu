@@ -1,0 +1,227 @@
+#include <cstdio>
+
+#include "cuda/decode.h"
+#include "cuda/device.cuh"
+#include "cuda/kernels.h"
+
+namespace bitfold::cuda {
+namespace {
+
+// Which stored row becomes row i of the result: itself, or what an index says.
+struct RowIndices {
+  const void* index;  // null: every row in order
+  bool wide;
+};
+
+__device__ __noinline__ void refuse_index(long long index, long long rows) {
+  printf("bitfold::embedding: index %lld is out of range; the table has %lld rows\n", index, rows);
+  __trap();
+}
+
+__device__ inline int64_t source_row(const RowIndices& rows, int64_t i, int64_t limit) {
+  if (!rows.index) return i;
+  const int64_t row = rows.wide ? static_cast<const int64_t*>(rows.index)[i]
+                                : static_cast<const int32_t*>(rows.index)[i];
+  if (row < 0 || row >= limit) refuse_index(row, limit);
+  return row;
+}
+
+// Sixteen bytes of the result.
+template <FloatType kType>
+constexpr int kUnit = kType == FloatType::kFloat32 ? 4 : 8;
+
+template <FloatType kType>
+__device__ inline uint4 rounded(const float* v) {
+  if constexpr (kType == FloatType::kFloat32) {
+    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]),
+                      __float_as_uint(v[3]));
+  } else if constexpr (kType == FloatType::kFloat16) {
+    return make_uint4(to_half_pair(v[0], v[1]), to_half_pair(v[2], v[3]), to_half_pair(v[4], v[5]),
+                      to_half_pair(v[6], v[7]));
+  } else {
+    return make_uint4(to_bfloat16_pair(v[0], v[1]), to_bfloat16_pair(v[2], v[3]),
+                      to_bfloat16_pair(v[4], v[5]), to_bfloat16_pair(v[6], v[7]));
+  }
+}
+
+__device__ inline void store_one(void* out, FloatType dtype, int64_t at, float v) {
+  if (dtype == FloatType::kFloat32) static_cast<float*>(out)[at] = v;
+  if (dtype == FloatType::kFloat16) static_cast<uint16_t*>(out)[at] = to_half(v);
+  if (dtype == FloatType::kBFloat16)
+    static_cast<uint16_t*>(out)[at] = static_cast<uint16_t>(to_bfloat16_pair(v, 0.0f));
+}
+
+// Levels in shared memory: sixteen words in sixteen banks, so that no two lanes wait for each
+// other. Learned codebooks: one such row for each row of the block.
+template <int kBits, bool kTable>
+__device__ inline const float* table_of(const float (*tables)[16], const DeviceWeight& w, int row) {
+  if constexpr (!kTable) return nullptr;
+  return tables[w.view.family == Family::kLearnedCodebook ? row : 0];
+}
+
+template <int kBits, FloatType kType, bool kTable>
+__global__ void __launch_bounds__(kThreads)
+    dequantize_rows(const __grid_constant__ DeviceWeight w, const RowIndices indices,
+                    const RowPlan plan, void* __restrict__ out) {
+  constexpr int N = kUnit<kType>;
+  extern __shared__ float shared[];
+  float(*tables)[16] = reinterpret_cast<float(*)[16]>(shared);
+  const PackedView& view = w.view;
+  const Values values = read_values(w.addresses);
+  const int64_t unit = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const int64_t col = unit * N, group = col / view.group_size;
+  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  const int block_rows = static_cast<int>(rows_per_block(blockDim.y));
+  if (kTable && view.family == Family::kFixedCodebook) {
+    if (thread < 1 << kBits) tables[0][thread] = w.levels[thread];
+    __syncthreads();
+  }
+
+  for (int64_t block = blockIdx.y; block < plan.row_blocks; block += gridDim.y) {
+    const int64_t first = block * block_rows;
+    if (kTable && view.family == Family::kLearnedCodebook) {
+      __syncthreads();
+      for (int i = thread; i < block_rows << kBits; i += kThreads) {
+        const int64_t row = first + (i >> kBits);
+        const unsigned code = i & ((1 << kBits) - 1);
+        if (row < plan.rows)
+          tables[i >> kBits][code] =
+              learned_level(view, values, source_row(indices, row, view.rows), code);
+      }
+      __syncthreads();
+    }
+    if (unit >= plan.units) continue;
+    // All loads before the first use of one.
+    UnitCodes codes[kRowsPerThread];
+    UnitParameters parameters[kRowsPerThread];
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      const int64_t to = first + i * blockDim.y + threadIdx.y;
+      if (to >= plan.rows) continue;
+      const int64_t row = source_row(indices, to, view.rows);
+      codes[i] = load_unit<kBits, N>(view.codes + row * view.row_bytes, view.plane_bytes, col);
+      parameters[i] = parameters_at(view, values, kDeviceDynamicMap, row, group);
+    }
+#pragma unroll
+    for (int i = 0; i < kRowsPerThread; ++i) {
+      const int in_block = static_cast<int>(i * blockDim.y + threadIdx.y);
+      if (first + in_block >= plan.rows) continue;
+      float v[N];
+      decode_unit<kBits, N, kTable>(codes[i], parameters[i],
+                                    table_of<kBits, kTable>(tables, w, in_block), v);
+      static_cast<uint4*>(out)[(first + in_block) * plan.units + unit] = rounded<kType>(v);
+    }
+  }
+}
+
+// Any shape, any address: a weight a thread.
+__global__ void __launch_bounds__(kThreads)
+    dequantize_any(const __grid_constant__ DeviceWeight w, const RowIndices indices, int64_t count,
+                   FloatType dtype, void* __restrict__ out) {
+  const Values values = read_values(w.addresses);
+  const int64_t cols = w.view.cols, n = count * cols;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * kThreads) {
+    const int64_t row = source_row(indices, i / cols, w.view.rows);
+    store_one(out, dtype, i, weight_at(w, values, kDeviceDynamicMap, row, i % cols));
+  }
+}
+
+// Once more, for the weights that have an outlier: a warp a row.
+__global__ void __launch_bounds__(kThreads)
+    add_outliers(const __grid_constant__ DeviceWeight w, const RowIndices indices, int64_t count,
+                 FloatType dtype, void* __restrict__ out) {
+  const Values values = read_values(w.addresses);
+  const OutlierView& outliers = w.view.outliers;
+  const int64_t warps = int64_t{gridDim.x} * kThreads / 32;
+  for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32; i < count; i += warps) {
+    const int64_t row = source_row(indices, i, w.view.rows);
+    const OutlierRange range = outlier_range(outliers, row);
+    for (int64_t k = range.begin + threadIdx.x % 32; k < range.end; k += 32) {
+      const int64_t col = column_of_outlier(w.view, k);
+      if (col < 0) continue;
+      const float dense = weight_at(w, values, kDeviceDynamicMap, row, col);
+      store_one(out, dtype, i * w.view.cols + col,
+                dense + from_half(outliers.value[k]) * values.outlier_factor);
+    }
+  }
+}
+
+template <int kBits, FloatType kType>
+bool is_aligned(const DeviceWeight& w, const void* out) {
+  constexpr uintptr_t kCodes = unit_alignment<kBits, kUnit<kType>>();
+  return w.view.cols % kUnit<kType> == 0 && w.view.row_bytes % kCodes == 0 &&
+         reinterpret_cast<uintptr_t>(w.view.codes) % kCodes == 0 &&
+         reinterpret_cast<uintptr_t>(out) % 16 == 0;
+}
+
+template <int kBits, FloatType kType, bool kTable>
+Status launch_rows(const DeviceWeight& w, const RowIndices& indices, int64_t count, void* out,
+                   cudaStream_t stream) {
+  RowPlan plan;
+  if (Status status = plan_rows(count, w.view.cols / kUnit<kType>, &plan); !status.ok())
+    return status;
+  const int64_t tables =
+      w.view.family == Family::kLearnedCodebook ? rows_per_block(plan.launch.block_y) : 1;
+  const size_t shared = kTable ? static_cast<size_t>(tables) * 16 * sizeof(float) : 0;
+  dequantize_rows<kBits, kType, kTable>
+      <<<grid_of(plan.launch), block_of(plan.launch), shared, stream>>>(w, indices, plan, out);
+  return launched("dequantize_rows");
+}
+
+template <int kBits, FloatType kType>
+Status decode_dense(const DeviceWeight& w, const RowIndices& indices, int64_t count, void* out,
+                    cudaStream_t stream) {
+  if (is_aligned<kBits, kType>(w, out)) {
+    if constexpr (kBits <= 4) {
+      if (w.view.family != Family::kInteger)
+        return launch_rows<kBits, kType, true>(w, indices, count, out, stream);
+    }
+    return launch_rows<kBits, kType, false>(w, indices, count, out, stream);
+  }
+  Launch launch;
+  if (Status status = plan_items(count * w.view.cols, &launch); !status.ok()) return status;
+  dequantize_any<<<grid_of(launch), block_of(launch), 0, stream>>>(w, indices, count, kType, out);
+  return launched("dequantize_any");
+}
+
+template <int kBits>
+Status decode_bits(const DeviceWeight& w, const RowIndices& indices, int64_t count, FloatType dtype,
+                   void* out, cudaStream_t stream) {
+  switch (dtype) {
+    case FloatType::kFloat32:
+      return decode_dense<kBits, FloatType::kFloat32>(w, indices, count, out, stream);
+    case FloatType::kFloat16:
+      return decode_dense<kBits, FloatType::kFloat16>(w, indices, count, out, stream);
+    default:
+      return decode_dense<kBits, FloatType::kBFloat16>(w, indices, count, out, stream);
+  }
+}
+
+Status decode(const DeviceWeight& w, const RowIndices& indices, int64_t count, FloatType dtype,
+              void* out, cudaStream_t stream) {
+  if (count == 0) return Status::success();
+  const auto dense = w.view.bits == 8   ? decode_bits<8>
+                     : w.view.bits == 4 ? decode_bits<4>
+                     : w.view.bits == 3 ? decode_bits<3>
+                                        : decode_bits<2>;
+  if (Status status = dense(w, indices, count, dtype, out, stream); !status.ok()) return status;
+  if (w.view.outliers.count == 0) return Status::success();
+  Launch launch;
+  if (Status status = plan_items(count * 32, &launch); !status.ok()) return status;
+  add_outliers<<<grid_of(launch), block_of(launch), 0, stream>>>(w, indices, count, dtype, out);
+  return launched("add_outliers");
+}
+
+}  // namespace
+
+Status dequantize(const DeviceWeight& w, FloatType dtype, void* out, cudaStream_t stream) {
+  return decode(w, {nullptr, false}, w.view.rows, dtype, out, stream);
+}
+
+Status embedding(const DeviceWeight& w, const void* indices, bool wide, int64_t count,
+                 FloatType dtype, void* out, cudaStream_t stream) {
+  return decode(w, {indices, wide}, count, dtype, out, stream);
+}
+
+}  // namespace bitfold::cuda
