@@ -21,6 +21,10 @@ if(NOT BITFOLD_CUDA MATCHES "^(OFF|0|NO|FALSE)$")
   if(CMAKE_CUDA_COMPILER)
     set(CMAKE_CUDA_ARCHITECTURES "${BITFOLD_CUDA_ARCHITECTURES}")
     enable_language(CUDA)
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know it yet
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+      set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+    endif()
     find_package(CUDAToolkit REQUIRED)
     set(BITFOLD_CUDA_BUILT "${BITFOLD_CUDA_ARCHITECTURES}")
   elseif(BITFOLD_CUDA STREQUAL "AUTO")
@@ -53,14 +57,14 @@ function(bitfold_add_cuda_library)
   set_target_properties(_ops_cuda PROPERTIES PREFIX "" SUFFIX ".so" LINKER_LANGUAGE CXX CUDA_RUNTIME_LIBRARY Static)
   # As compile_options.cmake for C++. -fmad=false is -ffp-contract=off: kernels that want fused arithmetic write fmaf.
   target_compile_options(_ops_cuda PRIVATE
-    $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -O3 -fmad=false --threads=0 -Xcompiler=-fvisibility=hidden,-ffp-contract=off,-Wall
-    "-Xcompiler=-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=">
-    $<$<COMPILE_LANGUAGE:CXX>:-O3 -ffp-contract=off -fvisibility=hidden "-ffile-prefix-map=${PROJECT_SOURCE_DIR}/="
-    -Wall -Wextra -Wno-psabi $<$<BOOL:${BITFOLD_WERROR}>:-Werror>>)
+    "$<$<COMPILE_LANGUAGE:CUDA>:-O3;-fmad=false;-Xcompiler=-fvisibility=hidden,-ffp-contract=off,-Wall,-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=>"
+    "$<$<COMPILE_LANGUAGE:CXX>:-O3;-ffp-contract=off;-fvisibility=hidden;-ffile-prefix-map=${PROJECT_SOURCE_DIR}/=;-Wall;-Wextra;-Wno-psabi>"
+    $<$<AND:$<COMPILE_LANGUAGE:CXX>,$<BOOL:${BITFOLD_WERROR}>>:-Werror>)
   bitfold_torch_cuda_library(torch_cuda)
   target_link_libraries(_ops_cuda PRIVATE bitfold_core bitfold_torch CUDA::cudart_static)
   target_compile_definitions(_ops_cuda PRIVATE USE_CUDA)  # torch's headers show the stream's functions only then
   # libtorch_cuda.so is needed by name even where the linker saw no use of it.
   target_link_libraries(_ops_cuda PRIVATE -Wl,--push-state,--no-as-needed ${torch_cuda} -Wl,--pop-state)
-  target_link_options(_ops_cuda PRIVATE -Wl,--no-undefined)
+  # Our copy of the CUDA runtime is ours alone: its symbols must not meet those of the one that torch has loaded.
+  target_link_options(_ops_cuda PRIVATE -Wl,--no-undefined -Wl,--exclude-libs,ALL)
 endfunction()

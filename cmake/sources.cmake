@@ -7,6 +7,7 @@ set(BITFOLD_CORE_SOURCES
   csrc/core/dynamic_map.cc
   csrc/core/format.cc
   csrc/core/scale_coding.cc
+  csrc/core/shrinks.cc
   csrc/core/view.cc
   csrc/core/reference/dequantize.cc
   csrc/core/reference/encode.cc
@@ -48,16 +49,24 @@ set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni)
 
 # csrc/cuda: what runs on the host is plain C++, part of the core library, and tested without a GPU.
 set(BITFOLD_CUDA_HOST_SOURCES
+  csrc/cuda/encode.cc
   csrc/cuda/launch.cc
   csrc/cuda/weight.cc
 )
 set(BITFOLD_CUDA_SOURCES
   csrc/cuda/dequantize.cu
+  csrc/cuda/encode.cu
+  csrc/cuda/pack.cu
+  csrc/cuda/quantize.cc
+  csrc/cuda/scales.cu
+  csrc/cuda/store_scales.cu
 )
 set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/checks.cc
   csrc/torch/cuda/context.cc
   csrc/torch/cuda/dequantize.cc
+  csrc/torch/cuda/pack.cc
+  csrc/torch/cuda/quantize.cc
 )
 
 set(BITFOLD_OPS_SOURCES
@@ -88,6 +97,7 @@ set(BITFOLD_CPP_TESTS
   core/scale_coding
   core/view
   cuda/decode
+  cuda/encode
   cuda/launch
   cpu/activations
   cpu/instruction_sets

@@ -13,17 +13,23 @@ struct RowIndices {
   bool wide;
 };
 
-__device__ __noinline__ void refuse_index(long long index, long long rows) {
-  printf("bitfold::embedding: index %lld is out of range; the table has %lld rows\n", index, rows);
-  __trap();
+__device__ inline int64_t source_row(const RowIndices& rows, int64_t i) {
+  if (!rows.index) return i;
+  return rows.wide ? static_cast<const int64_t*>(rows.index)[i]
+                   : static_cast<const int32_t*>(rows.index)[i];
 }
 
-__device__ inline int64_t source_row(const RowIndices& rows, int64_t i, int64_t limit) {
-  if (!rows.index) return i;
-  const int64_t row = rows.wide ? static_cast<const int64_t*>(rows.index)[i]
-                                : static_cast<const int32_t*>(rows.index)[i];
-  if (row < 0 || row >= limit) refuse_index(row, limit);
-  return row;
+// Before all else, and apart: a kernel that may print needs a stack.
+__global__ void __launch_bounds__(kThreads)
+    check_indices(const RowIndices indices, int64_t count, int64_t rows) {
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * kThreads) {
+    const int64_t row = source_row(indices, i);
+    if (row >= 0 && row < rows) continue;
+    printf("bitfold::embedding: index %lld is out of range; the table has %lld rows\n",
+           static_cast<long long>(row), static_cast<long long>(rows));
+    __trap();
+  }
 }
 
 // Sixteen bytes of the result.
@@ -85,8 +91,7 @@ __global__ void __launch_bounds__(kThreads)
         const int64_t row = first + (i >> kBits);
         const unsigned code = i & ((1 << kBits) - 1);
         if (row < plan.rows)
-          tables[i >> kBits][code] =
-              learned_level(view, values, source_row(indices, row, view.rows), code);
+          tables[i >> kBits][code] = learned_level(view, values, source_row(indices, row), code);
       }
       __syncthreads();
     }
@@ -98,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kRowsPerThread; ++i) {
       const int64_t to = first + i * blockDim.y + threadIdx.y;
       if (to >= plan.rows) continue;
-      const int64_t row = source_row(indices, to, view.rows);
+      const int64_t row = source_row(indices, to);
       codes[i] = load_unit<kBits, N>(view.codes + row * view.row_bytes, view.plane_bytes, col);
       parameters[i] = parameters_at(view, values, kDeviceDynamicMap, row, group);
     }
@@ -122,7 +127,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t cols = w.view.cols, n = count * cols;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * kThreads) {
-    const int64_t row = source_row(indices, i / cols, w.view.rows);
+    const int64_t row = source_row(indices, i / cols);
     store_one(out, dtype, i, weight_at(w, values, kDeviceDynamicMap, row, i % cols));
   }
 }
@@ -135,7 +140,7 @@ __global__ void __launch_bounds__(kThreads)
   const OutlierView& outliers = w.view.outliers;
   const int64_t warps = int64_t{gridDim.x} * kThreads / 32;
   for (int64_t i = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32; i < count; i += warps) {
-    const int64_t row = source_row(indices, i, w.view.rows);
+    const int64_t row = source_row(indices, i);
     const OutlierRange range = outlier_range(outliers, row);
     for (int64_t k = range.begin + threadIdx.x % 32; k < range.end; k += 32) {
       const int64_t col = column_of_outlier(w.view, k);
@@ -221,6 +226,11 @@ Status dequantize(const DeviceWeight& w, FloatType dtype, void* out, cudaStream_
 
 Status embedding(const DeviceWeight& w, const void* indices, bool wide, int64_t count,
                  FloatType dtype, void* out, cudaStream_t stream) {
+  Launch launch;
+  if (Status status = plan_items(count, &launch); !status.ok() || launch.empty()) return status;
+  check_indices<<<grid_of(launch), block_of(launch), 0, stream>>>({indices, wide}, count,
+                                                                  w.view.rows);
+  if (Status status = launched("check_indices"); !status.ok()) return status;
   return decode(w, {indices, wide}, count, dtype, out, stream);
 }
 

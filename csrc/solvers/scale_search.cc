@@ -4,48 +4,25 @@
 #include <cmath>
 #include <vector>
 
+#include "core/shrinks.h"
+
 namespace bitfold {
 namespace {
 
-constexpr int kSymmetricSteps = 16;  // geometric, from the whole range down to `floor`
-constexpr int kRangeSteps = 5;       // per end of an asymmetric range: 25 pairs
-constexpr int kRefinements = 3;
-constexpr int kMaxChoices = kRangeSteps * kRangeSteps;
-static_assert(kSymmetricSteps <= kMaxChoices);
 constexpr int kLanes = kSpanLanes;
 
-// How far a range may be clipped: the fewer levels, the more it pays. On 2^20 Gaussian draws the
-// optimum lies well inside.
-float symmetric_floor(int bits) {
-  return bits >= 8 ? 0.8f : bits == 4 ? 0.4f : bits == 3 ? 0.3f : 0.2f;
-}
-float range_floor(int bits) { return bits >= 8 ? 0.95f : bits == 4 ? 0.6f : 0.4f; }
-
-// The factors to try, the whole range first.
-struct Shrinks {
+// The factors to try, the same in all lanes.
+struct LaneShrinks {
   int count = 0;
-  float low[kMaxChoices][kLanes], high[kMaxChoices][kLanes];  // the same in all lanes
+  float low[kMaxChoices][kLanes], high[kMaxChoices][kLanes];
 
-  void add(float shrink_low, float shrink_high) {
-    std::fill_n(low[count], kLanes, shrink_low);
-    std::fill_n(high[count++], kLanes, shrink_high);
+  explicit LaneShrinks(const Shrinks& shrinks) : count(shrinks.count) {
+    for (int c = 0; c < count; ++c) {
+      std::fill_n(low[c], kLanes, shrinks.low[c]);
+      std::fill_n(high[c], kLanes, shrinks.high[c]);
+    }
   }
 };
-
-Shrinks shrinks_for(int bits, bool asymmetric) {
-  Shrinks shrinks;
-  if (asymmetric) {
-    const float step = (1.0f - range_floor(bits)) / (kRangeSteps - 1);
-    for (int i = 0; i < kRangeSteps; ++i) {
-      for (int j = 0; j < kRangeSteps; ++j) shrinks.add(1.0f - step * i, 1.0f - step * j);
-    }
-  } else {
-    const float ratio = std::pow(symmetric_floor(bits), 1.0f / (kSymmetricSteps - 1));
-    float shrink = 1.0f;
-    for (int i = 0; i < kSymmetricSteps; ++i, shrink *= ratio) shrinks.add(shrink, shrink);
-  }
-  return shrinks;
-}
 
 // Least squares for fixed codes: one unknown (scale), or two (scale and a real zero point).
 void least_squares(const Encoding& encoding, const GroupProbe& probe, const SpanFits& sums,
@@ -83,15 +60,16 @@ void round_scales(const KernelTable& k, const Encoding& encoding, int64_t groups
 void search_scales(const KernelTable& k, const Encoding& encoding, const GroupProbe& probe,
                    const float* low, const float* high, float* scale, float* zero) {
   const bool asymmetric = encoding.zero == Zero::kInt || encoding.zero == Zero::kFloat;
-  static const std::vector<Shrinks> kShrinks = [] {
-    std::vector<Shrinks> all;
+  static const std::vector<LaneShrinks> kShrinks = [] {
+    std::vector<LaneShrinks> all;
     for (int bits = 0; bits <= 8; ++bits) {
-      all.push_back(shrinks_for(bits, false));
-      all.push_back(shrinks_for(bits, true));
+      all.emplace_back(shrinks_for(bits, false));
+      all.emplace_back(shrinks_for(bits, true));
     }
     return all;
   }();
-  const Shrinks& shrinks = kShrinks[static_cast<size_t>(2 * encoding.bits + (asymmetric ? 1 : 0))];
+  const LaneShrinks& shrinks =
+      kShrinks[static_cast<size_t>(2 * encoding.bits + (asymmetric ? 1 : 0))];
 
   float scales[kMaxChoices][kLanes], zeros[kMaxChoices][kLanes], errors[kMaxChoices][kLanes];
   for (int c = 0; c < shrinks.count; ++c) {

@@ -48,6 +48,7 @@ def examine() -> list[Check]:
         ("native files", _native_files, ()),
         ("_C", _core_library, ()),
         ("_ops", _ops_library, ("torch",)),
+        ("_ops_cuda", _cuda_library, ("torch", "_C", "_ops")),
         ("bitfold", _bitfold, ()),
         ("instruction set", _instruction_set, ("_C", "_ops")),
         ("self-test", _self_test, ("bitfold", "instruction set")),
@@ -161,6 +162,28 @@ def _ops_library() -> Check:
     if missing:
         return Check("_ops", "broken", f"loaded, but without {', '.join(missing)}", _REBUILD)
     return Check("_ops", "ok", f"loaded, {path}")
+
+
+def _cuda_library() -> Check:
+    import torch
+
+    path = _PACKAGE / "_ops_cuda.so"
+    architectures = str(_core().build_info().get("cuda", "")).replace(";", " ")
+    if not path.exists():
+        detail = "not built: no ops for GPUs"
+        if not torch.cuda.is_available():
+            return Check("_ops_cuda", "ok", detail)
+        advice = "install nvcc 13 and reinstall bitfold with BITFOLD_CUDA=ON; models on the CPU work as they are"
+        return Check("_ops_cuda", "warning", detail, advice)
+    detail = f"built for {architectures or 'unknown architectures'}"
+    if not torch.cuda.is_available():
+        return Check("_ops_cuda", "ok", f"{detail}; torch sees no GPU, so it is not loaded")
+    torch.cuda.init()
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return Check("_ops_cuda", "broken", f"{detail}; {_root(error)}", _REBUILD)
+    return Check("_ops_cuda", "ok", f"{detail}; loaded")
 
 
 def _instruction_set() -> Check:

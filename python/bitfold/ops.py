@@ -43,8 +43,10 @@ def quantize(weight: Tensor, fmt: Format | str, method: str | None = None) -> li
             for the format's default. Learned codebooks (kmeans) have no scale and come out the same.
 
     Returns:
-        The tensors of ``fmt.buffers((out, in))``, freshly allocated; the same bits on every CPU and thread
-            count.
+        The tensors of ``fmt.buffers((out, in))``, freshly allocated on the weight's device; the same bits on
+            every CPU, thread count and GPU. For a weight on a GPU some formats are folded by the CPU, which
+            costs the way there and back: learned codebooks, outliers, and one searched scale for the tensor
+            (`folds_on_gpu`).
 
     Raises:
         WeightError: not a float matrix, no elements, or a NaN or infinity (its place is named).
@@ -71,12 +73,50 @@ def quantize(weight: Tensor, fmt: Format | str, method: str | None = None) -> li
     if weight.numel() == 0:
         msg = f"quantize(): weight must have at least one element, got {tuple(weight.shape)}"
         raise WeightError(msg)
+    weight = weight.detach()
+    if weight.is_cuda:
+        if not folds_on_gpu(fmt, method):
+            return [tensor.to(weight.device) for tensor in quantize(weight.cpu(), fmt, method)]
+        _check_finite(weight)
     try:
-        return _ops.quantize(weight.detach(), fmt.spec((weight.shape[0], weight.shape[1])), METHODS[method])
+        return _ops.quantize(weight, fmt.spec((weight.shape[0], weight.shape[1])), METHODS[method])
     except RuntimeError as error:
         if "every weight must be finite" in str(error):
             raise WeightError(str(error).splitlines()[0]) from None
         raise
+
+
+def folds_on_gpu(fmt: Format | str, method: str | None = None) -> bool:
+    """Whether `quantize` folds a weight that lies on a GPU there.
+
+    Example:
+        >>> folds_on_gpu("nf4"), folds_on_gpu("kmeans4-row")
+        (True, False)
+    """
+    fmt = as_format(fmt)
+    method = fmt.default_method if method is None else method
+    searched_tensor = fmt.grouping == "tensor" and method == "search"
+    return not fmt.code.startswith("kmeans") and fmt.outliers == 0 and not searched_tensor
+
+
+def _waits_for_gpu(tensor: Tensor) -> bool:
+    """Whether numbers on a GPU may be looked at now: not while a CUDA graph is recorded or code compiled."""
+    return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+
+
+def _check_finite(weight: Tensor) -> None:
+    """What the CPU's op looks for itself. A kernel can neither raise nor be waited for in a graph: the ops for
+    GPUs let such a group decode to NaN, and the question is asked here, at the price of one more reading.
+    """
+    if not _waits_for_gpu(weight):
+        return
+    low, high = torch.aminmax(weight)
+    if bool(torch.isfinite(torch.stack((low, high))).all()):
+        return
+    row, col = (~torch.isfinite(weight)).nonzero()[0].tolist()
+    kind = "NaN" if bool(weight[row, col].isnan()) else "infinite"
+    msg = f"bitfold::quantize: weight[{row}, {col}] is {kind}; every weight must be finite"
+    raise WeightError(msg)
 
 
 def dequantize(
@@ -224,7 +264,8 @@ def embedding(indices: Tensor, packed: Sequence[Tensor], spec: Sequence[int], dt
         ``[*indices.shape, dim]``; touches only the bytes of the rows asked for.
 
     Raises:
-        RuntimeError: an index out of range, naming it.
+        RuntimeError: an index out of range, naming it. On a GPU the same sentence is printed, and CUDA is at
+            an end in this process, as with torch's own embedding.
 
     Example:
         >>> fmt, table = Format("int8-g64"), torch.randn(10, 64)
@@ -248,7 +289,18 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         >>> pack_bits(torch.tensor([[1, 2, 3]], dtype=torch.uint8), 4).tolist()
         [18, 48]
     """
+    if codes.is_cuda and bits in (2, 3, 4) and codes.numel() > 0 and _waits_for_gpu(codes):
+        _check_codes(codes, bits)
     return _ops.pack_bits(codes, bits)
+
+
+def _check_codes(codes: Tensor, bits: int) -> None:
+    if codes.dim() != 2 or codes.dtype != torch.uint8 or int(codes.max()) < 1 << bits:
+        return
+    row, col = (codes >= 1 << bits).nonzero()[0].tolist()
+    found = f"codes[{row}, {col}] is {int(codes[row, col])}"
+    msg = f"bitfold::pack_bits: {found}, too large for {bits} bits"
+    raise RuntimeError(msg)
 
 
 def unpack_bits(packed: Tensor, bits: int, rows: int, cols: int) -> Tensor:
@@ -277,6 +329,11 @@ def double_quantize(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         >>> bool((double_dequantize(*double_quantize(s)) - s).abs().max() < 0.02)
         True
     """
+    if scales.is_cuda and scales.numel() > 0 and _waits_for_gpu(scales):
+        finite = torch.isfinite(scales).flatten()
+        if not bool(finite.all()):
+            msg = f"bitfold::double_quantize: scales[{int((~finite).nonzero()[0])}] (flat) is not finite"
+            raise RuntimeError(msg)
     return _ops.double_quantize(scales)
 
 
