@@ -105,16 +105,11 @@ Way choose_way(const PackedView& w, FloatType x, int64_t m, bool floats, bool al
   return m <= kMostRowsOfAny ? Way::kAny : Way::kSlabs;
 }
 
-bool plan_mma(const PackedView& w, int64_t m, const Gpu& gpu, MmaPlan* best) {
-  const Sizes s = sizes_of(w.bits);
+namespace {
+
+// The cheapest cut for blocks of plan.warps; false where none fits.
+bool search(const PackedView& w, const Sizes& s, const Gpu& gpu, MmaPlan plan, MmaPlan* best) {
   const bool shifted = is_shifted(w);
-  MmaPlan plan;
-  plan.m = m;
-  while (plan.column_tiles * 8 < m) plan.column_tiles *= 2;
-  // More warps keep more bytes on their way; a block that may have 100 KB has no room for them.
-  plan.warps = gpu.shared_bytes >= 160 * 1024 ? most_mma_warps(plan.column_tiles) : 8;
-  if (w.cols > kMostColumns) return false;
-  plan.chunks = static_cast<int>(ceil_div(w.cols, s.chunk));
   double least = INFINITY;
   for (plan.row_warps = 1; plan.row_warps <= plan.warps; plan.row_warps *= 2) {
     plan.k_warps = plan.warps / plan.row_warps;
@@ -137,10 +132,27 @@ bool plan_mma(const PackedView& w, int64_t m, const Gpu& gpu, MmaPlan* best) {
       *best = plan;
     }
   }
-  if (least == INFINITY) return false;
-  best->grid = static_cast<uint32_t>(
-      std::min<int64_t>(best->row_tiles * best->slices, gpu.multiprocessors));
-  return true;
+  return least < INFINITY;
+}
+
+}  // namespace
+
+bool plan_mma(const PackedView& w, int64_t m, const Gpu& gpu, MmaPlan* plan) {
+  if (w.cols > kMostColumns) return false;
+  const Sizes s = sizes_of(w.bits);
+  *plan = {};
+  plan->m = m;
+  while (plan->column_tiles * 8 < m) plan->column_tiles *= 2;
+  plan->chunks = static_cast<int>(ceil_div(w.cols, s.chunk));
+  // More warps keep more bytes on their way; a block that may have 100 KB has no room for them.
+  const int most = gpu.shared_bytes >= 160 * 1024 ? most_mma_warps(plan->column_tiles) : 8;
+  for (plan->warps = most; plan->warps >= 1; plan->warps /= 2) {
+    if (!search(w, s, gpu, *plan, plan)) continue;
+    plan->grid = static_cast<uint32_t>(
+        std::min<int64_t>(plan->row_tiles * plan->slices, gpu.multiprocessors));
+    return true;
+  }
+  return false;
 }
 
 AnyPlan plan_any(int64_t m, int64_t rows) {
