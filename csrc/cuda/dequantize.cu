@@ -1,4 +1,4 @@
-#include <cstdio>
+#include <cassert>
 
 #include "cuda/decode.h"
 #include "cuda/device.cuh"
@@ -20,16 +20,16 @@ __device__ inline int64_t source_row(const RowIndices& rows, int64_t i) {
                    : static_cast<const int32_t*>(rows.index)[i];
 }
 
-// Before all else, and apart: a kernel that may print needs a stack.
+// Before all else, and apart: a kernel that calls needs a stack.
 __global__ void __launch_bounds__(kThreads)
     check_indices(const RowIndices indices, int64_t count, int64_t rows) {
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < count;
        i += int64_t{gridDim.x} * kThreads) {
     const int64_t row = source_row(indices, i);
     if (row >= 0 && row < rows) continue;
-    printf("bitfold::embedding: index %lld is out of range; the table has %lld rows\n",
-           static_cast<long long>(row), static_cast<long long>(rows));
-    __trap();
+    // What assert() calls, whatever NDEBUG says: CUDA prints the sentence, and ends the context.
+    __assert_fail("bitfold::embedding: index out of range of the rows of the table",
+                  "csrc/cuda/dequantize.cu", __LINE__, "embedding");
   }
 }
 

@@ -18,8 +18,8 @@ Status dequantize_window(const DeviceWeight& w, int64_t first_row, int64_t rows,
                          int64_t cols, FloatType dtype, void* out, cudaStream_t stream);
 
 // out[i, :] = w[indices[i], :], i < count; int64 indices if `wide`, else int32. An index outside of
-// the rows is printed and ends the device's context, as torch's own embedding does: looking before
-// would be waiting.
+// the rows fails an assertion on the device, as in torch's own embedding: looking before would be
+// waiting.
 Status embedding(const DeviceWeight& w, const void* indices, bool wide, int64_t count,
                  FloatType dtype, void* out, cudaStream_t stream);
 

@@ -173,7 +173,9 @@ def _cuda_library() -> Check:
         detail = "not built: no ops for GPUs"
         if not torch.cuda.is_available():
             return Check("_ops_cuda", "ok", detail)
-        advice = "install nvcc 13 and reinstall bitfold with BITFOLD_CUDA=ON; models on the CPU work as they are"
+        advice = (
+            "install nvcc 13 and reinstall bitfold with BITFOLD_CUDA=ON; models on the CPU work as they are"
+        )
         return Check("_ops_cuda", "warning", detail, advice)
     detail = f"built for {architectures or 'unknown architectures'}"
     if not torch.cuda.is_available():

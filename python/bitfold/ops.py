@@ -264,8 +264,8 @@ def embedding(indices: Tensor, packed: Sequence[Tensor], spec: Sequence[int], dt
         ``[*indices.shape, dim]``; touches only the bytes of the rows asked for.
 
     Raises:
-        RuntimeError: an index out of range, naming it. On a GPU the same sentence is printed, and CUDA is at
-            an end in this process, as with torch's own embedding.
+        RuntimeError: an index out of range, naming it. On a GPU it fails an assertion there, as in torch's own
+            embedding: a sentence on stderr, and CUDA is at an end in this process.
 
     Example:
         >>> fmt, table = Format("int8-g64"), torch.randn(10, 64)
