@@ -1,3 +1,5 @@
+// Assertions of kernels are checks of input, in every build.
+#undef NDEBUG
 #include <cassert>
 
 #include "cuda/decode.h"
@@ -129,7 +131,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * kThreads) {
     const int64_t row = source_row(indices, i / cols);
-    store_one(out, dtype, i, weight_at(w, values, kDeviceDynamicMap, row, indices.first_col + i % cols));
+    store_one(out, dtype, i,
+              weight_at(w, values, kDeviceDynamicMap, row, indices.first_col + i % cols));
   }
 }
 
@@ -237,8 +240,7 @@ Status embedding(const DeviceWeight& w, const void* indices, bool wide, int64_t 
   Launch launch;
   if (Status status = plan_items(count, &launch); !status.ok() || launch.empty()) return status;
   const RowIndices rows{indices, wide, 0, 0, w.view.cols};
-  check_indices<<<grid_of(launch), block_of(launch), 0, stream>>>(rows, count,
-                                                                  w.view.rows);
+  check_indices<<<grid_of(launch), block_of(launch), 0, stream>>>(rows, count, w.view.rows);
   if (Status status = launched("check_indices"); !status.ok()) return status;
   return decode(w, rows, count, dtype, out, stream);
 }

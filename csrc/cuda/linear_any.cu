@@ -1,5 +1,6 @@
-// y = x wᵀ + bias in fp32, for any format, shape and address: a warp for kAnyRows rows of the weight
-// and `kColumns` rows of x, lanes along the columns. Right before fast; also what fp32 x goes through.
+// y = x wᵀ + bias in fp32, for any format, shape and address: a warp for kAnyRows rows of the
+// weight and `kColumns` rows of x, lanes along the columns. Right before fast; also what fp32 x
+// goes through.
 #include "cuda/decode.h"
 #include "cuda/device.cuh"
 #include "cuda/linear.h"

@@ -31,8 +31,8 @@ constexpr int64_t kSlabUnit = 64;
 constexpr double kCodesPerNs = 32.0;  // bytes per multiprocessor: its share of 4.3 TB/s
 constexpr double kXPerNs = 40.0;      // from L2
 constexpr double kScalesPerNs = 32.0;
-constexpr double kPerSlab = 700.0;    // two barriers and a wait for L2
-constexpr double kPerTile = 900.0;    // start and end of a tile
+constexpr double kPerSlab = 700.0;  // two barriers and a wait for L2
+constexpr double kPerTile = 900.0;  // start and end of a tile
 constexpr double kPerReduction = 2000.0;
 constexpr double kPartialsPerNs = 2500.0;  // the whole GPU, written and read
 
@@ -61,8 +61,9 @@ int64_t place(const Sizes& s, bool shifted, int64_t slab, MmaPlan* plan) {
   at += plan->warps * kStages * s.stage;
   plan->x = at;
   at += static_cast<int>(plan->m) * chunks * s.chunk * 2;
-  at += (8 * plan->column_tiles - static_cast<int>(plan->m)) * 64;  // what the last tile reads beyond
-  plan->sums = at;  // read two at a time
+  at +=
+      (8 * plan->column_tiles - static_cast<int>(plan->m)) * 64;  // what the last tile reads beyond
+  plan->sums = at;                                                // read two at a time
   at += shifted ? segments * plan->sum_stride() * 4 : 0;
   plan->scales = at;
   at += segments * plan->scale_stride() * 4;
@@ -84,7 +85,8 @@ double cost_of(const PackedView& w, const Sizes& s, const Gpu& gpu, const MmaPla
       slice * (codes * rows / kCodesPerNs + m * s.chunk * 2.0 / kXPerNs +
                rows * (s.chunk / double{kSegment}) * 4.0 / kScalesPerNs) +
       static_cast<double>(ceil_div(plan.slice_chunks, plan.slab_chunks)) * kPerSlab + kPerTile;
-  const double waves = static_cast<double>(ceil_div(plan.row_tiles * plan.slices, gpu.multiprocessors));
+  const double waves =
+      static_cast<double>(ceil_div(plan.row_tiles * plan.slices, gpu.multiprocessors));
   const double partials = static_cast<double>(plan.partials(w.rows)) * 8.0;
   return waves * tile + (plan.slices > 1 ? kPerReduction + partials / kPartialsPerNs : 0.0);
 }

@@ -35,8 +35,8 @@ struct MmaPlan {
   int64_t m = 0;
   int column_tiles = 1;  // of eight rows of x; 1, 2, 4 or 8
   int warps = 0, row_warps = 1, k_warps = 1;
-  int64_t row_tiles = 0;     // of 16 * row_warps rows of the weight
-  int chunks = 0;            // of columns (mma_maps.h), of which a slice has slice_chunks
+  int64_t row_tiles = 0;  // of 16 * row_warps rows of the weight
+  int chunks = 0;         // of columns (mma_maps.h), of which a slice has slice_chunks
   int slices = 1, slice_chunks = 0;
   int slab_chunks = 0;  // for which x and scales lie in shared memory at a time
   uint32_t grid = 0;    // blocks; each walks row_tiles * slices with a stride of the grid

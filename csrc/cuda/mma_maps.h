@@ -14,9 +14,9 @@ namespace bitfold::cuda {
 
 inline constexpr int kMmaRows = 16, kMmaColumns = 8;
 inline constexpr int kMaxMmaTiles = 8;  // of eight rows of x, in one pass over the weight
-inline constexpr int kSegment = 64;     // columns that a row's four lanes share out; never two groups
-inline constexpr int kSteps = 4;        // mma per segment
-inline constexpr int kStages = 3;       // chunks that a warp has in shared memory or on the way
+inline constexpr int kSegment = 64;  // columns that a row's four lanes share out; never two groups
+inline constexpr int kSteps = 4;     // mma per segment
+inline constexpr int kStages = 3;    // chunks that a warp has in shared memory or on the way
 
 // Fragments as the instruction wants them: a lane's row (and the one eight below) of the weight, or
 // its row of x, is lane / 4; its place among the four lanes of a row is lane % 4.
@@ -107,9 +107,9 @@ BITFOLD_HOST_DEVICE inline LaneCodes load_codes(const uint8_t* stage, int row, i
   load_shared<kLaneBytes>(stage + place_of<kBits>(row, (segment * 4 + quarter) * kLaneBytes),
                           codes.word);
   if constexpr (kBits == 3) {
-    load_shared<2>(stage + kMmaRows * Chunk<3>::kRowBytes +
-                       swizzled<32>(row, (segment * 4 + quarter) * 2),
-                   codes.word + 1);
+    load_shared<2>(
+        stage + kMmaRows * Chunk<3>::kRowBytes + swizzled<32>(row, (segment * 4 + quarter) * 2),
+        codes.word + 1);
   }
   return codes;
 }
@@ -226,9 +226,7 @@ BITFOLD_HOST_DEVICE inline int x_place_of_unit(int unit, int column, int columns
 BITFOLD_HOST_DEVICE inline int accumulator_row(int lane, int i) {
   return lane / 4 + (i < 2 ? 0 : kMmaColumns);
 }
-BITFOLD_HOST_DEVICE inline int accumulator_column(int lane, int i) {
-  return lane % 4 * 2 + i % 2;
-}
+BITFOLD_HOST_DEVICE inline int accumulator_column(int lane, int i) { return lane % 4 * 2 + i % 2; }
 
 // The group of segment s is the high word of s * inverse, or s itself where inverse is 0: exact for
 // segments below 2^22 and groups of up to 1024 of them.

@@ -26,8 +26,8 @@ constexpr size_t kEntries = 64;  // a model has a few shapes
 bool cached_plan(const PackedView& w, int64_t m, const Gpu& gpu, MmaPlan* plan) {
   thread_local Entry entries[kEntries];
   const Key key{w.rows, w.cols, m, w.bits, gpu.multiprocessors, gpu.shared_bytes, is_shifted(w)};
-  const auto mixed = static_cast<uint64_t>(w.rows * 31 + w.cols * 17 + m * 7 + w.bits * 3) *
-                     0x9e3779b97f4a7c15u;
+  const auto mixed =
+      static_cast<uint64_t>(w.rows * 31 + w.cols * 17 + m * 7 + w.bits * 3) * 0x9e3779b97f4a7c15u;
   Entry& entry = entries[(mixed >> 32) % kEntries];
   if (entry.key != key) {
     entry.possible = plan_mma(w, m, gpu, &entry.plan);

@@ -7,8 +7,8 @@
 
 namespace bitfold::cuda {
 
-// Sixteen bytes into shared memory, not through registers and not kept in L1; zeros where `valid` is
-// false, and then nothing is read.
+// Sixteen bytes into shared memory, not through registers and not kept in L1; zeros where `valid`
+// is false, and then nothing is read.
 __device__ inline void copy_async(void* shared, const void* global, bool valid) {
   const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(global),

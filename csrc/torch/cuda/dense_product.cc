@@ -28,8 +28,7 @@ void multiply_dense(const Tensor& like, FloatType dtype, const DenseMatrix& a, c
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_cuda_addmm_out(result.get(), row.get(), left.get(), right.get(), 1.0, 1.0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cuda_mm_out(result.get(), left.get(), right.get()));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(result.get(), left.get(), right.get()));
   }
 }
 

@@ -12,8 +12,8 @@ struct DenseMatrix {
   int64_t rows, cols, stride;
 };
 
-// out = a b, or a bᵀ, and bias [out.cols] added to each row unless null. All of `dtype`, on the GPU of
-// `like`, where torch queues it on its current stream.
+// out = a b, or a bᵀ, and bias [out.cols] added to each row unless null. All of `dtype`, on the GPU
+// of `like`, where torch queues it on its current stream.
 void multiply_dense(const Tensor& like, FloatType dtype, const DenseMatrix& a, const DenseMatrix& b,
                     bool transpose_b, const void* bias, const DenseMatrix& out);
 

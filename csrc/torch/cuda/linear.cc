@@ -52,7 +52,8 @@ struct Slabs {
     return scratch(like, length * other, scalar_type(dtype));
   }
   void decode(int64_t row, int64_t rows, int64_t col, int64_t cols, void* out) const {
-    check(cuda::dequantize_window(w.weight, row, rows, col, cols, dtype, out, context.stream()), op);
+    check(cuda::dequantize_window(w.weight, row, rows, col, cols, dtype, out, context.stream()),
+          op);
   }
 
   void forward(const void* x, int64_t m, const void* bias, void* y) const {
@@ -85,18 +86,16 @@ void multiply_slabs(const DevicePacked& w, const Tensor& x, int64_t m,
                     const std::optional<Tensor>& bias, FloatType dtype, bool floats, Tensor& y,
                     const CudaContext& context, const char* op) {
   if (!floats || dtype == FloatType::kFloat32) {
-    Slabs{w, x, dtype, context, op}.forward(x.const_data_ptr(), m,
-                                            bias ? bias->const_data_ptr() : nullptr,
-                                            y.mutable_data_ptr());
+    Slabs{w, x, dtype, context, op}.forward(
+        x.const_data_ptr(), m, bias ? bias->const_data_ptr() : nullptr, y.mutable_data_ptr());
     return;
   }
   const Tensor wide = torch::stable::to(x, ScalarType::Float);
   const Tensor sums = scratch(x, m * w.rows, ScalarType::Float);
   std::optional<Tensor> row;
   if (bias) row = torch::stable::to(*bias, ScalarType::Float);
-  Slabs{w, x, FloatType::kFloat32, context, op}.forward(wide.const_data_ptr(), m,
-                                                        row ? row->const_data_ptr() : nullptr,
-                                                        sums.mutable_data_ptr());
+  Slabs{w, x, FloatType::kFloat32, context, op}.forward(
+      wide.const_data_ptr(), m, row ? row->const_data_ptr() : nullptr, sums.mutable_data_ptr());
   Tensor flat = torch::stable::view(y, {m * w.rows});
   torch::stable::copy_(flat, sums);
 }
@@ -130,10 +129,9 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vec
     case cuda::Way::kMma: {
       std::optional<Tensor> partial;
       if (plan.slices > 1) partial = scratch(x, plan.partials(w.rows), ScalarType::Float);
-      check(cuda::linear_mma(
-                w.weight, plan, rows.const_data_ptr(), bias_data, dtype,
-                partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr,
-                y.mutable_data_ptr(), context.stream()),
+      check(cuda::linear_mma(w.weight, plan, rows.const_data_ptr(), bias_data, dtype,
+                             partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr,
+                             y.mutable_data_ptr(), context.stream()),
             kOp);
       break;
     }

@@ -51,7 +51,8 @@ void check_plan(const PackedView& w, int64_t m, const Gpu& gpu) {
 
 TEST(LinearPlan, EveryShapeThatSuits) {
   for (const Gpu& gpu : kGpus) {
-    for (const char* text : {"nf4", "int4-g64", "int3-g64", "int2-g64", "int8-row", "int8-g64-zp"}) {
+    for (const char* text :
+         {"nf4", "int4-g64", "int3-g64", "int2-g64", "int8-row", "int8-g64-zp"}) {
       for (int64_t rows : {1, 15, 16, 17, 1000, 4096, 28672, 152064}) {
         for (int64_t cols : {128, 384, 4096, 14336, 65536}) {
           for (int64_t m : {1, 2, 8, 9, 16, 31, 64}) {

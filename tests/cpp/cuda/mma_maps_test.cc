@@ -80,7 +80,8 @@ void check_pairs() {
   SCOPED_TRACE(std::to_string(kBits) + " bits");
   using C = Chunk<kBits>;
   uint8_t codes[C::kCodes];
-  for (int i = 0; i < C::kCodes; ++i) codes[i] = static_cast<uint8_t>((i * 37 + i / 16) & ((1 << kBits) - 1));
+  for (int i = 0; i < C::kCodes; ++i)
+    codes[i] = static_cast<uint8_t>((i * 37 + i / 16) & ((1 << kBits) - 1));
   uint8_t row[C::kRowBytes + C::kHighBytes];
   pack_row(codes, C::kCodes, kBits, row);
   for (int r = 0; r < kMmaRows; ++r) {

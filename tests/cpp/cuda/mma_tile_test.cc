@@ -61,7 +61,10 @@ struct Emulated {
   std::vector<uint8_t> shared;
 
   Emulated(const DeviceWeight& weight, const MmaPlan& p, const std::vector<uint16_t>& activations)
-      : w(weight), plan(p), x(activations), y(static_cast<size_t>(p.m * weight.view.rows)),
+      : w(weight),
+        plan(p),
+        x(activations),
+        y(static_cast<size_t>(p.m * weight.view.rows)),
         shared(static_cast<size_t>(p.shared_bytes), 0xff) {
     for (int i = 0; i < kTableEntries<kBits> * 32; ++i) {
       const uint32_t entry = table_entry<kBits, kType>(w, static_cast<unsigned>(i / 32));
@@ -91,8 +94,7 @@ struct Emulated {
     const uint32_t inverse = inverse_of_segments(view);
     for (int r = 0; r < plan.rows_per_tile(); ++r) {
       for (int s = 0; s < segments; ++s) {
-        const auto segment =
-            static_cast<uint32_t>(std::min(first + s, (view.cols - 1) / kSegment));
+        const auto segment = static_cast<uint32_t>(std::min(first + s, (view.cols - 1) / kSegment));
         const int64_t group =
             inverse ? static_cast<int64_t>(uint64_t{segment} * inverse >> 32) : segment;
         const int64_t at = std::min(row + r, view.rows - 1);
@@ -152,8 +154,8 @@ struct Emulated {
           uint32_t b[32][2];
           for (int lane = 0; lane < 32; ++lane) {
             const Lane at = lane_of(lane);
-            const int column = plan.column_tiles == 1 ? std::min(at.row, m - 1)
-                                                      : n * kMmaColumns + at.row;
+            const int column =
+                plan.column_tiles == 1 ? std::min(at.row, m - 1) : n * kMmaColumns + at.row;
             const int place = plan.x + x_place(segment, step / 2, column, m, at.quarter);
             ASSERT_LE(place + 16, plan.sums);
             b[lane][0] = word_at(shared, place + step % 2 * 8);
@@ -291,7 +293,8 @@ TEST(MmaTile, EveryCodeMeetsItsX) {
 }
 
 TEST(MmaTile, RaggedRowsColumnsAndBatches) {
-  for (int64_t m : {1, 2, 7, 8, 17, 33, 64}) check<FloatType::kFloat16>("int4-g64", m, 50, 352, kHopper);
+  for (int64_t m : {1, 2, 7, 8, 17, 33, 64})
+    check<FloatType::kFloat16>("int4-g64", m, 50, 352, kHopper);
   check<FloatType::kFloat16>("nf4", 1, 1, 32, kHopper);
   check<FloatType::kFloat16>("int8-row", 5, 1, 16, kHopper);
   check<FloatType::kFloat16>("int8-row", 2, 130, 208, kSmall);
