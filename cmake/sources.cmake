@@ -51,6 +51,7 @@ set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni)
 set(BITFOLD_CUDA_HOST_SOURCES
   csrc/cuda/encode.cc
   csrc/cuda/launch.cc
+  csrc/cuda/level_factor.cc
   csrc/cuda/linear_plan.cc
   csrc/cuda/plan_cache.cc
   csrc/cuda/weight.cc

@@ -1,6 +1,7 @@
 #include <cstring>
 #include <mutex>
 
+#include "cuda/level_factor.h"
 #include "cuda/linear.h"
 #include "cuda/linear_mma_launch.cuh"
 
@@ -52,7 +53,7 @@ int shared_limit_of_current_gpu() { return current_gpu().shared_bytes; }
 Status linear_mma(const DeviceWeight& w, const MmaPlan& plan, const void* x, const void* bias,
                   FloatType dtype, float* partial, void* y, cudaStream_t stream) {
   const bool slices = plan.slices > 1;
-  const MmaTask task{w, plan, x, bias, y, slices ? partial : nullptr};
+  const MmaTask task{w, plan, level_factor(w, dtype), x, bias, y, slices ? partial : nullptr};
   Status status = w.view.bits == 8   ? launch_mma<8>(task, dtype, stream)
                   : w.view.bits == 4 ? launch_mma<4>(task, dtype, stream)
                   : w.view.bits == 3 ? launch_mma<3>(task, dtype, stream)

@@ -204,7 +204,8 @@ __global__ void __launch_bounds__(kMmaThreads<kTiles>, 1)
     for (; to < kStages - 1; ++to, next += plan.k_warps) ring.fetch(next, next < end, to);
     if (!tabled) {
       for (int i = static_cast<int>(threadIdx.x); i < kTableEntries<kBits> * 32; i += blockDim.x)
-        reinterpret_cast<uint32_t*>(shared)[i] = table_entry<kBits, kType>(task.w, i / 32);
+        reinterpret_cast<uint32_t*>(shared)[i] =
+            table_entry<kBits, kType>(task.w, i / 32, task.level_factor);
       tabled = true;
     }
 

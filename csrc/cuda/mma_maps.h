@@ -169,14 +169,15 @@ BITFOLD_HOST_DEVICE inline uint32_t to_pair(float first, float second) {
 }
 
 template <int kBits, FloatType kType>
-BITFOLD_HOST_DEVICE inline uint32_t table_entry(const DeviceWeight& w, unsigned entry) {
+BITFOLD_HOST_DEVICE inline uint32_t table_entry(const DeviceWeight& w, unsigned entry,
+                                                float level_factor) {
   unsigned first, second;
   codes_of_entry<kBits>(entry, &first, &second);
   if (w.view.family == Family::kInteger) {
     const float middle = middle_of(w.view);
     return to_pair<kType>(static_cast<float>(first) - middle, static_cast<float>(second) - middle);
   }
-  return to_pair<kType>(w.levels[first], w.levels[second]);
+  return to_pair<kType>(w.levels[first] * level_factor, w.levels[second] * level_factor);
 }
 
 // The codes 2j and 2j + 1 as operands.

@@ -10,10 +10,11 @@ namespace bitfold::cuda {
 struct MmaTask {
   DeviceWeight w;
   MmaPlan plan;
-  const void* x;     // [m, cols]
-  const void* bias;  // [rows] of x's type, or null
-  void* y;           // [m, rows] of x's type, or, with several slices, null
-  float* partial;    // [slices, m, rows], with several slices
+  float level_factor;  // of levels (level_factor.h), which scales make good
+  const void* x;       // [m, cols]
+  const void* bias;    // [rows] of x's type, or null
+  void* y;             // [m, rows] of x's type, or, with several slices, null
+  float* partial;      // [slices, m, rows], with several slices
 };
 
 // Columns of a slab, counted in segments of the weight.
@@ -119,10 +120,12 @@ struct TileRows {
 template <ScaleKind kKind, int kBatch>
 __device__ inline void stage_scales(const MmaTask& task, const Values& values, const Slab& slab,
                                     TileRows tile, float* to) {
+  const float undo = 1.0f / task.level_factor;
   tile.view.scale_kind = kKind;  // known to the compiler, so that it finds no branch between loads
   stage_by_row<kBatch>(task.plan, slab, to, [&](int row, int segment) {
     return scale_at(tile.view, values, kDeviceDynamicMap, 0,
-                    tile.before + tile.row(row) * tile.stride + tile.group(segment));
+                    tile.before + tile.row(row) * tile.stride + tile.group(segment)) *
+           undo;
   });
 }
 

@@ -14,7 +14,7 @@ from bitfold import Format, ops
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # What the operands of each way lose before y is stored, relative root mean square: bfloat16 holds a
 # level of a codebook, and a weight as such, to 8 bits; fp32 sums of many terms.
-PROMISED = {torch.float32: 2e-6, torch.float16: 3e-4, torch.bfloat16: 2e-3}
+PROMISED = {torch.float32: 2e-6, torch.float16: 3e-4, torch.bfloat16: 1.2e-3}
 
 
 def folded(fmt: str, shape: tuple[int, int], seed: int = 0) -> list[Tensor]:
@@ -60,7 +60,7 @@ def check(fmt: str, shape: tuple[int, int], m: int, dtype: torch.dtype, accuracy
     y = ops.linear(x.cuda(), on_gpu, spec, bias.cuda(), accuracy)
     assert y.dtype == dtype
     assert y.is_cuda
-    promised = PROMISED[torch.float32 if accuracy == "fp32" else dtype] * (1.5 if m > 64 else 1.0)
+    promised = PROMISED[torch.float32 if accuracy == "fp32" else dtype] * (2.0 if m > 64 else 1.0)
     assert_near(y, exact_product(x, ops.dequantize(packed, fmt, shape), bias.to(dtype)), promised)
     assert torch.equal(y, ops.linear(x.cuda(), on_gpu, spec, bias.cuda(), accuracy)), (
         "not the same bits twice"
@@ -149,7 +149,7 @@ def test_bias_of_another_dtype(bias_dtype: torch.dtype) -> None:
     for m in (1, 100):
         x = torch.randn(m, 128, device="cuda", dtype=torch.float16)
         exact = exact_product(x, ops.dequantize(packed, fmt, shape), bias.half())
-        assert_near(ops.linear(x, packed, spec, bias), exact, 1.5 * PROMISED[torch.float16])
+        assert_near(ops.linear(x, packed, spec, bias), exact, 2.0 * PROMISED[torch.float16])
 
 
 @pytest.mark.parametrize("fmt", SOME_FORMATS)
@@ -163,7 +163,7 @@ def test_gradient(fmt: str, dtype: torch.dtype) -> None:
             found = ops._ops.linear_grad_input(
                 grad.cuda(), [t.cuda() for t in packed], Format(fmt).spec(shape)
             )
-            assert_near(found, exact_product(grad, weight.T), 1.5 * PROMISED[dtype])
+            assert_near(found, exact_product(grad, weight.T), 2.0 * PROMISED[dtype])
 
 
 def test_autograd() -> None:

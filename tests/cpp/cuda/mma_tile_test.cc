@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "core/reference/reference.h"
+#include "cuda/level_factor.h"
 #include "cuda/linear_plan.h"
 #include "cuda/mma_maps.h"
 #include "support.h"
@@ -58,6 +59,7 @@ struct Emulated {
   const MmaPlan& plan;
   const std::vector<uint16_t>& x;  // [m, cols]
   std::vector<float> y;            // [m, rows]
+  float factor = 1.0f;             // of levels
   std::vector<uint8_t> shared;
 
   Emulated(const DeviceWeight& weight, const MmaPlan& p, const std::vector<uint16_t>& activations)
@@ -66,8 +68,9 @@ struct Emulated {
         x(activations),
         y(static_cast<size_t>(p.m * weight.view.rows)),
         shared(static_cast<size_t>(p.shared_bytes), 0xff) {
+    factor = level_factor(w, kType);
     for (int i = 0; i < kTableEntries<kBits> * 32; ++i) {
-      const uint32_t entry = table_entry<kBits, kType>(w, static_cast<unsigned>(i / 32));
+      const uint32_t entry = table_entry<kBits, kType>(w, static_cast<unsigned>(i / 32), factor);
       memcpy(&shared[static_cast<size_t>(i) * 4], &entry, 4);
     }
     for (int64_t tile = 0; tile < plan.row_tiles * plan.slices; ++tile) run(tile);
@@ -98,7 +101,7 @@ struct Emulated {
         const int64_t group =
             inverse ? static_cast<int64_t>(uint64_t{segment} * inverse >> 32) : segment;
         const int64_t at = std::min(row + r, view.rows - 1);
-        const float scale = scale_at(view, values, kDynamicMap, at, group);
+        const float scale = scale_at(view, values, kDynamicMap, at, group) / factor;
         const int place = (s * plan.scale_stride() + r) * 4;
         put(plan.scales + place, scale);
         if (is_shifted(view))
@@ -306,6 +309,34 @@ TEST(MmaTile, SeveralSlabsAndSlices) {
   check<FloatType::kFloat16>("int4-g64", 64, 16, 4096, kSmall);
   check<FloatType::kBFloat16>("int3-g64", 16, 32, 3968, {132, 99 * 1024});
   check<FloatType::kFloat16>("int8-g64-zp", 1, 16, 8192, {132, 227 * 1024});
+}
+
+TEST(MmaTile, LevelsTimesAFactorFitBfloat16Better) {
+  const auto error = [](const float* levels, int count, float factor) {
+    double sum = 0.0, size = 0.0;
+    for (int i = 0; i < count; ++i) {
+      const double off =
+          bfloat16_to_float(float_to_bfloat16(levels[i] * factor)) / double{factor} - levels[i];
+      sum += off * off;
+      size += double{levels[i]} * levels[i];
+    }
+    return std::sqrt(sum / size);
+  };
+  for (const char* text : {"nf4", "nf3", "nf2", "fp4", "log4"}) {
+    const Owned w(format_of(text), 1, 64);
+    std::vector<const void*> buffers;
+    for (size_t i = 0; i < w.format().buffers(1, 64).size(); ++i) buffers.push_back(w.pointer(i));
+    const DeviceWeight weight = make_device_weight(w.format(), 1, 64, buffers.data());
+    const int count = 1 << weight.view.bits;
+    for (int turn = 0; turn < 2; ++turn) {
+      const float factor = level_factor(weight, FloatType::kBFloat16);
+      EXPECT_GE(factor, 1.0f);
+      EXPECT_LT(factor, 2.0f);
+      EXPECT_LE(error(weight.levels, count, factor), error(weight.levels, count, 1.0f)) << text;
+      EXPECT_LE(error(weight.levels, count, factor), 0.9e-3) << text;
+    }
+    EXPECT_EQ(level_factor(weight, FloatType::kFloat16), 1.0f);
+  }
 }
 
 }  // namespace
