@@ -131,6 +131,8 @@ __global__ void __launch_bounds__(kAnyWarps * 32)
   }
 }
 
+#if defined(__CUDACC__)
+
 template <int kBits, FloatType kType>
 Status launch_type(const AnyTask& task, cudaStream_t stream) {
   const PackedView& view = task.w.view;
@@ -167,3 +169,10 @@ Status linear_any(const DeviceWeight& w, const void* x, int64_t m, const void* b
 }
 
 }  // namespace bitfold::cuda
+
+#else
+
+}  // namespace
+}  // namespace bitfold::cuda
+
+#endif

@@ -177,8 +177,7 @@ __device__ inline void store_tile(const MmaTask& task, int64_t row, int slice, c
 template <int kBits, FloatType kType, int kTiles>
 __global__ void __launch_bounds__(kMmaThreads<kTiles>, 1)
     linear_mma(const __grid_constant__ MmaTask task) {
-  extern __shared__ uint4 memory[];
-  auto* shared = reinterpret_cast<uint8_t*>(memory);
+  uint8_t* shared = block_memory();
   const MmaPlan& plan = task.plan;
   const PackedView& view = task.w.view;
   const Values values = read_values(task.w.addresses);
