@@ -95,7 +95,7 @@ __device__ inline void multiply_chunk(const uint8_t* stage, const SharedPlaces& 
   const Lane at = lane_of(lane);
   const uint8_t* x = places.x + segment * 2 * places.x_half;
   const uint8_t* scales = places.scales + segment * places.scale_stride;
-#pragma unroll
+#pragma unroll(kTiles > 2 ? 1 : kTiles == 2 ? 2 : 4)  // more would be held than fits registers
   for (int s = 0; s < Chunk<kBits>::kSegments; ++s) {
     const LaneCodes upper = load_codes<kBits>(stage, at.row, s, at.quarter);
     const LaneCodes lower = load_codes<kBits>(stage, at.row + 8, s, at.quarter);
