@@ -4,6 +4,7 @@
 #   VENV        the virtual environment that is made and used                          .venv
 #   TORCH_SPEC  what pip installs where torch is not importable                        torch==2.13.0
 #   PYTHON      interpreter for dev, lint, bench, test-torch                           $(VENV)/bin/python, else python3
+#   BITFOLD_CUDA, BITFOLD_CUDA_ARCHITECTURES  whether and for which GPUs (CONTRIBUTING.md)     AUTO, all
 #   PYTEST_ARGS more arguments for pytest, e.g. PYTEST_ARGS="-m 'not slow' -x"
 SHELL := /bin/bash
 VENV ?= .venv
@@ -11,6 +12,9 @@ BOOTSTRAP_PYTHON ?= python3
 TORCH_SPEC ?= torch==2.13.0
 PYTEST_ARGS ?=
 JOBS ?= $(shell nproc)
+export BITFOLD_CUDA BITFOLD_CUDA_ARCHITECTURES  # read by pip's build
+CUDA_OPTIONS = $(if $(BITFOLD_CUDA),-DBITFOLD_CUDA=$(BITFOLD_CUDA)) \
+  $(if $(BITFOLD_CUDA_ARCHITECTURES),"-DBITFOLD_CUDA_ARCHITECTURES=$(BITFOLD_CUDA_ARCHITECTURES)")
 PYTHON ?= $(if $(wildcard $(VENV)/bin/python),$(VENV)/bin/python,python3)
 TORCH_VERSIONS ?= 2.11.0 2.13.0 2.15.0
 
@@ -22,7 +26,7 @@ GTEST_SOURCE ?= $(wildcard /usr/src/googletest)
 PACKAGE_FILES := $(shell find csrc cmake build_backend python/bitfold -type f \
   -not -name '*.so' -not -name '*.pyc' 2>/dev/null) CMakeLists.txt pyproject.toml
 
-.PHONY: help demo test test-cpp test-python test-transformers setup dev lint format bench bench-cpu sanitize cross test-torch clean
+.PHONY: help demo test test-cpp test-python test-transformers setup dev lint format bench bench-cpu gpu-check sanitize cross test-torch clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 20
@@ -41,7 +45,7 @@ test-python: $(VENV)/.test  ## install the package and run tests/python
 setup: $(VENV)/.dev  ## a virtual environment for work on bitfold: torch, test and lint tools
 
 dev:  ## compile into python/bitfold, to be used with PYTHONPATH=python
-	$(CMAKE_BUILD) -B build/dev -DPython_EXECUTABLE=$(INTERPRETER) -DBITFOLD_BUILD_PYTHON=ON -DBITFOLD_INPLACE=ON
+	$(CMAKE_BUILD) -B build/dev -DPython_EXECUTABLE=$(INTERPRETER) -DBITFOLD_BUILD_PYTHON=ON -DBITFOLD_INPLACE=ON $(CUDA_OPTIONS)
 	cmake --build build/dev -j $(JOBS)
 
 lint:  ## ruff, mypy, clang-format: what CI refuses
@@ -49,13 +53,16 @@ lint:  ## ruff, mypy, clang-format: what CI refuses
 
 format:  ## let ruff and clang-format rewrite the sources
 	$(INTERPRETER) -m ruff check --fix . && $(INTERPRETER) -m ruff format .
-	git ls-files 'csrc/**.h' 'csrc/**.cc' 'tests/cpp/**.cc' 'tests/cpp/**.h' | xargs -r clang-format -i
+	git ls-files 'csrc/**.h' 'csrc/**.cc' 'csrc/**.cu' 'csrc/**.cuh' 'tests/cpp/**.cc' 'tests/cpp/**.h' | xargs -r clang-format -i
 
 bench: $(VENV)/.bench  ## reproduce the tables of the README
 	for table in bert_table int8_int2_table formats_table; do $(VENV_PYTHON) benchmarks/$$table.py || exit 1; done
 
 bench-cpu: $(VENV)/.bench-cpu  ## speed against other libraries; compiles one of them, wants a quiet machine
 	for part in linear_cpu quantize_cpu models_cpu solvers_cpu; do $(VENV_PYTHON) benchmarks/$$part.py || exit 1; done
+
+gpu-check:  ## on a machine with a GPU: build for it, test, compute-sanitizer, measure
+	PYTHON=$(INTERPRETER) bash scripts/gpu_check.sh
 
 sanitize:  ## C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(CMAKE_BUILD) -B build/sanitize -DBITFOLD_BUILD_TESTS=ON -DBITFOLD_SANITIZE=address,undefined \

@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py [--smoke] [--minutes 6]
 
-Everything is timed inside CUDA graphs, weights cold (rotating copies hold three times the L2 cache), as the median
-of replays. Floors come from a copy and a bf16 product measured in the same run. What an op cannot do here is a row
-that says why.
+Everything is timed inside CUDA graphs, weights cold (rotating copies hold three times the L2 cache), as the
+median of replays. Floors come from a copy and a bf16 product of the same run. What cannot be done here
+is a row that says why.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def torch_bf16(weight: Tensor) -> Peer:
 
 
 def torch_int4(weight: Tensor) -> Peer:
-    """`_weight_int4pack_mm`, groups of 64 with bf16 scales and zeros; random codes: only time is looked at."""
+    """`_weight_int4pack_mm`, groups of 64 with bf16 scales and zeros; random codes: only time counts."""
     n, k = weight.shape
 
     def calls(x: Tensor, copies_of: Copies) -> Calls:

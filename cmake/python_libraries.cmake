@@ -29,6 +29,8 @@ set(bitfold_libraries _ops _C)
 if(BITFOLD_CUDA_BUILT)
   bitfold_add_cuda_library()
   list(APPEND bitfold_libraries _ops_cuda)
+elseif(BITFOLD_INPLACE)
+  file(REMOVE ${PROJECT_SOURCE_DIR}/python/bitfold/_ops_cuda.so)  # of an earlier build that had it
 endif()
 target_compile_definitions(_C PRIVATE "BITFOLD_CUDA_BUILT=\"${BITFOLD_CUDA_BUILT}\"")
 

@@ -56,7 +56,9 @@ set(BITFOLD_CUDA_HOST_SOURCES
   csrc/cuda/plan_cache.cc
   csrc/cuda/weight.cc
 )
+# (quantize.cc leads through kernels: it is linked where they are.)
 set(BITFOLD_CUDA_SOURCES
+  csrc/cuda/quantize.cc
   csrc/cuda/dequantize.cu
   csrc/cuda/linear_any.cu
   csrc/cuda/linear_mma.cu
@@ -66,7 +68,6 @@ set(BITFOLD_CUDA_SOURCES
   csrc/cuda/linear_mma_8.cu
   csrc/cuda/encode.cu
   csrc/cuda/pack.cu
-  csrc/cuda/quantize.cc
   csrc/cuda/scales.cu
   csrc/cuda/store_scales.cu
 )
@@ -109,7 +110,9 @@ set(BITFOLD_CPP_TESTS
   core/view
   cuda/decode
   cuda/encode
+  cuda/kernels
   cuda/launch
+  cuda/linear_kernels
   cuda/linear_plan
   cuda/mma_maps
   cuda/mma_tile

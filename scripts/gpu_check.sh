@@ -49,7 +49,7 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
 
-step tests 150 "$python" -m pytest tests/gpu -q -x --maxfail=20 -p no:cacheprovider
+step tests 150 "$python" -m pytest tests/gpu -q --maxfail=20 -p no:cacheprovider
 if command -v compute-sanitizer >/dev/null; then
   # Torch's caching allocator hides what is outside of a tensor, but inside of its pool.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1

@@ -18,7 +18,7 @@ have() {
 
 have "$python" -m ruff && run "ruff" "$python" -m ruff check .
 have "$python" -m mypy && run "mypy" "$python" -m mypy
-mapfile -t sources < <(git ls-files -- 'csrc/*.h' 'csrc/*.cc' 'tests/cpp/*.h' 'tests/cpp/*.cc')
+mapfile -t sources < <(git ls-files -- 'csrc/*.h' 'csrc/*.cc' 'csrc/*.cu' 'csrc/*.cuh' 'tests/cpp/*.h' 'tests/cpp/*.cc')
 have clang-format && [ ${#sources[@]} -gt 0 ] && run "clang-format" clang-format --dry-run -Werror "${sources[@]}"
 have shellcheck && run "shellcheck" shellcheck scripts/*.sh .ci/run
 exit $status

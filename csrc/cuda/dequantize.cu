@@ -1,10 +1,12 @@
-// Assertions of kernels are checks of input, in every build.
-#undef NDEBUG
-#include <cassert>
-
 #include "cuda/decode.h"
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
+
+#if defined(__CUDACC__)
+// What assert() calls; declared by CUDA's headers only without NDEBUG.
+extern "C" __host__ __device__ void __assert_fail(const char*, const char*, unsigned,
+                                                  const char*) noexcept;
+#endif
 
 namespace bitfold::cuda {
 namespace {
@@ -29,7 +31,7 @@ __global__ void __launch_bounds__(kThreads)
        i += int64_t{gridDim.x} * kThreads) {
     const int64_t row = source_row(indices, i);
     if (row >= 0 && row < rows) continue;
-    // What assert() calls, whatever NDEBUG says: CUDA prints the sentence, and ends the context.
+    // CUDA prints the sentence, and ends the context.
     __assert_fail("bitfold::embedding: index out of range of the rows of the table",
                   "csrc/cuda/dequantize.cu", __LINE__, "embedding");
   }
@@ -73,8 +75,7 @@ __global__ void __launch_bounds__(kThreads)
     dequantize_rows(const __grid_constant__ DeviceWeight w, const RowIndices indices,
                     const RowPlan plan, void* __restrict__ out) {
   constexpr int N = kUnit<kType>;
-  extern __shared__ float shared[];
-  float(*tables)[16] = reinterpret_cast<float(*)[16]>(shared);
+  auto* tables = dynamic_shared<float[16]>();
   const PackedView& view = w.view;
   const Values values = read_values(w.addresses);
   const int64_t unit = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -175,9 +176,8 @@ Status launch_rows(const DeviceWeight& w, const RowIndices& indices, int64_t cou
   const int64_t tables =
       w.view.family == Family::kLearnedCodebook ? rows_per_block(plan.launch.block_y) : 1;
   const size_t shared = kTable ? static_cast<size_t>(tables) * 16 * sizeof(float) : 0;
-  dequantize_rows<kBits, kType, kTable>
-      <<<grid_of(plan.launch), block_of(plan.launch), shared, stream>>>(w, indices, plan, out);
-  return launched("dequantize_rows");
+  return run("dequantize_rows", dequantize_rows<kBits, kType, kTable>, plan.launch, shared, stream,
+             w, indices, plan, out);
 }
 
 template <int kBits, FloatType kType>
@@ -192,8 +192,7 @@ Status decode_dense(const DeviceWeight& w, const RowIndices& indices, int64_t co
   }
   Launch launch;
   if (Status status = plan_items(count * indices.cols, &launch); !status.ok()) return status;
-  dequantize_any<<<grid_of(launch), block_of(launch), 0, stream>>>(w, indices, count, kType, out);
-  return launched("dequantize_any");
+  return run("dequantize_any", dequantize_any, launch, 0, stream, w, indices, count, kType, out);
 }
 
 template <int kBits>
@@ -220,8 +219,7 @@ Status decode(const DeviceWeight& w, const RowIndices& indices, int64_t count, F
   if (w.view.outliers.count == 0) return Status::success();
   Launch launch;
   if (Status status = plan_items(count * 32, &launch); !status.ok()) return status;
-  add_outliers<<<grid_of(launch), block_of(launch), 0, stream>>>(w, indices, count, dtype, out);
-  return launched("add_outliers");
+  return run("add_outliers", add_outliers, launch, 0, stream, w, indices, count, dtype, out);
 }
 
 }  // namespace
@@ -240,8 +238,10 @@ Status embedding(const DeviceWeight& w, const void* indices, bool wide, int64_t 
   Launch launch;
   if (Status status = plan_items(count, &launch); !status.ok() || launch.empty()) return status;
   const RowIndices rows{indices, wide, 0, 0, w.view.cols};
-  check_indices<<<grid_of(launch), block_of(launch), 0, stream>>>(rows, count, w.view.rows);
-  if (Status status = launched("check_indices"); !status.ok()) return status;
+  if (Status status =
+          run("check_indices", check_indices, launch, 0, stream, rows, count, w.view.rows);
+      !status.ok())
+    return status;
   return decode(w, rows, count, dtype, out, stream);
 }
 

@@ -151,9 +151,8 @@ Status encode_bits(const MatrixView& w, const Spans& spans, const DeviceEncoding
   if constexpr (kBits <= 4) {
     if (encoding.book) kernel = encode_units<kBits, true>;
   }
-  kernel<<<grid_of(plan.launch), block_of(plan.launch), 0, stream>>>(w, spans, encoding, plan,
-                                                                     scale, zero, to);
-  return launched("encode_units");
+  return run("encode_units", kernel, plan.launch, 0, stream, w, spans, encoding, plan, scale, zero,
+             to);
 }
 
 template <int kBits>
@@ -165,9 +164,7 @@ Status fold_bits(const MatrixView& w, const Spans& spans, const DeviceEncoding& 
   const auto kernel = w.dtype == FloatType::kFloat32   ? fold_units<kBits, FloatType::kFloat32>
                       : w.dtype == FloatType::kFloat16 ? fold_units<kBits, FloatType::kFloat16>
                                                        : fold_units<kBits, FloatType::kBFloat16>;
-  kernel<<<grid_of(plan.launch), block_of(plan.launch), 0, stream>>>(w, spans, encoding, plan,
-                                                                     scale, to);
-  return launched("fold_units");
+  return run("fold_units", kernel, plan.launch, 0, stream, w, spans, encoding, plan, scale, to);
 }
 
 }  // namespace

@@ -2,11 +2,10 @@
 // otherwise; work is queued on `stream` and nothing waits for it. A failed launch is a Status.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 
 #include "core/view.h"
+#include "cuda/stream.h"
 #include "cuda/weight.h"
 
 namespace bitfold::cuda {

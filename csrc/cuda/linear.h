@@ -2,9 +2,8 @@
 // the current device's memory, and work is queued on `stream`.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include "cuda/linear_plan.h"
+#include "cuda/stream.h"
 #include "cuda/weight.h"
 
 namespace bitfold::cuda {

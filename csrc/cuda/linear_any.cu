@@ -131,8 +131,6 @@ __global__ void __launch_bounds__(kAnyWarps * 32)
   }
 }
 
-#if defined(__CUDACC__)
-
 template <int kBits, FloatType kType>
 Status launch_type(const AnyTask& task, cudaStream_t stream) {
   const PackedView& view = task.w.view;
@@ -140,13 +138,10 @@ Status launch_type(const AnyTask& task, cudaStream_t stream) {
   const bool units = view.family != Family::kLearnedCodebook && view.cols % 8 == 0 &&
                      view.row_bytes % kAligned == 0 &&
                      reinterpret_cast<uintptr_t>(view.codes) % kAligned == 0;
-  const dim3 grid(task.plan.grid_x, task.plan.grid_y);
-  if (task.plan.columns == 1) {
-    linear_any<kBits, kType, 1><<<grid, kAnyWarps * 32, 0, stream>>>(task, units);
-  } else {
-    linear_any<kBits, kType, 8><<<grid, kAnyWarps * 32, 0, stream>>>(task, units);
-  }
-  return launched("linear_any");
+  const Launch launch{task.plan.grid_x, task.plan.grid_y, kAnyWarps * 32, 1};
+  const auto kernel =
+      task.plan.columns == 1 ? linear_any<kBits, kType, 1> : linear_any<kBits, kType, 8>;
+  return run("linear_any", kernel, launch, 0, stream, task, units);
 }
 
 template <int kBits>
@@ -169,10 +164,3 @@ Status linear_any(const DeviceWeight& w, const void* x, int64_t m, const void* b
 }
 
 }  // namespace bitfold::cuda
-
-#else
-
-}  // namespace
-}  // namespace bitfold::cuda
-
-#endif

@@ -64,9 +64,8 @@ Status linear_mma(const DeviceWeight& w, const MmaPlan& plan, const void* x, con
   if (status = plan_items(n, &launch); !status.ok()) return status;
   const auto add = dtype == FloatType::kFloat16 ? add_slices<FloatType::kFloat16>
                                                 : add_slices<FloatType::kBFloat16>;
-  add<<<grid_of(launch), block_of(launch), 0, stream>>>(partial, plan.slices, n, w.view.rows, bias,
-                                                        y);
-  return launched("add_slices");
+  return run("add_slices", add, launch, 0, stream, static_cast<const float*>(partial), plan.slices,
+             n, w.view.rows, bias, y);
 }
 
 }  // namespace bitfold::cuda

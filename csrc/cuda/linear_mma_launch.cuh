@@ -29,10 +29,10 @@ bool allow_shared_memory(int bytes) {
 template <int kBits, FloatType kType, int kTiles>
 Status launch_tiles(const MmaTask& task, int shared_limit, cudaStream_t stream) {
   constexpr auto kKernel = linear_mma<kBits, kType, kTiles>;
-  if (allow_shared_memory<kKernel>(shared_limit)) {
-    kKernel<<<task.plan.grid, task.plan.warps * 32, task.plan.shared_bytes, stream>>>(task);
-  }
-  return launched("linear_mma");
+  if (!allow_shared_memory<kKernel>(shared_limit)) return launched("linear_mma");
+  const Launch launch{task.plan.grid, 1, static_cast<uint32_t>(task.plan.warps) * 32, 1};
+  return run("linear_mma", kKernel, launch, static_cast<size_t>(task.plan.shared_bytes), stream,
+             task);
 }
 
 int shared_limit_of_current_gpu();

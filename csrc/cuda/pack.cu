@@ -55,8 +55,7 @@ Status pack_bits(const uint8_t* codes, int64_t rows, int64_t cols, int bits, uin
                       : bits == 4 ? pack_units<4>
                       : bits == 3 ? pack_units<3>
                                   : pack_units<2>;
-  kernel<<<grid_of(launch), block_of(launch), 0, stream>>>(codes, rows, cols, packed);
-  return launched("pack_units");
+  return run("pack_units", kernel, launch, 0, stream, codes, rows, cols, packed);
 }
 
 Status unpack_bits(const uint8_t* packed, int64_t rows, int64_t cols, int bits, uint8_t* codes,
@@ -64,17 +63,15 @@ Status unpack_bits(const uint8_t* packed, int64_t rows, int64_t cols, int bits, 
   Launch launch;
   if (Status status = plan_items(rows * cols, &launch); !status.ok() || launch.empty())
     return status;
-  unpack_codes<<<grid_of(launch), block_of(launch), 0, stream>>>(packed, bits, rows, cols, codes);
-  return launched("unpack_codes");
+  return run("unpack_codes", unpack_codes, launch, 0, stream, packed, bits, rows, cols, codes);
 }
 
 Status double_dequantize(const uint8_t* codes, const float* absmax, const float* offset, int64_t n,
                          float* scales, cudaStream_t stream) {
   Launch launch;
   if (Status status = plan_items(n, &launch); !status.ok() || launch.empty()) return status;
-  double_dequantize_scales<<<grid_of(launch), block_of(launch), 0, stream>>>(codes, absmax, offset,
-                                                                             n, scales);
-  return launched("double_dequantize_scales");
+  return run("double_dequantize_scales", double_dequantize_scales, launch, 0, stream, codes, absmax,
+             offset, n, scales);
 }
 
 }  // namespace bitfold::cuda

@@ -2,17 +2,21 @@
 // scale: spans are numbered [scale rows, groups], as scales are stored.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include "core/shrinks.h"
 #include "core/view.h"
 #include "cuda/encode.h"
+#include "cuda/launch.h"
+#include "cuda/stream.h"
 
 namespace bitfold::cuda {
 
 // What the scales of a tensor sum up to, in parts: each block of one kernel writes one, each block
 // of the next adds them up again, so that nothing has to be cleared and nothing is atomic.
-inline constexpr int kParts = 128;
+inline constexpr int kParts = 128;  // at most
+BITFOLD_HOST_DEVICE inline int parts_of(int64_t n) {
+  const int64_t blocks = (n + kThreads - 1) / kThreads;
+  return static_cast<int>(blocks < kParts ? blocks : kParts);
+}
 struct ScalePart {
   double sum;
   float largest, smallest;  // magnitudes; smallest of those that are not zero

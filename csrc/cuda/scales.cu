@@ -200,18 +200,18 @@ Status round_scales(const MatrixView& w, const Spans& spans, const DeviceEncodin
                     float* scale, float* zero, cudaStream_t stream) {
   Launch launch;
   if (Status status = plan_items(spans.count() * kLanes, &launch); !status.ok()) return status;
-  round_spans<<<grid_of(launch), block_of(launch), 0, stream>>>(w, spans, encoding, scale, zero);
-  return launched("round_spans");
+  return run("round_spans", round_spans, launch, 0, stream, w, spans, encoding, scale, zero);
 }
 
 Status round_tensor_scale(const MatrixView& w, const DeviceEncoding& encoding, float* low,
                           float* high, float* scale, float* zero, cudaStream_t stream) {
   Launch launch;
   if (Status status = plan_items(w.rows * kLanes, &launch); !status.ok()) return status;
-  extremes_of_rows<<<grid_of(launch), block_of(launch), 0, stream>>>(w, low, high);
-  if (Status status = launched("extremes_of_rows"); !status.ok()) return status;
-  round_tensor<<<1, kThreads, 0, stream>>>(low, high, w.rows, encoding, scale, zero);
-  return launched("round_tensor");
+  if (Status status = run("extremes_of_rows", extremes_of_rows, launch, 0, stream, w, low, high);
+      !status.ok())
+    return status;
+  return run("round_tensor", round_tensor, blocks(1), 0, stream, low, high, w.rows, encoding, scale,
+             zero);
 }
 
 Status search_scales(const MatrixView& w, const Spans& spans, const DeviceEncoding& encoding,
@@ -219,9 +219,7 @@ Status search_scales(const MatrixView& w, const Spans& spans, const DeviceEncodi
   Launch launch;
   if (Status status = plan_items(spans.count() * kLanes, &launch); !status.ok()) return status;
   const auto kernel = encoding.book ? search_spans<true> : search_spans<false>;
-  kernel<<<grid_of(launch), block_of(launch), 0, stream>>>(w, spans, encoding, shrinks, scale,
-                                                           zero);
-  return launched("search_spans");
+  return run("search_spans", kernel, launch, 0, stream, w, spans, encoding, shrinks, scale, zero);
 }
 
 }  // namespace bitfold::cuda

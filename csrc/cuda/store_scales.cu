@@ -28,16 +28,16 @@ __device__ inline ScalePart meet_block(ScalePart part) {
   return part;
 }
 
-__device__ inline ScalePart whole(const ScalePart* parts) {
+__device__ inline ScalePart whole(const ScalePart* parts, int64_t n) {
   static_assert(kParts <= kThreads);
-  return meet_block(threadIdx.x < kParts ? parts[threadIdx.x] : nothing());
+  return meet_block(static_cast<int>(threadIdx.x) < parts_of(n) ? parts[threadIdx.x] : nothing());
 }
 
 __global__ void __launch_bounds__(kThreads)
     sum_parts(const float* __restrict__ scale, int64_t n, ScalePart* __restrict__ parts) {
   ScalePart part = nothing();
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n;
-       i += int64_t{kParts} * kThreads) {
+       i += int64_t{gridDim.x} * kThreads) {
     const float v = scale[i], magnitude = fabsf(v);
     part = meet(part, {static_cast<double>(v), magnitude,
                        magnitude > 0.0f ? magnitude : __int_as_float(0x7f800000)});
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     write_halves(const ScalePart* __restrict__ parts, int64_t n, float* __restrict__ scale,
                  uint16_t* __restrict__ halves, int8_t* exponent) {
-  const ScalePart all = whole(parts);
+  const ScalePart all = whole(parts, n);
   const int e = exponent_of_range(all.largest, all.smallest);
   const float down = power_of_two(-e), up = power_of_two(e);
   if (blockIdx.x == 0 && threadIdx.x == 0) *exponent = static_cast<int8_t>(e);
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads)
     find_offset(const ScalePart* __restrict__ parts, const float* __restrict__ scale, int64_t n,
                 float* offset) {
   __shared__ float fetched[4 * kThreads];
-  const ScalePart all = whole(parts);
+  const ScalePart all = whole(parts, n);
   double sum = all.sum;
   if (!sums_exactly(all.largest, all.smallest, n)) {
     sum = 0.0;
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads)
       __syncthreads();
     }
   }
-  if (threadIdx.x == 0) *offset = static_cast<float>(sum / static_cast<double>(n));
+  if (threadIdx.x == 0) *offset = n > 0 ? static_cast<float>(sum / static_cast<double>(n)) : 0.0f;
 }
 
 static_assert(kDoubleQuantBlock == kThreads);
@@ -141,29 +141,29 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 Status sum_scales(const float* scale, int64_t n, ScalePart* parts, cudaStream_t stream) {
-  sum_parts<<<kParts, kThreads, 0, stream>>>(scale, n, parts);
-  return launched("sum_parts");
+  return run("sum_parts", sum_parts, blocks(static_cast<uint32_t>(parts_of(n))), 0, stream, scale,
+             n, parts);
 }
 
 Status store_halves(const ScalePart* parts, int64_t n, float* scale, uint16_t* halves,
                     int8_t* exponent, cudaStream_t stream) {
   Launch launch;
   if (Status status = plan_items(n, &launch); !status.ok()) return status;
-  write_halves<<<grid_of(launch), block_of(launch), 0, stream>>>(parts, n, scale, halves, exponent);
-  return launched("write_halves");
+  return run("write_halves", write_halves, launch, 0, stream, parts, n, scale, halves, exponent);
 }
 
 Status store_double_quantized(const ScalePart* parts, int64_t n, int bits, const float* scale,
                               float* stored_scale, float* zero, uint8_t* codes, float* absmax,
                               float* offset, cudaStream_t stream) {
   static const DynamicSteps steps = make_dynamic_steps();
-  find_offset<<<1, kThreads, 0, stream>>>(parts, scale, n, offset);
-  if (Status status = launched("find_offset"); !status.ok()) return status;
+  if (Status status =
+          run("find_offset", find_offset, blocks(1), 0, stream, parts, scale, n, offset);
+      !status.ok())
+    return status;
   Launch launch;
   if (Status status = plan_items(n, &launch); !status.ok() || launch.empty()) return status;
-  double_quantize_blocks<<<grid_of(launch), block_of(launch), 0, stream>>>(
-      steps, n, bits, scale, stored_scale, zero, codes, absmax, offset);
-  return launched("double_quantize_blocks");
+  return run("double_quantize_blocks", double_quantize_blocks, launch, 0, stream, steps, n, bits,
+             scale, stored_scale, zero, codes, absmax, offset);
 }
 
 Status store_zeros(const Spans& spans, const DeviceEncoding& encoding, float* zero, void* stored,
@@ -171,9 +171,8 @@ Status store_zeros(const Spans& spans, const DeviceEncoding& encoding, float* ze
   Launch launch;
   if (encoding.zero == Zero::kFloat) {
     if (Status status = plan_items(spans.count(), &launch); !status.ok()) return status;
-    write_zero_halves<<<grid_of(launch), block_of(launch), 0, stream>>>(
-        spans.count(), zero, static_cast<uint16_t*>(stored));
-    return launched("write_zero_halves");
+    return run("write_zero_halves", write_zero_halves, launch, 0, stream, spans.count(), zero,
+               static_cast<uint16_t*>(stored));
   }
   if (Status status = plan_items(spans.rows * ((spans.groups + 7) / 8), &launch); !status.ok())
     return status;
@@ -181,9 +180,8 @@ Status store_zeros(const Spans& spans, const DeviceEncoding& encoding, float* ze
                       : encoding.bits == 4 ? write_zero_codes<4>
                       : encoding.bits == 3 ? write_zero_codes<3>
                                            : write_zero_codes<2>;
-  kernel<<<grid_of(launch), block_of(launch), 0, stream>>>(spans, zero,
-                                                           static_cast<uint8_t*>(stored));
-  return launched("write_zero_codes");
+  return run("write_zero_codes", kernel, launch, 0, stream, spans, zero,
+             static_cast<uint8_t*>(stored));
 }
 
 }  // namespace bitfold::cuda

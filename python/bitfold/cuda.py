@@ -2,7 +2,7 @@
 
 `_ops_cuda.so` is there where bitfold was compiled with nvcc, and is of use only where torch sees a GPU.
 Asking torch for that costs what starting CUDA costs, and forbids forks afterwards; so nothing is asked on
-import: the library is loaded when torch itself starts CUDA, which it does before the first CUDA tensor exists.
+import: the library is loaded when torch itself starts CUDA, before the first CUDA tensor exists.
 """
 
 from __future__ import annotations

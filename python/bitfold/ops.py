@@ -105,8 +105,8 @@ def _waits_for_gpu(tensor: Tensor) -> bool:
 
 
 def _check_finite(weight: Tensor) -> None:
-    """What the CPU's op looks for itself. A kernel can neither raise nor be waited for in a graph: the ops for
-    GPUs let such a group decode to NaN, and the question is asked here, at the price of one more reading.
+    """What the CPU's op looks for itself. A kernel can neither raise nor be waited for in a graph: the ops
+    for GPUs let such a group decode to NaN, and the question is asked here, at the price of one more reading.
     """
     if not _waits_for_gpu(weight):
         return
@@ -264,8 +264,8 @@ def embedding(indices: Tensor, packed: Sequence[Tensor], spec: Sequence[int], dt
         ``[*indices.shape, dim]``; touches only the bytes of the rows asked for.
 
     Raises:
-        RuntimeError: an index out of range, naming it. On a GPU it fails an assertion there, as in torch's own
-            embedding: a sentence on stderr, and CUDA is at an end in this process.
+        RuntimeError: an index out of range, naming it. On a GPU it fails an assertion there, as in torch's
+            own embedding: a sentence on stderr, and CUDA is at an end in this process.
 
     Example:
         >>> fmt, table = Format("int8-g64"), torch.randn(10, 64)

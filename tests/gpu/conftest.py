@@ -1,4 +1,4 @@
-"""Tests of what runs on a GPU. They need torch and pytest only, so that any machine with a GPU can run them."""
+"""Tests of what runs on a GPU. They need torch and pytest only: any machine with a GPU can run them."""
 
 from __future__ import annotations
 

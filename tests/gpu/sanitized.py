@@ -1,4 +1,4 @@
-"""A short walk through every kernel, for compute-sanitizer, which makes each launch a hundred times slower."""
+"""A short walk through every kernel, for compute-sanitizer, which makes launches a hundred times slower."""
 
 from __future__ import annotations
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import EVERY_FORMAT, SOME_FORMATS
 from torch import Tensor
 
 from bitfold import Format, ops
+from support import EVERY_FORMAT, SOME_FORMATS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Whole units of eight and groups; a row that ends within a unit, a group and a byte; one weight.
