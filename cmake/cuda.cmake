@@ -44,7 +44,12 @@ function(bitfold_torch_cuda_library result)
   endif()
   set(source "${PROJECT_BINARY_DIR}/torch_cuda_stub.cc")
   # What the bindings take from it; a symbol that is missing here fails at link time.
-  file(WRITE "${source}.new" "extern \"C\" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n")
+  file(WRITE "${source}.new" "extern \"C\" {
+int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }
+int aoti_torch_cuda_mm_out(void*, void*, void*) { return 1; }
+int aoti_torch_cuda_addmm_out(void*, void*, void*, void*, double, double) { return 1; }
+}
+")
   file(COPY_FILE "${source}.new" "${source}" ONLY_IF_DIFFERENT)
   add_library(torch_cuda_stub SHARED "${source}")
   set_target_properties(torch_cuda_stub PROPERTIES OUTPUT_NAME torch_cuda

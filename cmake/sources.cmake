@@ -54,12 +54,21 @@ set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni)
 set(BITFOLD_CUDA_HOST_SOURCES
   csrc/cuda/encode.cc
   csrc/cuda/launch.cc
+  csrc/cuda/level_factor.cc
+  csrc/cuda/linear_plan.cc
+  csrc/cuda/plan_cache.cc
   csrc/cuda/weight.cc
 )
 # (quantize.cc leads through kernels: it is linked where they are.)
 set(BITFOLD_CUDA_SOURCES
   csrc/cuda/quantize.cc
   csrc/cuda/dequantize.cu
+  csrc/cuda/linear_any.cu
+  csrc/cuda/linear_mma.cu
+  csrc/cuda/linear_mma_2.cu
+  csrc/cuda/linear_mma_3.cu
+  csrc/cuda/linear_mma_4.cu
+  csrc/cuda/linear_mma_8.cu
   csrc/cuda/encode.cu
   csrc/cuda/pack.cu
   csrc/cuda/scales.cu
@@ -68,7 +77,9 @@ set(BITFOLD_CUDA_SOURCES
 set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/checks.cc
   csrc/torch/cuda/context.cc
+  csrc/torch/cuda/dense_product.cc
   csrc/torch/cuda/dequantize.cc
+  csrc/torch/cuda/linear.cc
   csrc/torch/cuda/pack.cc
   csrc/torch/cuda/quantize.cc
 )
@@ -105,6 +116,10 @@ set(BITFOLD_CPP_TESTS
   cuda/encode
   cuda/kernels
   cuda/launch
+  cuda/linear_kernels
+  cuda/linear_plan
+  cuda/mma_maps
+  cuda/mma_tile
   cpu/activations
   cpu/instruction_sets
   cpu/isa

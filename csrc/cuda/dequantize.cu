@@ -11,14 +11,15 @@ extern "C" __host__ __device__ void __assert_fail(const char*, const char*, unsi
 namespace bitfold::cuda {
 namespace {
 
-// Which stored row becomes row i of the result: itself, or what an index says.
+// Which part of the weight the result is: rows in order or by an index, and a run of columns.
 struct RowIndices {
-  const void* index;  // null: every row in order
+  const void* index;  // null: every row in order, from first_row on
   bool wide;
+  int64_t first_row, first_col, cols;
 };
 
 __device__ inline int64_t source_row(const RowIndices& rows, int64_t i) {
-  if (!rows.index) return i;
+  if (!rows.index) return rows.first_row + i;
   return rows.wide ? static_cast<const int64_t*>(rows.index)[i]
                    : static_cast<const int32_t*>(rows.index)[i];
 }
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(kThreads)
   const PackedView& view = w.view;
   const Values values = read_values(w.addresses);
   const int64_t unit = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  const int64_t col = unit * N, group = col / view.group_size;
+  const int64_t col = indices.first_col + unit * N, group = col / view.group_size;
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
   const int block_rows = static_cast<int>(rows_per_block(blockDim.y));
   if (kTable && view.family == Family::kFixedCodebook) {
@@ -127,11 +128,12 @@ __global__ void __launch_bounds__(kThreads)
     dequantize_any(const __grid_constant__ DeviceWeight w, const RowIndices indices, int64_t count,
                    FloatType dtype, void* __restrict__ out) {
   const Values values = read_values(w.addresses);
-  const int64_t cols = w.view.cols, n = count * cols;
+  const int64_t cols = indices.cols, n = count * cols;
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * kThreads) {
     const int64_t row = source_row(indices, i / cols);
-    store_one(out, dtype, i, weight_at(w, values, kDeviceDynamicMap, row, i % cols));
+    store_one(out, dtype, i,
+              weight_at(w, values, kDeviceDynamicMap, row, indices.first_col + i % cols));
   }
 }
 
@@ -147,18 +149,20 @@ __global__ void __launch_bounds__(kThreads)
     const OutlierRange range = outlier_range(outliers, row);
     for (int64_t k = range.begin + threadIdx.x % 32; k < range.end; k += 32) {
       const int64_t col = column_of_outlier(w.view, k);
-      if (col < 0) continue;
+      const int64_t to = col - indices.first_col;
+      if (to < 0 || to >= indices.cols) continue;
       const float dense = weight_at(w, values, kDeviceDynamicMap, row, col);
-      store_one(out, dtype, i * w.view.cols + col,
+      store_one(out, dtype, i * indices.cols + to,
                 dense + from_half(outliers.value[k]) * values.outlier_factor);
     }
   }
 }
 
 template <int kBits, FloatType kType>
-bool is_aligned(const DeviceWeight& w, const void* out) {
+bool is_aligned(const DeviceWeight& w, const RowIndices& indices, const void* out) {
   constexpr uintptr_t kCodes = unit_alignment<kBits, kUnit<kType>>();
-  return w.view.cols % kUnit<kType> == 0 && w.view.row_bytes % kCodes == 0 &&
+  return indices.cols % kUnit<kType> == 0 && indices.first_col % kUnit<kType> == 0 &&
+         w.view.row_bytes % kCodes == 0 &&
          reinterpret_cast<uintptr_t>(w.view.codes) % kCodes == 0 &&
          reinterpret_cast<uintptr_t>(out) % 16 == 0;
 }
@@ -167,7 +171,7 @@ template <int kBits, FloatType kType, bool kTable>
 Status launch_rows(const DeviceWeight& w, const RowIndices& indices, int64_t count, void* out,
                    cudaStream_t stream) {
   RowPlan plan;
-  if (Status status = plan_rows(count, w.view.cols / kUnit<kType>, &plan); !status.ok())
+  if (Status status = plan_rows(count, indices.cols / kUnit<kType>, &plan); !status.ok())
     return status;
   const int64_t tables =
       w.view.family == Family::kLearnedCodebook ? rows_per_block(plan.launch.block_y) : 1;
@@ -179,7 +183,7 @@ Status launch_rows(const DeviceWeight& w, const RowIndices& indices, int64_t cou
 template <int kBits, FloatType kType>
 Status decode_dense(const DeviceWeight& w, const RowIndices& indices, int64_t count, void* out,
                     cudaStream_t stream) {
-  if (is_aligned<kBits, kType>(w, out)) {
+  if (is_aligned<kBits, kType>(w, indices, out)) {
     if constexpr (kBits <= 4) {
       if (w.view.family != Family::kInteger)
         return launch_rows<kBits, kType, true>(w, indices, count, out, stream);
@@ -187,7 +191,7 @@ Status decode_dense(const DeviceWeight& w, const RowIndices& indices, int64_t co
     return launch_rows<kBits, kType, false>(w, indices, count, out, stream);
   }
   Launch launch;
-  if (Status status = plan_items(count * w.view.cols, &launch); !status.ok()) return status;
+  if (Status status = plan_items(count * indices.cols, &launch); !status.ok()) return status;
   return run("dequantize_any", dequantize_any, launch, 0, stream, w, indices, count, kType, out);
 }
 
@@ -221,14 +225,19 @@ Status decode(const DeviceWeight& w, const RowIndices& indices, int64_t count, F
 }  // namespace
 
 Status dequantize(const DeviceWeight& w, FloatType dtype, void* out, cudaStream_t stream) {
-  return decode(w, {nullptr, false}, w.view.rows, dtype, out, stream);
+  return dequantize_window(w, 0, w.view.rows, 0, w.view.cols, dtype, out, stream);
+}
+
+Status dequantize_window(const DeviceWeight& w, int64_t first_row, int64_t rows, int64_t first_col,
+                         int64_t cols, FloatType dtype, void* out, cudaStream_t stream) {
+  return decode(w, {nullptr, false, first_row, first_col, cols}, rows, dtype, out, stream);
 }
 
 Status embedding(const DeviceWeight& w, const void* indices, bool wide, int64_t count,
                  FloatType dtype, void* out, cudaStream_t stream) {
   Launch launch;
   if (Status status = plan_items(count, &launch); !status.ok() || launch.empty()) return status;
-  const RowIndices rows{indices, wide};
+  const RowIndices rows{indices, wide, 0, 0, w.view.cols};
   if (Status status =
           run("check_indices", check_indices, launch, 0, stream, rows, count, w.view.rows);
       !status.ok())

@@ -12,6 +12,9 @@ namespace bitfold::cuda {
 
 // out [rows, cols] in `dtype`, contiguous.
 Status dequantize(const DeviceWeight& w, FloatType dtype, void* out, cudaStream_t stream);
+// A part of it: out [rows, cols], the first of which are first_row and first_col of the weight.
+Status dequantize_window(const DeviceWeight& w, int64_t first_row, int64_t rows, int64_t first_col,
+                         int64_t cols, FloatType dtype, void* out, cudaStream_t stream);
 
 // out[i, :] = w[indices[i], :], i < count; int64 indices if `wide`, else int32. An index outside of
 // the rows fails an assertion on the device, as in torch's own embedding: looking before would be

@@ -63,10 +63,19 @@ T __shfl_xor_sync(unsigned /*mask*/, T value, int lane_xor, int /*width*/ = 32) 
   return emulator::shuffle(value, static_cast<unsigned>(lane_xor));
 }
 
+inline void __syncwarp() { emulator::exchange(0, 0); }
+
 template <class T>
 T __ldg(const T* p) {
   return *p;
 }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>(uint64_t{a} * b >> 32);
+}
+inline int __clz(int v) { return __builtin_clz(static_cast<unsigned>(v)); }
+struct float2 {
+  float x, y;
+};
 struct uint2 {
   uint32_t x, y;
 };

@@ -1,0 +1,7 @@
+#include "cuda/linear_mma_launch.cuh"
+
+namespace bitfold::cuda {
+
+template Status launch_mma<3>(const MmaTask& task, FloatType dtype, cudaStream_t stream);
+
+}  // namespace bitfold::cuda
