@@ -12,7 +12,7 @@ import bitfold
 MODULES = sorted(
     module.name
     for module in pkgutil.walk_packages(bitfold.__path__, "bitfold.")
-    if not module.name.endswith("__main__") and module.name != "bitfold._ops"
+    if not module.name.endswith("__main__") and module.name not in ("bitfold._ops", "bitfold._ops_cuda")
 )
 
 
