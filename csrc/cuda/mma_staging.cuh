@@ -50,7 +50,9 @@ __device__ inline void stage_x(const MmaTask& task, const Slab& slab, uint8_t* s
 // A warp for a row, lanes along its segments. All loads of a batch of places before the first use
 // of one: this is what the first products wait for. Fewer where accumulators leave fewer registers.
 template <int kTiles>
-inline constexpr int kBatch = kTiles == 1 ? 6 : kTiles == 2 ? 4 : 2;
+inline constexpr int kBatch = kTiles == 1   ? 6
+                              : kTiles == 2 ? 4
+                                            : 2;
 
 struct Place {
   int row, segment;
