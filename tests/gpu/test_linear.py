@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from support import EVERY_FORMAT, SOME_FORMATS
 from torch import Tensor
 
 from bitfold import Format, ops
+from support import EVERY_FORMAT, SOME_FORMATS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # What the operands of each way lose before y is stored, relative root mean square: bfloat16 holds a
