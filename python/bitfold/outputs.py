@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ __all__ = [
 
 
 MASKS = ("attention_mask", "decoder_attention_mask")
+_HIDDEN = -1000.0  # what hides a key is -10000 or less, biases by distance are more
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,14 @@ class Batch:
     @property
     def masks(self) -> list[Tensor]:
         """Bool `[rows, tokens]` each, False for padding: the attention masks among the arguments."""
-        found = [self.kwargs[name] for name in MASKS if isinstance(self.kwargs.get(name), Tensor)]
-        return [mask.bool() for mask in found if mask.ndim == 2]
+        found = [_padding_mask(self.kwargs.get(name)) for name in MASKS]
+        return [mask for mask in found if mask is not None]
+
+    @property
+    def has_unread_mask(self) -> bool:
+        """An attention mask is given, but which tokens are padding cannot be told from it."""
+        given = [self.kwargs[name] for name in MASKS if self.kwargs.get(name) is not None]
+        return any(_padding_mask(mask) is None for mask in given)
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""
@@ -48,8 +55,12 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
-        move = lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf  # noqa: E731
-        args, kwargs = pytree.tree_map(move, (self.args, self.kwargs))
+        return self.mapped(lambda tensor: tensor.to(device))
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The same with `function` of each tensor."""
+        change = lambda leaf: function(leaf) if isinstance(leaf, Tensor) else leaf  # noqa: E731
+        args, kwargs = pytree.tree_map(change, (self.args, self.kwargs))
         return Batch(args, kwargs)
 
     @torch.no_grad()
@@ -65,6 +76,25 @@ class Batch:
         flat = tensor.detach().reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.detach()[None]
         mask = row_mask(tensor, self.masks)
         return (flat if mask is None else flat[mask.to(flat.device)]).float()
+
+
+def _padding_mask(mask: Any) -> Tensor | None:
+    """Bool `[rows, tokens]` of an attention mask; None where it is of another kind.
+
+    Of `[rows, heads, queries, keys]` (or without heads) a token counts if any query may attend to it. Such a
+    mask says so by True or 1, or by what it adds to the logits: large negative numbers for what is hidden.
+    """
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3, 4):
+        return None
+    if mask.ndim == 2:
+        return mask.bool()
+    if not mask.is_floating_point():
+        seen = mask.bool()
+    elif bool((mask > 0).any()) and not bool((mask < 0).any()):
+        seen = mask > 0
+    else:
+        seen = mask > _HIDDEN
+    return seen.flatten(1, -2).any(dim=1)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -193,6 +193,7 @@ def _calibrate(
     log: str | os.PathLike[str] | None,
     progress: bool,
 ) -> None:
+    from bitfold.calibration.distributed import is_first
     from bitfold.calibration.driver import Job, calibrate
     from bitfold.calibration.settings import Settings
 
@@ -200,7 +201,7 @@ def _calibrate(
         msg = "quantize(): a model on the meta device has no values to calibrate; load it first"
         raise ValueError(msg)
     left = sum(not fold.done for fold in [*folds, *data_free])
-    with progress_bar(left, "folding", "matrix", progress) as advance:
+    with progress_bar(left, "folding", "matrix", progress and is_first()) as advance:
         job = Job(
             model,
             folds,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +20,8 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
 
     Args:
         calibration: an iterable (a generator, a list, a DataLoader) of texts, or of dicts with a `"text"`;
-            of sequences of token ids (lists or 1-D tensors); of batches of ids (2-D tensors); of dicts of
+            of sequences of token ids (lists or 1-D tensors; NumPy arrays count as tensors); of batches of ids
+            (2-D tensors); of dicts of
             the model's arguments, one sequence or a batch each; of float tensors or tuples, for models
             that take those; of Batches.
         model: the float model.
@@ -34,7 +36,7 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
     if calibration is None:
         msg = "calibration: no data; give texts, token ids or batches of the model's arguments"
         raise ValueError(msg)
-    if isinstance(calibration, str | Tensor | Mapping):
+    if isinstance(calibration, str | Tensor | np.ndarray | Mapping):
         calibration = [calibration]
     if not isinstance(calibration, Iterable):
         msg = f"calibration: expected an iterable of texts, ids or dicts, got {type(calibration).__name__}"
@@ -49,13 +51,26 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
         else:
             rows.append(made)
     batches += _from_rows(rows, model, encode, settings)
-    if not batches:
-        msg = "calibration: the data is empty (no token in any item); at least one sequence is needed"
+    if not any(_counts(batch) for batch in batches):
+        msg = (
+            "calibration: the data is empty (no token in any item, or all of them masked); at least one "
+            "sequence is needed"
+        )
         raise ValueError(msg)
+    batches = [batch.mapped(_normal) for batch in batches]
     for number, batch in enumerate(batches):
         _check_vocabulary(batch, model, number)
         _complete_decoder(batch, model)
     return batches
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _counts(batch: Batch) -> bool:
+    """Whether a token of the batch counts."""
+    return not batch.masks or any(bool(mask.any()) for mask in batch.masks)
 
 
 def _one(item: Any, encode: _Encoder, model: nn.Module, where: str) -> Batch | list[int]:
@@ -64,6 +79,8 @@ def _one(item: Any, encode: _Encoder, model: nn.Module, where: str) -> Batch | l
         return Batch(item.args, dict(item.kwargs))
     if isinstance(item, str):
         return encode(item)
+    if isinstance(item, np.ndarray):
+        item = torch.as_tensor(item)
     if isinstance(item, Mapping):
         if isinstance(item.get("text"), str):  # a row of a text dataset
             return encode(item["text"])
@@ -72,7 +89,7 @@ def _one(item: Any, encode: _Encoder, model: nn.Module, where: str) -> Batch | l
         return [int(part) for part in item]
     if isinstance(item, list) and item and all(isinstance(part, list) for part in item):
         return _from_mapping({"input_ids": item}, where)
-    if isinstance(item, Tensor):
+    if isinstance(item, Tensor) and item.ndim:
         if item.is_floating_point():
             return Batch(args=(item,))
         if item.ndim == 1:
@@ -80,6 +97,10 @@ def _one(item: Any, encode: _Encoder, model: nn.Module, where: str) -> Batch | l
         return _of_ids(item, None, model)
     if isinstance(item, list | tuple) and any(isinstance(part, Tensor) for part in item):
         return Batch(args=tuple(item))
+    if isinstance(item, Integral) or (isinstance(item, Tensor) and not item.ndim):
+        found = f"the single number {int(item) if isinstance(item, Integral) else item.item()}"
+        msg = f"{where}: expected a sequence of token ids, got {found}; for one sequence write [[…]]"
+        raise ValueError(msg)
     msg = f"{where}: expected a text, token ids, a tensor or a dict of arguments, got {type(item).__name__}"
     raise ValueError(msg)
 
@@ -96,7 +117,7 @@ def _from_mapping(item: Mapping[str, Any], where: str) -> Batch | list[int]:
 
 
 def _as_tensor(value: Any, where: str) -> Any:
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple | np.ndarray):
         return value
     try:
         return torch.as_tensor(value)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import time
 import weakref
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from bitfold.calibration.checkpoint import MARK
+from bitfold.calibration.checkpoint import MARK, remove_directory
 from bitfold.calibration.fingerprint import differences, key
 from bitfold.io.locking import holder
 
@@ -43,7 +42,7 @@ def remove_abandoned(root: Path, but: Path) -> None:
         with contextlib.suppress(OSError):
             touched = max(path.stat().st_mtime for path in [directory, *directory.iterdir()])
             if time.time() - touched > _ABANDONED and holder(directory) is None:
-                shutil.rmtree(directory, ignore_errors=True)
+                remove_directory(directory)
 
 
 def directory_for(model: nn.Module, fingerprint: dict[str, Any]) -> Path:

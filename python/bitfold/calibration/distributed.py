@@ -145,14 +145,6 @@ class Processes:
             tensor.mul_(part.tokens / max(total, 1))
             dist.all_reduce(tensor)
         part.tokens = total
-        if part.sample_rows:
-            self._join_samples(part)
-
-    def _join_samples(self, part: InputStatistics) -> None:
-        boxes: list[Any] = [None] * self.size
-        dist.all_gather_object(boxes, [rows.cpu() for rows in part.sample])
-        quota = -(-part.sample_rows // self.size)
-        part.sample = [torch.cat(rows)[:quota].to(part.hessian.device) for rows in boxes if rows]
 
     def solve(
         self,
@@ -203,6 +195,13 @@ class Processes:
 
     def _wire(self) -> torch.device:
         return self._device if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def is_first() -> bool:
+    """Whether this is rank 0, or alone: the one that shows how far all are."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    return not _started_by_torchrun() or os.environ["RANK"] == "0"
 
 
 def _started_by_torchrun() -> bool:

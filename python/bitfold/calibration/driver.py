@@ -7,16 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bitfold import methods
 from bitfold.calibration import memory
 from bitfold.calibration.batches import as_batches
 from bitfold.calibration.blocks import Stage
-from bitfold.calibration.checkpoint import Checkpoint
+from bitfold.calibration.checkpoint import Checkpoint, Finished
 from bitfold.calibration.distributed import Processes
 from bitfold.calibration.gathering import gather
-from bitfold.calibration.guards import frozen
+from bitfold.calibration.guards import frozen, refuse_inference_tensors
 from bitfold.calibration.placing import Placing
 from bitfold.calibration.preparing import CHANGED, Prepared, prepare
 from bitfold.calibration.refining import refine_stage
@@ -70,6 +71,13 @@ class Job:
 
 def calibrate(job: Job) -> None:
     """Fold the matrices of `job` in place. All processes of a group call this; if one fails, all do."""
+    # Inference tensors know no versions, and cannot be trained through.
+    with torch.inference_mode(False):
+        _calibrate(job)
+
+
+def _calibrate(job: Job) -> None:
+    refuse_inference_tensors(job.model)
     processes = Processes(device_of(job.model))
     with processes.together(), frozen(job.model):
         batches = as_batches(job.calibration, job.model, job.tokenizer, job.settings)
@@ -101,13 +109,15 @@ class Walk:
         found = survey(self.model, names, batches, processes)
         self.stages = found.layout.stages
         self.streams = Streams(Stream(self.model, found.layout.stacks, len(batches), found.keep_all), both)
-        prediction = predict_memory(self.model, found, todo, self.method_of, batches[0], self.settings)
+        prediction = predict_memory(
+            self.model, found, todo, self._data_free, self.method_of, batches[0], self.settings
+        )
         memory.check(prediction, self.settings.max_memory)
         self.report = Report(notes=found.notes, predicted_bytes=prediction.peak)
         remember(self.model, self.report)
         log = Log(job.log if processes.rank == 0 else None, self.report)
         self.placing = Placing(self.model, todo, self.method_of, log, job.advance, both)
-        self._known: list[Any] = []  # what preparations of earlier blocks leave for later ones
+        self.known: list[Any] = []  # what preparations of earlier blocks leave for later ones
 
     def go(self, store: Checkpoint | None) -> None:
         """All stages, from where the checkpoint is."""
@@ -119,13 +129,14 @@ class Walk:
                 self.placing.finish_stage()
             for name in list(self.placing.todo):
                 self.placing.put_alone(name, FALLBACK, tokens=0, fallback="the data does not reach it")
+            self.placing.record_refined({})
         except BaseException:  # what is half folded is not in the checkpoint, and could not be gone on with
             self.placing.originals.restore()
             raise
         self.report.warn()
 
     def _fold_and_store(self, number: int, stage: Stage, store: Checkpoint | None) -> None:
-        first = len(self.report.lines)
+        first, known = len(self.report.lines), len(self.known)
         solutions, changed = self.fold_stage(stage)
         self.advance_float(stage)
         refine_stage(
@@ -144,7 +155,7 @@ class Walk:
         if store is not None:
             store.save_streams(number, self.streams.by_name())
             if self.processes.everywhere(True) and self.processes.rank == 0:
-                store.save(number, solutions, lines, changed)
+                store.save(number, Finished(solutions, lines, changed, self.known[known:]))
             if self.processes.everywhere(True) and number:
                 store.forget_streams(number - 1)
         CHANGED.setdefault(self.model, set()).update(changed)
@@ -189,7 +200,6 @@ class Walk:
             matrices,
             self.batches,
             self.streams.folded,
-            self.settings,
             self.streams.floats,
             self.placing.originals.view,
         )
@@ -216,7 +226,7 @@ class Walk:
             self.method_of,
             self.batches[0],
             self.streams.folded,
-            self._known,
+            self.known,
             self.processes,
         )
         fresh = [note for note in prepared.notes if not any(old.endswith(note) for old in self.report.notes)]

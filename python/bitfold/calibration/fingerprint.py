@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bitfold.nn import PackedModule, TiedEmbedding, TiedHead
 from bitfold.outputs import Batch
@@ -23,26 +25,50 @@ _WORDS = {
 }
 
 
+# Of a config: what says nothing of what the model computes, or changes when it is folded.
+_VOLATILE = {"quantization_config", "_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
+
+
 def of_model(model: nn.Module) -> dict[str, str]:
-    """Digest of each float tensor, by name. Matrices that are folded already do not say what they were."""
+    """Digest of each float tensor, by name; classes of modules, with what they say of themselves; config.
+
+    Matrices that are folded already do not say what they were.
+    """
     folded = tuple(
         f"{name}."
         for name, module in model.named_modules()
         if isinstance(module, PackedModule | TiedHead | TiedEmbedding)
     )
-    return {
-        name: digest(tensor)
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor) and not name.startswith(folded or "\0")
+    tensors = {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
+    found = {name: digest(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    found |= {
+        f"{name}.class": _text(f"{type(module).__qualname__} {module.extra_repr()}")
+        for name, module in model.named_modules()
+    }
+    found = {name: value for name, value in found.items() if not name.startswith(folded or "\0")}
+    config = getattr(model, "config", None)
+    values = config.to_dict() if hasattr(config, "to_dict") else {}
+    return found | {
+        f"config.{name}": _text(json.dumps(value, sort_keys=True, default=str))
+        for name, value in values.items()
+        if name not in _VOLATILE
     }
 
 
 def of_batches(batches: list[Batch]) -> dict[str, Any]:
-    """Number of batches and tensors, and one digest over all."""
-    digests = [digest(tensor) for batch in batches for tensor in batch.tensors()]
-    names = [sorted(batch.kwargs) for batch in batches]
-    whole = hashlib.blake2b(json.dumps([digests, names]).encode(), digest_size=16).hexdigest()
+    """Number of batches, and one digest over all their tensors, other arguments and how they are nested."""
+    parts: list[Any] = []
+    for batch in batches:
+        leaves, structure = pytree.tree_flatten((batch.args, sorted(batch.kwargs.items())))
+        values = [digest(leaf) if isinstance(leaf, Tensor) else _text(repr(leaf)) for leaf in leaves]
+        parts.append([str(structure), values])
+    whole = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     return {"batches": len(batches), "digest": whole}
+
+
+def _text(value: str) -> str:
+    """Without addresses, which are others in each process."""
+    return re.sub(r" at 0x[0-9a-f]+", "", value)
 
 
 def digest(tensor: Tensor) -> str:

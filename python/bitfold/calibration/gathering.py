@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from bitfold.calibration.replay import Stop, run
 from bitfold.calibration.sets import MatrixSet
-from bitfold.calibration.settings import Settings
 from bitfold.calibration.statistics import InputStatistics
 from bitfold.calibration.streams import Stream
 from bitfold.outputs import Batch, device_of, row_mask
@@ -24,7 +23,6 @@ def gather(
     matrices: MatrixSet,
     batches: list[Batch],
     stream: Stream,
-    settings: Settings,
     float_stream: Stream | None = None,
     float_view: FloatView = contextlib.nullcontext,
 ) -> list[InputStatistics]:
@@ -35,7 +33,6 @@ def gather(
         matrices: what to gather for; its modules are float still.
         batches: the data.
         stream: what the folded model feeds.
-        settings: sample rows.
         float_stream: what the float model feeds, for `Statistics.cross`; with it
         float_view: in which the modules of this stage are float again.
     """
@@ -45,8 +42,6 @@ def gather(
             in_features(model.get_submodule(group[0])),
             device,
             cross=float_stream is not None and matrices.roles[i] is None,
-            sample_rows=settings.sample_rows,
-            passes=len(batches),
         )
         for i, group in enumerate(matrices.groups)
     ]
@@ -101,7 +96,7 @@ def _accumulate(
         mask = row_mask(x, masks)
         if mask is None and routed is not None and matrices.roles[i] is not None:
             mask = routed.mask_of(x)
-        gathered[i].unmasked |= bool(masks) and mask is None
+        gathered[i].unmasked |= (bool(masks) or batch.has_unread_mask) and mask is None
         other = reference.get(i)
         gathered[i].add(x, mask, other.pop(0) if other else None)
         seen.add(i)

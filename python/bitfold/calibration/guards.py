@@ -62,6 +62,17 @@ class Originals:
                 parent._modules[attribute] = new
 
 
+def refuse_inference_tensors(model: nn.Module) -> None:
+    """ValueError where a parameter or buffer was made under `torch.inference_mode()`."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            msg = (
+                f"quantize(): {name} was made under torch.inference_mode(), so what happens to it cannot be "
+                "followed; load the model outside of inference mode (the call itself may be inside)"
+            )
+            raise ValueError(msg)
+
+
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no key-value cache; all as before afterwards, also in modules put in place."""

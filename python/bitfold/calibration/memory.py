@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitfold.errors import BitfoldError
+from bitfold.formats import Format
 
 
 class MemoryLimitError(BitfoldError, MemoryError):
@@ -95,19 +97,37 @@ class Prediction:
         return f"{_mib(self.peak)} ({', '.join(parts)})"
 
 
-def solver_bytes(shape: tuple[int, int], cross: bool) -> int:
-    """Workspace of GPTQ with sweeps: the factor, products with H, moments around the mean (of a matrix with a
-    bias; two more with the cross term), three forms of the weight.
+def solver_bytes(shape: tuple[int, int], fmt: Format, cross: bool) -> int:
+    """Workspace of GPTQ with sweeps and refits, the larger of two moments.
+
+    In both: moments around the mean (of a matrix with a bias; two with the cross term), the damped Hessian
+    and its factor; with outliers another factor, the target and where they are. At the columns: products with
+    H, three forms of the weight. At a refit: rows of H of a section, H inside of it, and four products of
+    its width (a section is some groups, or one that is wide).
     """
     rows, columns = shape
-    more = 1 if cross else 0
-    return 4 * ((3 + 2 * more) * columns * columns + (3 + more) * rows * columns)
+    square, area, more = columns * columns, rows * columns, int(cross)
+    section = min(columns, max(_SECTION, fmt.group_size or columns))
+    held = (3 + more) * square
+    if fmt.outliers:
+        held += square + area * 5 // 4
+        more = 0  # the target has taken the cross term in
+    at_columns = more * square + (3 + more) * area
+    at_refit = area * 13 // 4 + section * (columns + section + 4 * rows)
+    return 4 * (held + max(at_columns, at_refit))
+
+
+_SECTION = 512  # columns of some groups at once, as in csrc/solvers/refit.cc and awq_clip.cc
+_CANDIDATES = 10 * 8 * 16  # of clipping at once: steps, panels, rows
 
 
 def clip_bytes(shape: tuple[int, int]) -> int:
-    """Workspace of AWQ's clip search: the weight cut off, decoded, its error, and that in tiles, twice."""
+    """Workspace of AWQ: the weight in panels with its codes, and candidates' errors and products with H; or
+    the error and its product with H.
+    """
     rows, columns = shape
-    return 4 * 7 * rows * columns
+    search = rows * columns * 5 // 4 + 2 * min(columns, _SECTION) * _CANDIDATES
+    return 4 * max(search, 2 * rows * columns)
 
 
 def trial_bytes(block: int, activations: int) -> int:
@@ -124,9 +144,9 @@ def training_bytes(weights: int) -> int:
     return 4 * 12 * weights
 
 
-def hessian_bytes(size: int, cross: bool, sample_rows: int = 0) -> int:
+def hessian_bytes(size: int, cross: bool) -> int:
     """Statistics of one input of `size` columns."""
-    return 4 * (size * size * (2 if cross else 1) + (2 + sample_rows) * size)
+    return 4 * (size * size * (2 if cross else 1) + 2 * size)
 
 
 def check(prediction: Prediction, limit: int | None) -> None:
@@ -143,9 +163,10 @@ def check(prediction: Prediction, limit: int | None) -> None:
 
 
 def available_bytes() -> int | None:
-    """What a process may still take: of the machine, and of its control group; None where not known."""
+    """What a process may still take: its share of the machine and of its control group; None if unknown."""
     found = [*_of_machine(), *_of_group()]
-    return min(found) if found else None
+    # Processes that torchrun started here have to share it.
+    return min(found) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if found else None
 
 
 def _of_machine() -> list[int]:

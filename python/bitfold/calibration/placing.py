@@ -19,6 +19,18 @@ from bitfold.nn._places import Places
 from bitfold.progress import Advance
 from bitfold.swapping import swaps_of
 
+# In a line, what is of the codes.
+_LOSSES = {
+    "loss",
+    "loss_damped",
+    "loss_feedback",
+    "measured",
+    "plain",
+    "plain_damped",
+    "predicted",
+    "tracked",
+}
+
 
 class Placing:
     """Puts solutions into a model, and records a line of each.
@@ -44,6 +56,7 @@ class Placing:
         self.model, self.todo, self.log, self.advance = model, todo, log, advance
         self.originals = Originals()
         self.refinable: dict[str, Fold] = {}  # of the stage in work, where the method refines it
+        self._unfinished: list[dict[str, Any]] = []  # lines of those
         self._method_of, self._float_stream = method_of, float_stream
         self._places = Places(model)
 
@@ -64,7 +77,11 @@ class Placing:
         self._places.replace(swaps)
         if not quiet:
             line = {"name": name, "shape": list(shape), "format": str(fold.format), **solution.report}
-            self.log.add({**line, "peak_rss_bytes": peak_rss_bytes()})
+            line["peak_rss_bytes"] = peak_rss_bytes()
+            if name in self.refinable:
+                self._unfinished.append(line)
+            else:
+                self.log.add(line)
         self.advance(name)
 
     def put_alone(self, name: str, method: str, **remarks: Any) -> None:
@@ -88,6 +105,21 @@ class Placing:
         """Whether the matrix has a bias that no other module adds."""
         module = self.todo[name].owner.module
         return getattr(module, "bias", None) is not None and bias_owner(self.model, module) is None
+
+    def record_refined(self, remarks: Mapping[str, Mapping[str, Any]]) -> None:
+        """Record the lines that waited for the block to be refined.
+
+        Args:
+            remarks: name of a matrix whose codes are others now -> what to say of it. Its losses are those of
+                the codes before, and are called so.
+        """
+        for line in self._unfinished:
+            told = line
+            if line["name"] in remarks:
+                told = {f"{key}_before" if key in _LOSSES else key: value for key, value in line.items()}
+                told |= {"refined": True, **remarks[line["name"]]}
+            self.log.add(told)
+        self._unfinished = []
 
     def finish_stage(self) -> None:
         """Release what was there before: from here on the stage is as it is."""

@@ -72,8 +72,8 @@ def prepare(
         method_of: by name of the matrix.
         batch: the first one, on which the model runs up to the block.
         stream: what the folded model feeds.
-        known: kept from block to block.
-        processes: whose weights are to be the same afterwards.
+        known: kept from block to block, where `preparing` runs (on rank 0).
+        processes: rank 0 chooses for all.
 
     """
     sets = list(sets)
@@ -83,24 +83,34 @@ def prepare(
     preparing = methods.preparation(min(wanted))
     assert preparing is not None
     module = model.get_submodule(block)
-    view = BlockView(
-        block=module,
-        inputs=_inputs_of(model, block, batch, stream.stubs(0)),
-        formats={n.removeprefix(prefix): folds[n].format for n in names if method_of[n] in wanted},
-        statistics=_statistics(sets, gather, prefix),
-        shared=_used_elsewhere(model, prefix),
-        known=known,
-    )
+    statistics = _statistics(sets, gather, prefix)
     before = {name: parameter._version for name, parameter in module.named_parameters()}
-    found = preparing(view)
+    found: dict[str, dict[str, Any]] = {}
+    refused: dict[str, str] = {}
+    if processes.rank == 0:  # each rank has data of its own: what they find may differ
+        view = BlockView(
+            block=module,
+            inputs=_inputs_of(model, block, batch, stream.stubs(0)),
+            formats={n.removeprefix(prefix): folds[n].format for n in names if method_of[n] in wanted},
+            statistics=statistics,
+            shared=_used_elsewhere(model, prefix),
+            known=known,
+        )
+        found, refused = preparing(view), view.refused
+    for _ in statistics:  # gathered together, also where only one looks at them
+        pass
     changed = {n: p.detach() for n, p in module.named_parameters() if p._version != before[n]}
     if processes.size > 1:
-        _copy(module, processes.agree(changed))
+        sent = {name: value.cpu() for name, value in changed.items()}
+        sent, found, refused = processes.agree((sent, found, refused))
+        if processes.rank != 0:
+            _copy(module, sent)
+            changed = {name: module.get_parameter(name).detach() for name in sent}
     weights = {f"{name.removeprefix(prefix)}.weight" for name in names}
     kept = {prefix + name: value.clone() for name, value in changed.items() if name not in weights}
     lines = Prepared.nothing((n for n in names if method_of[n] in wanted), "no legal fold feeds it").lines
     lines |= {prefix + name: line for name, line in found.items()}
-    return Prepared(lines, kept, [f"no scale from {name}: {why}" for name, why in view.refused.items()])
+    return Prepared(lines, kept, [f"no scale from {name}: {why}" for name, why in refused.items()])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from bitfold.calibration.blocks import Stage
 from bitfold.calibration.guards import seeded
 from bitfold.calibration.placing import Placing
 from bitfold.calibration.replay import Stop, run, tensor_map
+from bitfold.calibration.report import peak_rss_bytes
 from bitfold.calibration.streams import Stream, Streams
 from bitfold.methods import Solution
 from bitfold.methods.base import Refinement
@@ -47,7 +49,9 @@ def refine_stage(
     """
     refining = {method for name in solutions if methods.refinement(method := method_of[name]) is not None}
     if not refining or stage.block is None or streams.floats is None:
+        placing.record_refined({})
         return
+    start = time.perf_counter()
     refinement = methods.refinement(min(refining))
     assert refinement is not None
     floats = {name: fold.owner.float_matrix() for name, fold in placing.refinable.items()}
@@ -63,7 +67,9 @@ def refine_stage(
         # From the float bias, in one step: the same bits as where an interrupted run goes on.
         packed.take(solution, placing.refinable[name].owner.module.bias)
         solutions[name] = solution
-    placing.log.add({"name": stage.block, "method": min(refining), **line})
+    placing.record_refined(dict.fromkeys(found, line))
+    cost = {"seconds": round(time.perf_counter() - start, 4), "peak_rss_bytes": peak_rss_bytes()}
+    placing.log.add({"name": stage.block, "method": min(refining), **line, **cost})
 
 
 def refine_block(
@@ -99,14 +105,15 @@ def refine_block(
         target = first_float(float_stream.outputs[block][number])
         calls.append(Call(*seen, target, _mask(batch, target)))
     module = model.get_submodule(block)
-    prefix = len(block) + 1
+    prefix = f"{block}."
+    # A block that is a matrix itself goes by "" inside of itself.
     folded: dict[str, tuple[PackedModule, Tensor]] = {}
     for name, weight in floats.items():
         packed = model.get_submodule(name)
         if isinstance(packed, PackedModule):
-            folded[name[prefix:]] = (packed, weight)
+            folded["" if name == block else name.removeprefix(prefix)] = (packed, weight)
     solutions, report = refinement(module, folded, calls, options)
-    return {f"{block}.{name}": solution for name, solution in solutions.items()}, report
+    return {f"{prefix}{name}" if name else block: solution for name, solution in solutions.items()}, report
 
 
 def _arguments(

@@ -25,10 +25,22 @@ class Report:
     Attributes:
         lines: one dict of JSON types per matrix, in the order of folding: `name`, `shape`, `format`,
             `method`, `tokens`, what the method reported (`loss`, `predicted`, `damping`, …), `seconds`,
-            `peak_rss_bytes`; `fallback` says why a matrix was folded without calibration, `dropped_rows`
-            how many rows of its input were not finite, `blended` how much an expert took from the others,
-            `effective_rank` that of its Hessian where there were fewer than four tokens per input,
-            `no_scale` why `awq` found no scale for it.
+            `peak_rss_bytes`. Where they apply:
+
+            - `fallback`: why the matrix was folded without calibration (a text), or that `gptq` could not
+              factor the Hessian and rounded with searched scales (true);
+            - `dropped_rows`: rows of its input that were not finite; `padding_counted`: its input has another
+              shape than the attention mask, or the mask is of a kind that does not tell padding;
+            - `effective_rank`: of its Hessian, where there were fewer than four tokens per input;
+            - `blended`: how much an expert took from the others;
+            - `scale`: of `awq`: the `source` that it is folded into, and the `alpha` that was chosen, 0 for
+              none; `no_scale`: why it found none; `clipped_groups`: how many groups it clipped;
+            - `outliers`: weights stored apart; `outliers_by`: by what they were chosen, where it was not by
+              the factor of the Hessian;
+            - `refined`: `learned` has changed the codes; with `block_error_before` and `block_error` of the
+              block, and the losses of the codes before as `loss_before`, `predicted_before`, ….
+
+            `learned` adds a line per block: `name`, `method`, the two errors, `seconds`, `peak_rss_bytes`.
         notes: what was decided about the model as a whole.
         predicted_bytes: memory that the run was predicted to add at its peak.
     """

@@ -79,11 +79,11 @@ def go_on(walk: Walk, store: Checkpoint) -> int:
         if not _can_run_again(walk, store, start):
             return 0
     for number, stage in enumerate(stages):
-        solutions, lines, changed = store.load(number)
-        restore(walk.model, {name: value.to(device) for name, value in changed.items()})
-        for line in lines:
+        found = store.load(number)
+        restore(walk.model, {name: value.to(device) for name, value in found.changed.items()})
+        for line in found.lines:
             walk.placing.log.add(line)
-        for name, solution in solutions.items():
+        for name, solution in found.solutions.items():
             if name in walk.placing.todo:  # not folded before the interrupt, in this process
                 packed = [tensor.to(device) for tensor in solution.packed]
                 walk.placing.put(name, Solution(packed, {}, solution.bias_shift), quiet=True)
@@ -91,7 +91,8 @@ def go_on(walk: Walk, store: Checkpoint) -> int:
             walk.advance_float(stage)
             walk.advance(stage)
         walk.placing.finish_stage()
-        CHANGED.setdefault(walk.model, set()).update(changed)
+        CHANGED.setdefault(walk.model, set()).update(found.changed)
+        walk.known += found.known
     walk.report.notes.append(f"went on after {start} of {len(walk.stages)} stages")
     return start
 

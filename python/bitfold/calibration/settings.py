@@ -19,7 +19,6 @@ class Settings:
         float_stream: also run the float model beside the folded one, so that what earlier layers did to an
             input can be made good (twice the activations in memory, about twice the forward passes). None
             leaves it to the method: `gptq` and `learned` do.
-        sample_rows: rows of the inputs to keep in `Statistics.sample`, at most 512; 0 keeps none.
         expert_floor: an expert that fewer tokens reached is folded without calibration (`search`).
         expert_prior: an expert that few tokens reached (fewer than four per input) takes this many tokens'
             worth of the mean over all experts of its role; None takes as many as it has inputs.
@@ -32,18 +31,21 @@ class Settings:
     pack: bool = False
     true_sequential: bool = True
     float_stream: bool | None = None
-    sample_rows: int = 0
     expert_floor: int = 32
     expert_prior: int | None = None
     max_memory: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("batch_size", 1), ("sequence_length", 2), ("sample_rows", 0), ("max_memory", 1)):
+        lowest = {
+            "batch_size": 1,
+            "sequence_length": 2,
+            "expert_floor": 0,
+            "expert_prior": 0,
+            "max_memory": 1,
+        }
+        for name, low in lowest.items():
             value = getattr(self, name)
             if value is not None and value < low:
                 msg = f"Settings: {name} must be at least {low}, got {value}"
                 raise ValueError(msg)
-        if self.sample_rows > 512:
-            msg = f"Settings: sample_rows must be at most 512, got {self.sample_rows}"
-            raise ValueError(msg)

@@ -62,7 +62,7 @@ def solve_set(
             line["effective_rank"] = ranks[i]
         if i in blended:
             line["blended"] = round(blended[i], 4)
-        floor = 1 if matrices.roles[i] is None else settings.expert_floor
+        floor = 1 if matrices.roles[i] is None else max(1, settings.expert_floor)
         if part.tokens < floor:
             line |= {"method": FALLBACK, "fallback": f"{part.tokens} tokens reached it, fewer than {floor}"}
             return fold_alone(folds[name], FALLBACK, line)
@@ -104,7 +104,9 @@ def blend_experts(
     shares: dict[int, float] = {}
     for role in dict.fromkeys(role for role in matrices.roles if role is not None):
         members = [i for i, other in enumerate(matrices.roles) if other == role]
-        few = [i for i in members if settings.expert_floor <= gathered[i].tokens < 4 * gathered[i].size]
+        few = [
+            i for i in members if max(1, settings.expert_floor) <= gathered[i].tokens < 4 * gathered[i].size
+        ]
         if few and len(members) > 1:
             mean = mean_of([gathered[i] for i in members])
             for i in few:

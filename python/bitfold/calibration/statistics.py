@@ -1,4 +1,4 @@
-"""What is gathered of one input: Hessian, means, a sample; as running means over the tokens that count."""
+"""What is gathered of one input: Hessian and means; as running means over the tokens that count."""
 
 from __future__ import annotations
 
@@ -16,13 +16,9 @@ class InputStatistics:
         size: n.
         device: where the Hessian is.
         cross: also gather mean (x_float - x) xᵀ.
-        sample_rows: how many rows of x to keep.
-        passes: how many calls of `add` to spread the sample over.
     """
 
-    def __init__(
-        self, size: int, device: torch.device, cross: bool = False, sample_rows: int = 0, passes: int = 1
-    ) -> None:
+    def __init__(self, size: int, device: torch.device, cross: bool = False) -> None:
         self.size = size
         self.tokens = 0
         self.dropped = 0  # rows that were not finite
@@ -32,9 +28,6 @@ class InputStatistics:
         self.mean_abs = torch.zeros(size, device=device)
         self.cross = torch.zeros(size, size, device=device) if cross else None
         self.mean_float = torch.zeros(size, device=device)  # with cross
-        self._quota = -(-sample_rows // max(passes, 1))
-        self.sample_rows = sample_rows
-        self.sample: list[Tensor] = []
 
     def add(self, x: Tensor, mask: Tensor | None = None, x_float: Tensor | None = None) -> None:
         """Count the rows of x.
@@ -63,9 +56,6 @@ class InputStatistics:
         self.mean_abs.lerp_(rows.abs().mean(dim=0), share)
         if self.cross is not None:
             self._add_cross(rows, None if everything else keep, x_float)
-        if self._quota:
-            at = torch.linspace(0, count - 1, min(self._quota, count), device=rows.device).long()
-            self.sample.append(rows[at].clone())
         self.tokens += count
 
     def _add_cross(self, rows: Tensor, keep: Tensor | None, x_float: Tensor | None) -> None:
@@ -93,9 +83,8 @@ class InputStatistics:
 
     def finish(self) -> Statistics:
         """The statistics as methods get them."""
-        sample = torch.cat(self.sample)[: self.sample_rows] if self.sample else None
         mean_float = None if self.cross is None else self.mean_float
-        return Statistics(self.hessian, self.tokens, self.mean, self.mean_abs, self.cross, mean_float, sample)
+        return Statistics(self.hessian, self.tokens, self.mean, self.mean_abs, self.cross, mean_float)
 
     def effective_rank(self) -> float:
         """(tr H)² / |H|²: how many directions of equal power would be as spread out as these."""

@@ -19,6 +19,7 @@ from bitfold.calibration.sets import MatrixSet, find_sets
 from bitfold.calibration.settings import Settings
 from bitfold.calibration.streams import needs_all_outputs
 from bitfold.choosing import Fold
+from bitfold.formats import Format
 from bitfold.outputs import Batch
 
 
@@ -95,18 +96,24 @@ def predict_memory(
     model: nn.Module,
     found: Survey,
     todo: dict[str, Fold],
+    data_free: Collection[Fold],
     method_of: Mapping[str, str],
     batch: Batch,
     settings: Settings,
 ) -> memory.Prediction:
-    """The worst moment of a run over `todo`: preparing, gathering, solving one of the sets, or refining."""
+    """The worst moment of a run over `todo`: preparing, gathering, solving one of the sets, or refining.
+
+    The matrices of `data_free` are folded before; with the float stream their float modules are kept.
+    """
     cross = bool(settings.float_stream)
     # For the cross term the float model's input is held beside the folded one's, and their difference.
     one_pass = found.activations + (2 * found.widest if cross else 0)
     moments = [memory.Prediction(work=one_pass)]
     known: dict[tuple[tuple[int, int], ...], list[list[list[int]]]] = {}
     streams: dict[str, int] = {}  # stack -> bytes kept
-    packed = freed = 0
+    packed = sum(fold.format.nbytes(fold.owner.shape) for fold in data_free)
+    moments.append(memory.Prediction(packed=packed))
+    freed = 0 if cross else sum(memory.tensor_bytes(fold.owner.module.weight) for fold in data_free)
     for stage in found.layout.stages:
         names = [name for name in stage.matrices if name in todo]
         shapes = [todo[name].owner.shape for name in names]
@@ -123,10 +130,10 @@ def predict_memory(
         before = 0  # Hessians of the set before, which are still there while a block is prepared
         for groups in known[kind] if names else []:
             members = [i for group in groups for i in group]
-            hessians = sum(
-                memory.hessian_bytes(shapes[group[0]][1], cross, settings.sample_rows) for group in groups
+            hessians = sum(memory.hessian_bytes(shapes[group[0]][1], cross) for group in groups)
+            solver = max(
+                _solver_bytes(shapes[i], todo[names[i]].format, method_of[names[i]], cross) for i in members
             )
-            solver = max(_solver_bytes(shapes[i], method_of[names[i]], cross) for i in members)
             if copies:
                 unfolded = memory.Prediction(held, before + hessians, one_pass, packed, freed, copies)
                 moments.append(unfolded)
@@ -149,8 +156,8 @@ def predict_memory(
     return max(moments, key=lambda moment: moment.peak)
 
 
-def _solver_bytes(shape: tuple[int, int], method: str, cross: bool) -> int:
-    return memory.clip_bytes(shape) if method == "awq" else memory.solver_bytes(shape, cross)
+def _solver_bytes(shape: tuple[int, int], fmt: Format, method: str, cross: bool) -> int:
+    return memory.clip_bytes(shape) if method == "awq" else memory.solver_bytes(shape, fmt, cross)
 
 
 def _copies(model: nn.Module, found: Survey, stage: Stage, used: list[str]) -> int:

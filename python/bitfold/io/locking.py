@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from pathlib import Path
 
 from bitfold.io.atomic import _alive, _host
 
 __all__ = ["DirectoryLock", "HeldError", "holder"]
 
-_HERE: set[str] = set()  # what this process holds: a file with its number may be of an earlier process
+# What each process holds (a forked one inherits the entries of its parent, which are not its own): a file
+# with its number may be of an earlier process.
+_HERE: set[tuple[int, str]] = set()
+_GUARD = threading.Lock()
 
 
 class HeldError(RuntimeError):
@@ -45,19 +49,25 @@ class DirectoryLock:
     def __init__(self, directory: str | os.PathLike[str]) -> None:
         path = Path(os.path.realpath(directory))
         self._file = path / f".lock-{_host()}-{os.getpid()}"
-        if str(path) in _HERE:
-            raise HeldError(os.getpid(), self._file)
-        self._file.touch()
-        other = holder(path)
-        if other is not None:
-            self._file.unlink(missing_ok=True)
-            raise HeldError(other, self._file.with_name(f".lock-{_host()}-{other}"))
-        _HERE.add(str(path))
+        self._place = (os.getpid(), str(path))
+        with _GUARD:
+            if self._place in _HERE:
+                raise HeldError(os.getpid(), self._file)
+            _HERE.add(self._place)
+        try:
+            self._file.touch()
+            other = holder(path)
+            if other is not None:
+                raise HeldError(other, self._file.with_name(f".lock-{_host()}-{other}"))
+        except BaseException:
+            self.release()
+            raise
 
     def release(self) -> None:
-        """Let go; the directory may be gone by now."""
-        _HERE.discard(str(self._file.parent))
-        self._file.unlink(missing_ok=True)
+        """Let go; the directory may be gone by now. A copy in a forked process holds nothing to let go of."""
+        if self._place[0] == os.getpid():
+            self._file.unlink(missing_ok=True)
+            _HERE.discard(self._place)
 
 
 def holder(directory: Path) -> int | None:

@@ -7,6 +7,7 @@ matrix is folded on its own: by clip search (`awq`) or by error feedback on top 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -50,12 +51,13 @@ def scale_block(view: BlockView) -> dict[str, dict[str, Any]]:
 
 def _folds_of(view: BlockView) -> list[ScaleFold]:
     """Blocks of a model are mostly alike, so what was found in one is tried on the next as a whole."""
-    for found in view.known:
-        if holds(view.block, view.inputs, found.folds, view.shared):
-            break
-    else:
-        found = find_folds(view.block, view.inputs, view.shared)
-        view.known.append(found)
+    for known in view.known:
+        folds = [ScaleFold(**fold) for fold in known["folds"]]
+        if holds(view.block, view.inputs, folds, view.shared):
+            view.refused |= known["refused"]
+            return folds
+    found = find_folds(view.block, view.inputs, view.shared)
+    view.known.append(asdict(found))
     view.refused |= found.refused
     return list(found.folds)
 

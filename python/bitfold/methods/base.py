@@ -24,7 +24,6 @@ class Statistics:
         cross: `[in, in]`, mean of (x_float - x) xᵀ, x_float being what the float model would have fed
             (GPTAQ, arXiv 2504.02692); None unless asked for.
         mean_float: `[in]`, mean of x_float; with `cross`.
-        sample: `[<= 512, in]`, rows of x (AWQ's clip search); None unless asked for.
         bias: the module has a bias of its own, to which the mean error of its outputs can be added.
     """
 
@@ -34,7 +33,6 @@ class Statistics:
     mean_abs: Tensor
     cross: Tensor | None = None
     mean_float: Tensor | None = None
-    sample: Tensor | None = None
     bias: bool = False
 
 
@@ -82,7 +80,8 @@ class BlockView:
         statistics: of their inputs, a few at a time, all once; each pass over the data for a few is made
             when they are asked for, on weights that are not changed yet.
         shared: `id` of parameters that modules outside of the block use too.
-        known: what earlier blocks of this run left here for later ones.
+        known: what earlier blocks of this run left here for later ones: dicts and lists of tensors, numbers
+            and texts, which a checkpoint can hold.
         refused: a preparation says here what it could not do: module -> why.
     """
 

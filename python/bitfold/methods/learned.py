@@ -38,12 +38,25 @@ class Training:
         batches: calibration batches per step.
         scale_rate: Adam's rate for relative scales and for biases (in units of the output's deviation).
         evaluations: how often the loss on all batches is measured; the best state of those is kept.
+
+    Raises:
+        ValueError: a negative number, or no batch.
     """
 
     iterations: int = 200
     batches: int = 1
     scale_rate: float = 1e-3
     evaluations: int = 4
+
+    def __post_init__(self) -> None:
+        for name, low in (("iterations", 0), ("batches", 1), ("evaluations", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < low:
+                msg = f"Training: {name} must be a whole number of at least {low}, got {value!r}"
+                raise ValueError(msg)
+        if not self.scale_rate >= 0:
+            msg = f"Training: scale_rate must be at least 0, got {self.scale_rate!r}"
+            raise ValueError(msg)
 
 
 @dataclass

@@ -92,6 +92,27 @@ class Towers(nn.Module):
         return self.towers[0](x) * self.towers[1](-x)
 
 
+class Detour(nn.Module):
+    """A block with a matrix that only some batches reach, and with channels that a scale helps."""
+
+    def __init__(self, size: int = 32) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+        self.always, self.sometimes = nn.Linear(size, size), nn.Linear(size, size)
+        with torch.no_grad():
+            self.norm.weight[::13] = 30.0
+            self.always.weight[:, ::13] *= 0.1
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        y = x + torch.tanh(self.always(h))
+        return y + torch.tanh(self.sometimes(h)) if bool((x[..., 0] > 50).any()) else y
+
+
+def detours() -> nn.Module:
+    return nn.Sequential(Detour(), Detour())
+
+
 def vit() -> Any:
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -122,8 +143,9 @@ PLAIN = {
     "towers": Towers,
     "vit": vit,
     "perceptron": perceptron,
+    "detours": detours,
 }
-NAMES = ["llama", "llama-tied", "gpt2", "bert-masked", "t5", *PLAIN]
+NAMES = ["llama", "llama-tied", "gpt2", "bert-masked", "t5", "moe", "unet", "towers", "vit", "perceptron"]
 
 
 def make(name: str) -> Any:
@@ -145,6 +167,11 @@ def data(name: str, seed: int = 1, count: int = 40) -> list[Any]:
         width = 48 if name == "perceptron" else 32
         mix = torch.randn(width, width, generator=torch.Generator().manual_seed(5)) / width**0.5
         return [torch.randn(32, width, generator=draw) @ mix for _ in range(count // 4)]
+    if name == "detours":  # every second batch goes both ways
+        items = [torch.randn(32, 32, generator=draw) for _ in range(count // 4)]
+        for item in items[::2]:
+            item[0, 0] = 100.0
+        return items
     longest = 24
     lengths = torch.randint(longest // 2, longest, (count,), generator=draw).tolist()
     return [torch.randint(0, 99, (length,), generator=draw).tolist() for length in lengths]

@@ -51,6 +51,11 @@ def test_an_item_of_no_known_kind_is_named():
         networks.quantize(networks.make("llama"), "llama", calibration=[[1, 2], None])
     with pytest.raises(ValueError, match="expected an iterable of texts, ids or dicts, got int"):
         networks.quantize(networks.make("llama"), "llama", calibration=3)
+    for single in ([5], [torch.tensor(5)], [[1, 2], 5]):
+        with pytest.raises(
+            ValueError, match=rf"item {len(single) - 1}: .*, got the single number 5; for one"
+        ):
+            networks.quantize(networks.make("llama"), "llama", calibration=single)
 
 
 def test_few_tokens_are_warned_of_once_with_the_worst():
@@ -160,7 +165,77 @@ def test_a_model_on_meta_has_nothing_to_calibrate():
         networks.quantize(model, "perceptron")
 
 
-@pytest.mark.parametrize(("field", "value"), [("batch_size", 0), ("sample_rows", 600), ("max_memory", 0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("batch_size", 0), ("expert_floor", -3), ("expert_prior", -5), ("max_memory", 0)]
+)
 def test_settings_are_checked(field, value):
     with pytest.raises(ValueError, match=f"Settings: {field} must be at"):
         Settings(**{field: value})
+
+
+def test_masks_that_hide_all_are_no_data():
+    ids = torch.arange(20)[None]
+    batch = {"input_ids": ids, "attention_mask": torch.zeros_like(ids)}
+    model = networks.make("llama")
+    with pytest.raises(ValueError, match=r"data is empty \(no token in any item, or all of them masked\)"):
+        networks.quantize(model, "llama", calibration=[batch])
+    assert type(model.lm_head) is nn.Linear
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+@pytest.mark.filterwarnings("ignore:little calibration data")
+def test_padding_is_left_out_by_masks_of_four_dimensions(kind):
+    ids = torch.randint(0, 99, (2, 16), generator=torch.Generator().manual_seed(1))
+    seen = torch.ones(2, 16, dtype=torch.bool)
+    seen[0, 9:], seen[1, 12:] = False, False
+    mask = seen[:, None, None, :] & torch.ones(16, 16, dtype=torch.bool).tril()
+    if kind is torch.float32:
+        mask = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    model = networks.make("llama")
+    networks.quantize(model, "llama", calibration=[{"input_ids": ids, "attention_mask": mask}])
+    line = calibration.report(model)["model.layers.0.mlp.up_proj"]
+    assert line["tokens"] == 21
+    assert "padding_counted" not in line
+
+
+@pytest.mark.filterwarnings("ignore:little calibration data")
+def test_a_mask_of_another_kind_is_reported():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(32, 32)
+
+        def forward(self, x, attention_mask=None):
+            return self.inner(x)
+
+    model = Masked()
+    batch = {"x": torch.randn(4, 8, 32), "attention_mask": {"causal": torch.ones(8, 8)}}
+    bitfold.quantize(model, "int4-g16", calibration=[batch], progress=False, checkpoint=False)
+    assert calibration.report(model)["inner"]["padding_counted"]
+
+
+@pytest.mark.parametrize("method", ["gptq", "learned"])
+@pytest.mark.filterwarnings("ignore:little calibration data")
+def test_inside_of_inference_mode(method):
+    from bitfold.methods.learned import Training
+
+    options = {"training": Training(iterations=2)} if method == "learned" else {}
+    model, other = networks.make("perceptron"), networks.make("perceptron")
+    networks.quantize(other, "perceptron", method=method, options=options)
+    with torch.inference_mode():
+        data = [item.clone() for item in networks.data("perceptron")]
+        networks.quantize(model, "perceptron", method=method, options=options, calibration=data)
+        made = nn.Sequential(nn.Linear(48, 16))
+        with pytest.raises(ValueError, match=r"0.weight was made under torch.inference_mode\(\), so"):
+            networks.quantize(made, "perceptron")
+    assert all(
+        torch.equal(a, b) for a, b in zip(*(m.state_dict().values() for m in (model, other)), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("field", "value"), [("iterations", -1), ("iterations", 2.5), ("batches", 0)])
+def test_training_is_checked(field, value):
+    from bitfold.methods.learned import Training
+
+    with pytest.raises(ValueError, match=f"Training: {field} must be a whole number of at least"):
+        Training(**{field: value})

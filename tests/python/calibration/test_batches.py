@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import networks
+import numpy as np
 import pytest
 import torch
 
@@ -104,3 +105,12 @@ def test_plain_models_get_positional_tensors_and_equal_lengths():
 def test_a_ragged_dict_is_refused(llama):
     with pytest.raises(ValueError, match=r"item 0\['input_ids'\]: a list that is no rectangle"):
         as_batches([{"input_ids": [[1, 2], [3]]}], llama, None, Settings())
+
+
+def test_arrays_are_tensors(llama):
+    rows = as_batches([np.array(row) for row in ROWS], llama, None, Settings())
+    assert ids(rows) == ids(as_batches(ROWS, llama, None, Settings()))
+    (batch,) = as_batches([{"input_ids": np.array([[1, 2]])}], llama, None, Settings())
+    assert batch.kwargs["input_ids"].tolist() == [[1, 2]]
+    (batch,) = as_batches([np.ones((3, 48), "float32")], networks.make("perceptron"), None, Settings())
+    assert batch.args[0].shape == (3, 48)

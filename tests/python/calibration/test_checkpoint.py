@@ -18,12 +18,13 @@ from torch import nn
 
 import bitfold
 from bitfold import calibration, methods
-from bitfold.calibration import CalibrationWarning, CheckpointError, Settings
+from bitfold.calibration import CalibrationWarning, CheckpointError, Settings, fingerprint
 from bitfold.calibration import checkpoint as checkpoints
 from bitfold.calibration.checkpoint import Checkpoint
 from bitfold.calibration.streams import Stream
 from bitfold.io.locking import DirectoryLock
 from bitfold.io.safetensors_file import SafetensorsFile
+from bitfold.outputs import Batch
 
 pytest.importorskip("transformers")
 
@@ -295,6 +296,14 @@ def test_another_run_is_refused_with_what_changed(failing, tmp_path):
         changed.model.layers[1].mlp.up_proj.weight[3, 3] += 1e-3
     with pytest.raises(CheckpointError, match=r"the model \(model.layers.1.mlp.up_proj.weight\)"):
         again(changed)
+    with pytest.raises(CheckpointError, match=r"the model \(config.rms_norm_eps, .*class"):
+        changed = networks.make("llama")
+        changed.config.rms_norm_eps = changed.model.norm.variance_epsilon = 0.5
+        again(changed)
+    with pytest.raises(CheckpointError, match=r"the model \(model.rotary_emb.inv_freq\)"):
+        changed = networks.make("llama")
+        changed.model.rotary_emb.inv_freq.mul_(0.1)
+        again(changed)
     with pytest.raises(CheckpointError, match=r"the plan \(lm_head: 'int3-g16 gptq' before, 'nf4 gptq' now"):
         bitfold.quantize(
             networks.make("llama"),
@@ -366,3 +375,65 @@ def test_the_default_directory_is_below_the_cache_and_goes_when_done(failing):
     model = networks.quantize(networks.make("llama"), "llama")
     assert "went on after 1 of 3 stages" in calibration.report(model).notes
     assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("allowed", range(4))
+def test_a_kill_while_it_is_removed_leaves_a_checkpoint(monkeypatch, tmp_path, allowed):
+    for name in ("stage-0000.safetensors", "stage-0001.safetensors", "stream-0001-0.safetensors"):
+        (tmp_path / name).write_text("")
+    unlink, left = Path.unlink, [allowed]
+    (tmp_path / "fingerprint.json").write_text("{}")
+
+    def dying(path, missing_ok=False):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.remove_directory(tmp_path)
+    assert (tmp_path / "fingerprint.json").exists()
+    assert stages(tmp_path) == ["stage-0000.safetensors", "stage-0001.safetensors"][: 3 - max(allowed, 1)]
+    store = Checkpoint(tmp_path, {})  # goes on
+    store.remove()
+    store.close()
+    assert not tmp_path.exists()
+
+
+def test_one_byte_of_a_stage_that_has_changed_is_seen(failing, tmp_path):
+    failing(2)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        networks.quantize(networks.make("perceptron"), "perceptron", checkpoint=tmp_path)
+    path = tmp_path / "stage-0000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-40] ^= 0x5A
+    path.write_bytes(bytes(data))
+    failing(-1)
+    with pytest.raises(CheckpointError, match=r"stage-0000.safetensors: damaged \(its bytes are not"):
+        networks.quantize(networks.make("perceptron"), "perceptron", checkpoint=tmp_path)
+
+
+def test_a_directory_that_cannot_be_used_is_told_with_the_way_out(monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    with pytest.raises(OSError, match=r"checkpoint, making its directory: .*checkpoint=False to keep none"):
+        networks.quantize(networks.make("perceptron"), "perceptron")
+
+
+def test_a_fingerprint_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "fingerprint.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"fingerprint.json: not readable \(expected a JSON object"):
+        networks.quantize(networks.make("perceptron"), "perceptron", checkpoint=tmp_path)
+
+
+def test_arguments_that_are_no_tensors_are_data_too():
+    x = torch.ones(2)
+    first, *others = (
+        fingerprint.of_batches([Batch(kwargs=kwargs)])
+        for kwargs in ({"x": x, "k": 1.0}, {"x": x, "k": 2.0}, {"x": [x], "k": 1.0}, {"x": x, "l": 1.0})
+    )
+    assert all(other != first for other in others)
+    assert first == fingerprint.of_batches([Batch(kwargs={"k": 1.0, "x": x.clone()})])

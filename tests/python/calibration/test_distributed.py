@@ -39,7 +39,7 @@ def counting(weight, fmt, statistics=None, **options):
 
 methods.base._METHODS["gptq"] = counting
 model = networks.make("moe")
-settings = calibration.Settings(float_stream=True, sample_rows=64, batch_size=5)
+settings = calibration.Settings(float_stream=True, batch_size=5)
 networks.quantize(
     model, "moe", checkpoint=directory + "/state", log=directory + "/log.jsonl", settings=settings
 )
@@ -102,6 +102,20 @@ print(json.dumps(told))
 """
 
 
+# What every rank runs with awq, whose scales rank 0 alone finds: rank 1's first batch goes another way.
+SCALING = """
+import sys
+sys.path[:0] = [{here!r}, {hf!r}]
+import torch
+torch.set_num_threads(1)
+import os, bitfold, json, networks
+model = networks.quantize(networks.make("detours"), "detours", method="awq", checkpoint=False)
+torch.save(model.state_dict(), sys.argv[1] + "/result-" + os.environ["RANK"] + ".pt")
+lines = bitfold.calibration.report(model).lines
+print(json.dumps([line.get("scale", line.get("no_scale")) for line in lines]))
+"""
+
+
 def start_two(directory, after=-1, script=SCRIPT):
     """Start as torchrun does; the environment is all that it gives."""
     code = script.format(here=str(HERE), hf=str(HERE.parent / "hf"))
@@ -119,7 +133,7 @@ def start_two(directory, after=-1, script=SCRIPT):
 
 
 def finish(processes):
-    done = [process.communicate(timeout=120) for process in processes]
+    done = [process.communicate(timeout=240) for process in processes]
     return [process.returncode for process in processes], done
 
 
@@ -127,10 +141,10 @@ def finish(processes):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 @pytest.mark.filterwarnings("ignore:little calibration data")
 def test_two_processes_agree_with_one_also_after_one_was_killed(tmp_path):
-    settings = bitfold.calibration.Settings(float_stream=True, sample_rows=64, batch_size=5)
+    settings = bitfold.calibration.Settings(float_stream=True, batch_size=5)
     alone = networks.quantize(networks.make("moe"), "moe", settings=settings)
     processes = start_two(tmp_path, after=9)  # in the second stage
-    processes[1].wait(timeout=120)
+    processes[1].wait(timeout=240)
     processes[0].kill()  # as torchrun does with those that are left
     codes, _ = finish(processes)
     assert codes[1] == -signal.SIGKILL
@@ -161,6 +175,21 @@ def test_two_processes_agree_with_one_also_after_one_was_killed(tmp_path):
         assert line.get("tokens") == expected.get("tokens")
         if "loss" in expected:
             assert line["loss"] == pytest.approx(expected["loss"], rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+def test_awq_gives_all_processes_the_same_scales(tmp_path):
+    codes, said = finish(start_two(tmp_path, script=SCALING))
+    assert codes == [0, 0], said
+    told = [json.loads(out.splitlines()[-1]) for out, _ in said]
+    assert told[0] == told[1]
+    assert any(isinstance(line, dict) and line["alpha"] > 0 for line in told[0])
+    first, second = (torch.load(tmp_path / f"result-{rank}.pt") for rank in range(2))
+    float_norm = networks.make("detours")[0].norm.weight
+    assert not torch.equal(first["0.norm.weight"], float_norm)
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
 
 
 @pytest.mark.slow

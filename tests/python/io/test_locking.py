@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from bitfold.io import locking
 from bitfold.io.locking import DirectoryLock, HeldError, holder
 
 HOLD = """
@@ -54,3 +57,48 @@ def test_a_file_left_by_a_process_that_had_our_number_holds_nothing(tmp_path):
     lock.release()
     left.touch()
     DirectoryLock(tmp_path).release()
+
+
+def test_of_two_threads_one_gets_it(monkeypatch, tmp_path):
+    """Also where both come before either has looked for others."""
+    both, got = threading.Barrier(2), []
+
+    def looking(directory):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+        return holder(directory)
+
+    def take():
+        try:
+            got.append(DirectoryLock(tmp_path))
+        except HeldError:
+            got.append(None)
+
+    monkeypatch.setattr(locking, "holder", looking)
+    threads = [threading.Thread(target=take) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (lock,) = (found for found in got if found is not None)
+    lock.release()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_holds_nothing_of_its_parent(tmp_path):
+    code = f"""
+import os, sys
+from bitfold.io.locking import DirectoryLock, HeldError
+first = DirectoryLock({str(tmp_path / "own")!r})
+child = os.fork()
+if child == 0:
+    first.release()  # not ours: does nothing
+    try:
+        DirectoryLock({str(tmp_path / "own")!r})
+    except HeldError as error:
+        os._exit(0 if error.pid == os.getppid() else 2)
+    os._exit(1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    (tmp_path / "own").mkdir()
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -178,3 +178,40 @@ def test_half_precision_models_stay_what_they_are():
         assert model.blocks[0].norm.weight.dtype is torch.bfloat16
         difference = (model(ids) - before(ids)).float().norm() / before(ids).float().norm()
     assert difference < 0.02
+
+
+@QUIET
+@pytest.mark.parametrize("method", ["awq", "awq+gptq"])
+def test_what_a_finished_block_has_taught_survives_an_interrupt(monkeypatch, tmp_path, method):
+    """In the second block a channel is dead: its fold is known from the first one only."""
+    from bitfold.calibration.checkpoint import Checkpoint
+
+    def model():
+        made = Model()
+        with torch.no_grad():
+            made.blocks[1].up.weight[3], made.blocks[1].up.bias[3] = 0, -1
+        return made
+
+    def fold(**others):
+        made, settings = model(), {"calibration": data(0), "progress": False, **others}
+        bitfold.quantize(made, "int3-g32", method=method, **settings)
+        return made
+
+    whole = fold(checkpoint=False)
+    save = Checkpoint.save
+
+    def dying(self, number, *finished):
+        save(self, number, *finished)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "save", dying)
+        with pytest.raises(KeyboardInterrupt):
+            fold(checkpoint=tmp_path / "state")
+    resumed = fold(checkpoint=tmp_path / "state")
+    assert (
+        calibration.report(whole)["blocks.1.down"]["scale"]
+        == calibration.report(resumed)["blocks.1.down"]["scale"]
+    )
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, resumed.state_dict()[name]), name

@@ -224,6 +224,17 @@ def test_a_model_is_folded_everywhere_and_reports_its_blocks(whole):
     for name in BLOCKS:
         assert report[name]["method"] == "learned"
         assert report[name]["block_error"] <= report[name]["block_error_before"]
+        assert report[name]["seconds"] > 0
+        assert report[name]["peak_rss_bytes"] > 2**20
+        line = report[f"{name}.mlp.up_proj"]
+        if report[name]["block_error"] < report[name]["block_error_before"]:
+            # The losses that gptq told of are not those of what is stored.
+            assert line["refined"]
+            assert line["block_error"] == report[name]["block_error"]
+            assert {"loss_before", "measured_before"} <= set(line)
+            assert not {"loss", "measured"} & set(line)
+        else:
+            assert "refined" not in line
     gained = [report[name]["block_error"] < report[name]["block_error_before"] for name in BLOCKS]
     assert any(gained)  # so that going on below has something to get wrong
     assert report["lm_head"]["method"] == "learned"  # no block, so gptq
@@ -282,10 +293,16 @@ def test_going_on_after_an_interrupt_gives_the_same_bytes(monkeypatch, tmp_path,
 @pytest.mark.filterwarnings("ignore:little calibration data")
 def test_experts_that_few_tokens_reach():
     pytest.importorskip("transformers")
-    model = fold_llama(name="moe", options={"training": Training(iterations=6)})
-    lines = [line for line in calibration.report(model).lines if "block_error" in line]
-    assert len(lines) == 2
-    assert all(line["block_error"] <= line["block_error_before"] for line in lines)
+    model = fold_llama(name="moe", options={"training": Training(iterations=20)})
+    lines = calibration.report(model).lines
+    blocks = {line["name"]: line for line in lines if "shape" not in line}
+    assert list(blocks) == ["layers.0", "layers.1"]
+    gained = [name for name, line in blocks.items() if line["block_error"] < line["block_error_before"]]
+    assert gained
+    experts = [line for line in lines if ".experts." in line["name"]]
+    assert any("blended" in line or "fallback" in line for line in experts)
+    for line in experts:
+        assert line.get("refined", False) == (line["name"][:8] in gained)
 
 
 def test_more_processes_and_no_float_stream_are_refused(monkeypatch):
@@ -304,3 +321,22 @@ def test_more_processes_and_no_float_stream_are_refused(monkeypatch):
     with pytest.raises(ValueError, match="'learned' trains blocks in one process; run it without torchrun"):
         fold_llama(model)
     assert not any(isinstance(module, bitfold.nn.PackedModule) for module in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:little calibration data")
+def test_blocks_that_are_matrices_themselves():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    data = [torch.randn(40, 16) for _ in range(2)]
+    bitfold.quantize(
+        model,
+        "int2-g16",
+        calibration=data,
+        method="learned",
+        options={"training": SHORT},
+        checkpoint=False,
+        progress=False,
+    )
+    assert all(isinstance(model[i], bitfold.nn.PackedModule) for i in (0, 2))
+    blocks = [line["name"] for line in calibration.report(model).lines if "shape" not in line]
+    assert blocks == ["0", "2"]
