@@ -154,7 +154,7 @@ TEST(CudaKernels, FoldEveryFormatAsTheCpuDoes) {
           bitfold::testing::random_weights(rows * cols, 7, bitfold::testing::Shape::kOutliers);
       std::fill_n(values.begin(), rows == 1 ? 0 : 64, 0.0f);
       const Source source(values, FloatType::kFloat32, rows, cols, cols, false);
-      for (Method method : {Method::kRound, Method::kSearch}) 
+      for (Method method : {Method::kRound, Method::kSearch})
         if (can_quantize(format, method)) expect_folded_alike(format, method, source.view);
     }
   }
