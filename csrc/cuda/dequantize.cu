@@ -71,7 +71,7 @@ __device__ inline const float* table_of(const float (*tables)[16], const DeviceW
 }
 
 template <int kBits, FloatType kType, bool kTable>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksFor<kType>)
     dequantize_rows(const __grid_constant__ DeviceWeight w, const RowIndices indices,
                     const RowPlan plan, void* __restrict__ out) {
   constexpr int N = kUnit<kType>;
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Once more, for the weights that have an outlier: a warp a row.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kThreeBlocks)
     add_outliers(const __grid_constant__ DeviceWeight w, const RowIndices indices, int64_t count,
                  FloatType dtype, void* __restrict__ out) {
   const Values values = read_values(w.addresses);

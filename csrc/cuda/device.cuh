@@ -11,6 +11,7 @@
 #include <string>
 
 #include "core/status.h"
+#include "core/view.h"
 #include "cuda/launch.h"
 
 namespace bitfold::cuda {
@@ -19,6 +20,12 @@ namespace bitfold::cuda {
 static __device__ const float kDeviceDynamicMap[256] = {
 #include "core/dynamic_map.inc"
 };
+
+// Blocks that a multiprocessor has room for at least, as __launch_bounds__ takes it: four are 64
+// registers a thread, and three 80 for kernels that would spill a few of them.
+inline constexpr int kFourBlocks = 4, kThreeBlocks = 3;
+template <FloatType kType>
+inline constexpr int kBlocksFor = kType == FloatType::kFloat32 ? kThreeBlocks : kFourBlocks;
 
 // A launch that is not worth planning.
 inline Launch blocks(uint32_t count) { return {count, 1, kThreads, 1}; }

@@ -43,7 +43,7 @@ __device__ inline void fetch_bins(const DeviceEncoding& encoding, Bin* bins) {
 
 // Eight weights a thread, for scales and zero points that are known.
 template <int kBits, bool kBook>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kThreeBlocks)
     encode_units(const MatrixView w, const Spans spans,
                  const __grid_constant__ DeviceEncoding encoding, const RowPlan plan,
                  const float* __restrict__ scale, const float* __restrict__ zero,
@@ -93,7 +93,7 @@ __device__ inline uint32_t largest_bits(const Eight<kType>& eight) {
 // Fixed levels with the absmax as scale, in one reading: neighbouring lanes hold a group in their
 // registers, eight weights each, and are kRowsPerThread rows ahead with their loads.
 template <int kBits, FloatType kType>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksFor<kType>)
     fold_units(const MatrixView w, const Spans spans,
                const __grid_constant__ DeviceEncoding encoding, const RowPlan plan,
                float* __restrict__ scale, const CodeRows to) {

@@ -165,7 +165,7 @@ struct Probe {
 };
 
 template <bool kBook>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kThreeBlocks)
     search_spans(const MatrixView w, const Spans spans,
                  const __grid_constant__ DeviceEncoding encoding,
                  const __grid_constant__ Shrinks shrinks, float* __restrict__ scale,
