@@ -46,7 +46,7 @@ def of_model(model: nn.Module) -> dict[str, str]:
         for name, module in model.named_modules()
     }
     found = {name: value for name, value in found.items() if not name.startswith(folded or "\0")}
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     values = config.to_dict() if hasattr(config, "to_dict") else {}
     return found | {
         f"config.{name}": _text(json.dumps(value, sort_keys=True, default=str))
