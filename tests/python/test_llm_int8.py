@@ -270,8 +270,15 @@ def test_models_that_do_not_suit() -> None:
     with pytest.raises(ValueError, match="no packed layer of format int8-row"):
         set_llm_int8(bitfold.quantize(nn.Sequential(nn.Linear(64, 8)), "nf4", progress=False))
     model = folded()
-    with pytest.warns(UserWarning, match="never reached up, down"):
-        assert set_llm_int8(model, calibration=[]) == {"up": None, "down": None}
+    model.forward = model.up
+    with pytest.warns(UserWarning, match="never reached down"):
+        found = set_llm_int8(model, calibration=[torch.zeros(3, model.up.in_features)])
+    assert found == {"up": 0, "down": None}
+    with pytest.raises(ValueError, match="there are no batches"):
+        set_llm_int8(model, calibration=[])
+    for wrong in (["some text"], [[1, 2, 3]]):
+        with pytest.raises(TypeError, match=r"calibration: batch 1 is a .*tokenizer"):
+            set_llm_int8(model, calibration=wrong)
 
 
 def test_running_properties_are_not_saved(tmp_path: Any) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.formats import Format
+from bitfold.outputs import read_batches
 
 
 def suits_llm_int8(fmt: Format) -> bool:
@@ -100,7 +101,8 @@ def set_llm_int8(
         How many columns were fixed, by name of the layer; None for layers that search in each batch.
 
     Raises:
-        ValueError: there is no such layer, or a negative threshold.
+        ValueError: there is no such layer, a negative threshold, or no batch.
+        TypeError: texts or lists; for text call the tokenizer first.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8))
@@ -123,8 +125,8 @@ def set_llm_int8(
     if threshold is None or calibration is None:
         return dict.fromkeys(layers)
     with _recording(layers, threshold) as seen, torch.no_grad():
-        for batch in calibration:
-            _call(model, batch)
+        for batch in read_batches(calibration, "set_llm_int8(): calibration"):
+            batch.run(model)
     unseen = [name for name in layers if name not in seen]
     if unseen:
         warnings.warn(
@@ -162,12 +164,3 @@ def _recording(layers: Mapping[str, Any], threshold: float) -> Iterator[dict[str
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, Sequence) and not isinstance(batch, str):
-        model(*batch)
-    else:
-        model(batch)
