@@ -8,49 +8,56 @@ namespace {
 
 constexpr int kLanes = 16;
 
-ActivationLayout make_layout(int bits, Operand operand, Walk walk) {
-  const bool words = operand == Operand::kWords;
-  const int per_byte = bits == 8 ? 1 : bits == 4 ? 2 : 4;  // 3 bits: the plane of the low two
-  const int per_lane = 4 * per_byte;
-  const int elements = words ? 2 : 4;  // of a lane that meet in one dot product
-  const int parts = per_lane / elements;
+// Codes in 32 bits; of 3-bit codes, in the plane of their low two.
+int codes_per_lane(int bits) { return bits == 8 ? 4 : bits == 4 ? 8 : 16; }
 
-  // The column of element e of part p of lane j.
-  const auto column = [&](int j, int p, int e) {
-    const int byte = words ? 2 * e + p / per_byte : e;
-    return j * per_lane + byte * per_byte + per_byte - 1 - p % per_byte;
-  };
+// `turned`: 1, 2 or 4 vectors of codes of a row; 0 for panels.
+ActivationLayout make_layout(int bits, Operand operand, int turned) {
+  const bool words = operand == Operand::kWords;
+  const int per_lane = codes_per_lane(bits), per_byte = per_lane / 4;
+  const int elements = words ? 2 : 4;  // of a lane that meet in one dot product
   ActivationLayout layout{};
   layout.operand = operand;
-  layout.block_cols = walk == Walk::kRows ? kLanes * per_lane : 64;
+  layout.turned = turned;
+  layout.block_cols = turned ? turned * kLanes * per_lane : 64;
   layout.block_bytes = layout.block_cols * (operand == Operand::kBytes ? 1 : 2);
-  const int lanes = static_cast<int>(layout.block_cols) / per_lane;
   int at = 0;
-  if (walk == Walk::kRows) {
-    for (int p = 0; p < parts; ++p)
-      for (int j = 0; j < lanes; ++j)
-        for (int e = 0; e < elements; ++e)
-          layout.order[at++] = static_cast<int16_t>(column(j, p, e));
-  } else {
-    for (int j = 0; j < lanes; ++j)
-      for (int p = 0; p < parts; ++p)
-        for (int e = 0; e < elements; ++e)
-          layout.order[at++] = static_cast<int16_t>(column(j, p, e));
+  for (int lane = 0; lane < 64 / per_lane; ++lane) {
+    for (int part = 0; part < per_lane / elements; ++part) {
+      for (int e = 0; e < elements; ++e) {
+        const int byte = words ? 2 * e + part / per_byte : e;
+        const int code = byte * per_byte + per_byte - 1 - part % per_byte;
+        layout.order[at++] = static_cast<uint8_t>(lane * per_lane + code);
+      }
+    }
+  }
+  // turn_lanes of the kernels, seen from where a lane of the first vector comes from.
+  for (int lane = 0; turned && lane < kLanes; ++lane) {
+    const int of_four = lane % 4 * turned;
+    const int stored = of_four / 4 * kLanes + lane / 4 * 4 + of_four % 4;
+    layout.first_col_of_lane[lane] = stored * per_lane;
   }
   return layout;
 }
 
-const ActivationLayout& activation_layout(int bits, Operand operand, Walk walk) {
+constexpr int kBits[] = {2, 3, 4, 8};
+constexpr Operand kOperands[] = {Operand::kWords, Operand::kTwoBytes, Operand::kBytes};
+constexpr int kTurned[] = {0, 1, 2, 4};
+
+// As many vectors of codes are turned as a unit has lanes, so that none holds two units.
+const ActivationLayout& activation_layout(int bits, Operand operand, Walk walk, int64_t unit) {
   static const auto all = [] {
-    std::array<ActivationLayout, 4 * 3 * 2> made;
+    std::array<ActivationLayout, 4 * 3 * 4> made;
     size_t at = 0;
-    for (int b : {2, 3, 4, 8})
-      for (Operand o : {Operand::kWords, Operand::kTwoBytes, Operand::kBytes})
-        for (Walk w : {Walk::kRows, Walk::kPanels}) made[at++] = make_layout(b, o, w);
+    for (int b : kBits)
+      for (Operand o : kOperands)
+        for (int turned : kTurned) made[at++] = make_layout(b, o, turned);
     return made;
   }();
   const size_t row = bits == 8 ? 3 : static_cast<size_t>(bits - 2);
-  return all[(row * 3 + static_cast<size_t>(operand)) * 2 + static_cast<size_t>(walk)];
+  const int64_t lanes = unit / codes_per_lane(bits);
+  const size_t kind = walk == Walk::kPanels ? 0 : lanes >= 4 ? 3 : lanes == 2 ? 2 : 1;
+  return all[(row * 3 + static_cast<size_t>(operand)) * 4 + kind];
 }
 
 // Columns that share a scale: 64, or what divides the group size.
@@ -66,10 +73,10 @@ int64_t activation_unit(const PackedView& w) {
 
 Activations describe_activations(const PackedView& w, Operand operand, Walk walk, int64_t rows) {
   Activations x{};
-  x.layout = &activation_layout(w.bits, operand, walk);
   x.rows = rows;
   x.cols = w.cols;
   x.unit = activation_unit(w);
+  x.layout = &activation_layout(w.bits, operand, walk, x.unit);
   x.blocks = (w.cols + x.layout->block_cols - 1) / x.layout->block_cols;
   x.units = (x.blocks * x.layout->block_cols / x.unit + 15) / 16 * 16;
   x.sum_limit = std::numeric_limits<float>::infinity();

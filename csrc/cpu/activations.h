@@ -22,15 +22,19 @@ enum class Walk : uint8_t {
   kPanels,  // sixteen rows at once, one to a lane: for more
 };
 
-inline constexpr int kMaxBlockCols = 256;
+inline constexpr int kMaxBlockCols = 1024;
 
 // Codes sit in a lane by bytes, and in a byte from high bits to low, so a vector of lanes yields
-// every n-th weight: `order[i]` is the column, within a block, of the i-th element of a row.
+// every n-th weight: `order[i]` is the column, of 64, that comes as the i-th when one lane after
+// the other gives all of its parts. Panels take activations so. In the walk over rows part p of all
+// lanes comes together, and several vectors of codes are turned so that neighbours share a lane.
 struct ActivationLayout {
   Operand operand;
   int64_t block_cols;   // columns that lie together
   int64_t block_bytes;  // of one row
-  int16_t order[kMaxBlockCols];
+  uint8_t order[64];
+  int turned;  // rows: vectors of codes in a block, turned against each other; else 0
+  int first_col_of_lane[16];  // rows: of a block, after turning; the lane's others follow it
 };
 struct Activations {
   const ActivationLayout* layout;

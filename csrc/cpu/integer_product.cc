@@ -102,29 +102,30 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
   };
   if (walk == Walk::kRows) {
     parallel(w.rows, grain(m * w.cols, kGrainWork), [&](int64_t begin, int64_t end) {
-      const int64_t scratch_bytes = rows_scratch_bytes(xs);
+      const int64_t scratch_bytes = rows_scratch_bytes(w, xs);
       const int64_t n = end - begin;
       const Scratch scratch(scratch_bytes + m * n * 4);
       float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
       begin_sums(bias ? bias_f + begin : nullptr, m, n, sums, n);
       outliers.add(begin, n, sums, n);
-      k.multiply_rows(w, xs, begin, end, reinterpret_cast<float*>(scratch.data()), sums, n);
+      k.multiply_rows(w, xs, begin, end, scratch.data(), sums, n);
       finish(sums, n, begin, n);
     });
     return true;
   }
-  parallel((w.rows + kPanelRows - 1) / kPanelRows, grain(m * kPanelRows * w.cols, kGrainWork),
+  const int64_t width = k.panel_rows;
+  parallel((w.rows + width - 1) / width, grain(m * width * w.cols, kGrainWork),
            [&](int64_t begin, int64_t end) {
-             const int64_t scratch_bytes = panel_scratch_bytes(xs);
-             const Scratch scratch(scratch_bytes + m * kPanelRows * 4);
+             const int64_t scratch_bytes = panel_scratch_bytes(w, xs);
+             const Scratch scratch(scratch_bytes + m * width * 4);
              float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
              for (int64_t panel = begin; panel < end; ++panel) {
-               const int64_t r = panel * kPanelRows;
-               const int64_t n = std::min(kPanelRows, w.rows - r);
-               begin_sums(bias ? bias_f + r : nullptr, m, n, sums, kPanelRows);
-               outliers.add(r, n, sums, kPanelRows);
+               const int64_t r = panel * width;
+               const int64_t n = std::min(width, w.rows - r);
+               begin_sums(bias ? bias_f + r : nullptr, m, n, sums, width);
+               outliers.add(r, n, sums, width);
                k.multiply_panel(w, xs, r, scratch.data(), sums);
-               finish(sums, kPanelRows, r, n);
+               finish(sums, width, r, n);
              }
            });
   return true;

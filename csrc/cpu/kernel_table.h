@@ -143,9 +143,10 @@ struct KernelTable {
   // y[i * ldy + r - begin] += x[i] . w[r] for the rows [begin, end) of w; x is laid out for
   // Walk::kRows, of at most walked_rows rows, and of one where its operand is kTwoBytes.
   void (*multiply_rows)(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
-                        float* scratch, float* y, int64_t ldy);
-  // y[m, r] += x[m] . w[row + r], as far as such rows exist; y is [rows of x, kPanelRows], x laid
+                        void* scratch, float* y, int64_t ldy);
+  // y[m, r] += x[m] . w[row + r], as far as such rows exist; y is [rows of x, panel_rows], x laid
   // out for Walk::kPanels.
+  int64_t panel_rows;
   void (*multiply_panel)(const PackedView& w, const Activations& x, int64_t row, void* scratch,
                          float* y);
 
@@ -162,20 +163,24 @@ struct KernelTable {
 };
 
 inline constexpr int64_t kMostWalkedRows = 4;
-inline constexpr int64_t kPanelRows = 16;  // lanes of a vector
+inline constexpr int64_t kMostPanelRows = 32;
 inline constexpr int64_t kOutlierLanes = 64;
 inline constexpr int64_t kPanelBlocks = 4;  // vectors of a row that a panel reads at a time
+inline constexpr int64_t kRunRows = 8;      // that the walk over rows prepares at a time
 
-// Bytes of scratch, which begins with a cache line. The last vector of factors begins with the last
-// unit; operands of a vector fill at most eight.
-inline int64_t rows_scratch_bytes(const Activations& x) {
-  const int64_t products = x.rows == 1 ? 1 : 2 * kMostWalkedRows;
-  return products * (x.units + 16) * 4;
+// Floats of scratch for `rows` rows of a weight: scales as they are decoded, factors or shifts.
+inline int64_t decoded_floats(const PackedView& w, int64_t rows) { return rows * w.groups + 80; }
+inline int64_t unit_floats(const Activations& x, int64_t rows) { return rows * x.units + 16; }
+// Bytes of scratch, which begins with a cache line. Operands of a vector fill at most eight.
+inline int64_t rows_scratch_bytes(const PackedView& w, const Activations& x) {
+  const int64_t scales = x.blocks * x.rows * 16, sums = kRunRows * x.rows * 16;
+  return (scales + sums + 2 * unit_floats(x, kRunRows) + decoded_floats(w, kRunRows)) * 4;
 }
-inline int64_t panel_scratch_bytes(const Activations& x) {
-  const int64_t operands = kPanelBlocks * 8 * 64 * kPanelRows;
-  const int64_t factors_and_shifts = 2 * kPanelRows * x.units * 4;
-  return operands + 2 * factors_and_shifts;  // by rows, and transposed
+inline int64_t panel_scratch_bytes(const PackedView& w, const Activations& x) {
+  const int64_t operands = kPanelBlocks * 8 * 64 * kMostPanelRows;
+  // Transposed, and sixteen of them by rows.
+  const int64_t units = 2 * unit_floats(x, kMostPanelRows) + 2 * unit_floats(x, 16);
+  return operands + (units + decoded_floats(w, 16)) * 4;
 }
 
 namespace portable {

@@ -142,7 +142,7 @@ struct ByteCodec {
 // Sixteen lanes of a row from lane 16 * block, all of them within the row.
 template <class Codec>
 static inline Stored load_stored(const PackedView& view, const uint8_t* row, int64_t block) {
-  const I low = load_i(row + 64 * block);
+  const I low = load_once(row + 64 * block);
   if constexpr (Codec::kBits != 3) return {low, low};
   return {low, Codec::spread(load_half_i(row + view.plane_bytes + 32 * block))};
 }
@@ -156,6 +156,17 @@ static inline Stored load_stored_tail(const PackedView& view, const uint8_t* row
   const int64_t rest = view.row_bytes - view.plane_bytes - 32 * block;
   return {low,
           Codec::spread(load_bytes(row + view.plane_bytes + 32 * block, rest < 32 ? rest : 32))};
+}
+
+// `kTurned` vectors of lanes are turned inside of 128 bits, so that what shares a lane afterwards
+// were neighbours: columns of one unit.
+template <class Codec, int kTurned>
+[[gnu::always_inline]] static inline void turn(Stored* codes) {
+  I low[kTurned], high[kTurned];
+  for (int v = 0; v < kTurned; ++v) low[v] = codes[v].low, high[v] = codes[v].high;
+  turn_lanes<kTurned>(low);
+  if constexpr (Codec::kBits == 3) turn_lanes<kTurned>(high);
+  for (int v = 0; v < kTurned; ++v) codes[v] = {low[v], Codec::kBits == 3 ? high[v] : low[v]};
 }
 
 // Blocks of a row that load_stored may read.

@@ -1,9 +1,10 @@
 // Products of many activations with panels of a weight: sixteen rows at once, so that the lanes of
-// a vector are rows and activations are broadcast. Where the target can, codes are expanded in the
-// shadow of the products, so that even a second and third look at them is free; else once per panel
+// a vector are rows and activations are broadcast. Where there are registers for it, two panels go
+// together and share what is broadcast. Where the target can, codes are expanded in the shadow of
+// the products, so that even a second and third look at them is free; else once per panel
 // (kExpandingCosts). Included by each target.
 
-static_assert(kPanelRows == 16);
+constexpr int kTileWidth = 16 * kTilePanels;  // rows of the weight
 
 // The codes of a panel, lane by lane of its rows: transposed, and expanded as they are used.
 template <class Codec>
@@ -15,19 +16,20 @@ struct PackedPanel {
   static constexpr int kLaneBytes = Codec::kBits == 3 ? 128 : 64;
   Codec codec;
 
-  // `row(i)`: the stored codes of row i.
+  // `row(i)`: the stored codes of row i. Lanes go to every kTilePanels-th place.
   template <class Row>
   static inline void place(const Row& row, const Codec*, uint8_t* to) {
+    constexpr int kStride = kTilePanels * kLaneBytes;
     I lanes[16];
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) lanes[i] = row(i).low;
     transpose(lanes);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) store_i(to + kLaneBytes * i, lanes[i]);
+    for (int i = 0; i < 16; ++i) store_i(to + kStride * i, lanes[i]);
     if constexpr (kBits == 3) {
       for (int i = 0; i < 16; ++i) lanes[i] = row(i).high;
       transpose(lanes);
-      for (int i = 0; i < 16; ++i) store_i(to + kLaneBytes * i + 64, lanes[i]);
+      for (int i = 0; i < 16; ++i) store_i(to + kStride * i + 64, lanes[i]);
     }
   }
   Stored load(const uint8_t* lane) const {
@@ -56,17 +58,18 @@ struct ExpandedPanel {
       I lanes[16];
       for (int i = 0; i < 16; ++i) lanes[i] = codecs[i].part(codes[i], p);
       transpose(lanes);
-      for (int i = 0; i < 16; ++i) store_i(to + kLaneBytes * i + 64 * p, lanes[i]);
+      for (int i = 0; i < 16; ++i) store_i(to + kTilePanels * kLaneBytes * i + 64 * p, lanes[i]);
     }
   }
   Stored load(const uint8_t*) const { return Stored(); }
   I part(const uint8_t* lane, const Stored&, int p) const { return load_i(lane + 64 * p); }
 };
 
-// A piece of the product: M rows of activations, sixteen of the weight, `units` units of columns.
+// A piece of the product: M rows of activations, kTileWidth of the weight, `units` units of
+// columns.
 struct Tile {
-  const uint8_t* weights;  // [lanes of a row][lane bytes]
-  const float* factor;     // [units][16]
+  const uint8_t* weights;  // [lanes of a row][kTilePanels][lane bytes]
+  const float* factor;     // [units][kTileWidth]
   const float* shift;      // likewise, or null
   const uint8_t* x;        // [slabs of 64 columns][rows][slab bytes]
   int64_t x_stride;        // bytes from slab to slab
@@ -74,87 +77,114 @@ struct Tile {
   const float* sum;
   int64_t x_units;
   int64_t units, unit;
-  float* y;  // [rows][16]
+  float* y;              // [rows][kTileWidth]
+  const uint8_t* ahead;  // memory to ask for on the way, so many lines per unit; need not exist
+  int64_t lines;
 };
 
-// Every loop over the tile is unrolled, or its sums would live in memory.
+// Every loop over the tile is unrolled, or its sums would live in memory. Float sums do: they are
+// due once per unit.
 template <class Panel, int M>
 static void multiply_tile(const Panel& panel, const Tile& from) {
   constexpr int kSlabBytes = Panel::kWords ? 128 : 64;
   constexpr int kCols = kColsPerLane<Panel::kBits>;
   // A product takes four cycles: few sums would wait for themselves.
-  constexpr int kChains = M <= kTileRows / 2 && Panel::kParts > 1 ? 2 : 1;
+  constexpr int kChains = M * kTilePanels <= 8 && Panel::kParts > 1 ? 2 : 1;
   const Tile t = from;  // what is stored to y cannot change a copy
-  F y[M];
-#pragma GCC unroll 12
-  for (int i = 0; i < M; ++i) y[i] = load(t.y + 16 * i);
   const uint8_t* lane = t.weights;
-  const uint8_t* slab = t.x;
+  const uint8_t *slab = t.x, *ahead = t.ahead;
   int64_t col = 0;  // of the slab
   for (int64_t u = 0; u < t.units; ++u) {
-    I sums[kChains][M];
+    I sums[kChains][M][kTilePanels];
 #pragma GCC unroll 2
     for (int c = 0; c < kChains; ++c) {
 #pragma GCC unroll 12
-      for (int i = 0; i < M; ++i) sums[c][i] = zero_i();
+      for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 2
+        for (int j = 0; j < kTilePanels; ++j) sums[c][i][j] = zero_i();
+      }
     }
     const uint8_t* x = slab + col * (kSlabBytes / 64);
-    for (int64_t j = 0; j < t.unit; j += kCols) {
-      const Stored codes = panel.load(lane);
+    for (int64_t done = 0; done < t.unit; done += kCols) {
+      Stored codes[kTilePanels];
+#pragma GCC unroll 2
+      for (int j = 0; j < kTilePanels; ++j) codes[j] = panel.load(lane + j * Panel::kLaneBytes);
 #pragma GCC unroll 8
       for (int p = 0; p < Panel::kParts; ++p) {
-        const I w = panel.part(lane, codes, p);
+        I w[kTilePanels];
+#pragma GCC unroll 2
+        for (int j = 0; j < kTilePanels; ++j)
+          w[j] = panel.part(lane + j * Panel::kLaneBytes, codes[j], p);
 #pragma GCC unroll 12
         for (int i = 0; i < M; ++i) {
           const uint8_t* one = x + i * kSlabBytes + 4 * p;
-          I& sum = sums[p % kChains][i];
-          if constexpr (Panel::kWords) {
-            sum = dot_words_with(sum, w, one);
+          I* sum = sums[p % kChains][i];
+          if constexpr (kTilePanels == 2) {
+            dot_twice_with<Panel::kWords, Panel::kSmall>(&sum[0], &sum[1], w[0], w[1], one);
+          } else if constexpr (Panel::kWords) {
+            sum[0] = dot_words_with(sum[0], w[0], one);
           } else {
-            sum = dot_bytes_with<Panel::kSmall>(sum, w, one);
+            sum[0] = dot_bytes_with<Panel::kSmall>(sum[0], w[0], one);
           }
         }
       }
-      lane += Panel::kLaneBytes;
+      lane += kTilePanels * Panel::kLaneBytes;
       x += 4 * Panel::kParts;
     }
-    const F factor = load(t.factor + 16 * u);
+    for (int64_t line = 0; line < t.lines; ++line) prefetch_far(ahead + 64 * line);
+    ahead += 64 * t.lines;
+    F factor[kTilePanels], shift[kTilePanels];
+#pragma GCC unroll 2
+    for (int j = 0; j < kTilePanels; ++j) {
+      factor[j] = load(t.factor + u * kTileWidth + 16 * j);
+      if (t.shift) shift[j] = load(t.shift + u * kTileWidth + 16 * j);
+    }
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
-      const I sum = kChains == 1 ? sums[0][i] : add_i(sums[0][i], sums[kChains - 1][i]);
-      y[i] = fma(to_float(sum), mul(factor, set1(t.scale[i * t.x_units + u])), y[i]);
+      const F scale = set1(t.scale[i * t.x_units + u]);
+#pragma GCC unroll 2
+      for (int j = 0; j < kTilePanels; ++j) {
+        float* at = t.y + i * kTileWidth + 16 * j;
+        const I sum = kChains == 1 ? sums[0][i][j] : add_i(sums[0][i][j], sums[kChains - 1][i][j]);
+        F y = fma(to_float(sum), mul(factor[j], scale), load(at));
+        if (t.shift) y = fma(shift[j], set1(t.sum[i * t.x_units + u]), y);
+        store(at, y);
+      }
     }
-    if (t.shift) {
-      const F shift = load(t.shift + 16 * u);
-#pragma GCC unroll 12
-      for (int i = 0; i < M; ++i) y[i] = sub(y[i], mul(shift, set1(t.sum[i * t.x_units + u])));
-    }
+    // Or the compiler keeps float sums in registers, of which there are none left.
+    __asm__ volatile("" ::: "memory");
     col += t.unit;
     if (col == 64) {
       col = 0;
       slab += t.x_stride;
     }
   }
-#pragma GCC unroll 12
-  for (int i = 0; i < M; ++i) store(t.y + 16 * i, y[i]);
 }
 
-// The largest tile of up to `rows` rows; returns how many it took.
-template <class Panel, int M = kTileRows>
-static inline int64_t multiply_largest_tile(const Panel& panel, const Tile& t, int64_t rows) {
-  if constexpr (M > 1) {
-    // 12, 8, 6 and 4 to 1: what remains is made up of these.
-    if (rows < M)
-      return multiply_largest_tile < Panel, M == 12  ? 8
-                                            : M == 8 ? 6
-                                            : M == 6 ? 4
-                                                     : M - 1 > (panel, t, rows);
+// How many rows of activations the next tile takes where `rows` are left: few, but none so small
+// that its sums wait for themselves.
+static inline int64_t next_tile(int64_t rows) {
+  if constexpr (kTileRows < 12) return rows < kTileRows ? rows : kTileRows;
+  if (rows >= 18 || rows == 12) return 12;
+  if (rows >= 14 || rows == 8) return 8;
+  if (rows >= 9 || rows == 6) return 6;
+  if (rows == 7 || rows == 4) return 4;
+  return rows >= 3 ? 3 : rows;
+}
+template <class Panel>
+static inline void multiply_next_tile(const Panel& panel, const Tile& t, int64_t rows) {
+  if constexpr (kTileRows >= 12) {
+    if (rows == 12) return multiply_tile<Panel, 12>(panel, t);
+    if (rows == 8) return multiply_tile<Panel, 8>(panel, t);
+    if (rows == 6) return multiply_tile<Panel, 6>(panel, t);
   }
-  multiply_tile<Panel, M>(panel, t);
-  return M;
+  if (rows == 4) return multiply_tile<Panel, 4>(panel, t);
+  if (rows == 3) return multiply_tile<Panel, 3>(panel, t);
+  if (rows == 2) return multiply_tile<Panel, 2>(panel, t);
+  multiply_tile<Panel, 1>(panel, t);
 }
 
-// Sixteen rows of the weight on their way through the columns.
+// kTileWidth rows of the weight on their way through the columns.
 template <class Codec, class Panel>
 class PanelReader {
  public:
@@ -162,8 +192,8 @@ class PanelReader {
   static constexpr int64_t kCols = kPanelBlocks * kBlockCols;
 
   void begin(const PackedView& w, const Activations& x, int64_t row, void* scratch) {
-    OperandRange ranges[16];
-    for (int64_t i = 0; i < 16; ++i) {
+    OperandRange ranges[kTileWidth];
+    for (int64_t i = 0; i < kTileWidth; ++i) {
       const int64_t r = row + i < w.rows ? row + i : w.rows - 1;
       rows_[i] = w.codes + r * w.row_bytes;
       if (i == 0 || has_own_levels(w)) {
@@ -174,10 +204,10 @@ class PanelReader {
       }
     }
     weights_ = static_cast<uint8_t*>(scratch);
-    factor_ = reinterpret_cast<float*>(weights_ + 16 * kPanelBlocks * Panel::kLaneBytes);
-    shift_ = factor_ + 16 * x.units;
+    factor_ = reinterpret_cast<float*>(weights_ + kTileWidth * kPanelBlocks * Panel::kLaneBytes);
+    shift_ = factor_ + kTileWidth * x.units;
     shifted_ = has_shift<Codec::kBits>(w, ranges[0].offset);
-    shifted_ ? load_units<true>(w, x, row, ranges) : load_units<false>(w, x, row, ranges);
+    for (int64_t j = 0; j < kTileWidth; j += 16) load_panel_units(w, x, row, j, ranges + j);
   }
 
   // Takes the codes of the columns [col, col + kCols).
@@ -187,74 +217,89 @@ class PanelReader {
     const int64_t first = col / kBlockCols;
     const int64_t end = first + kPanelBlocks < blocks ? first + kPanelBlocks : blocks;
     uint8_t* to = weights_;
-    for (int64_t b = first; b < end; ++b, to += 16 * Panel::kLaneBytes) {
-      // What comes next is asked for: into the first cache what the next turn takes, into the
-      // second the next panel. Neither need exist.
-      const int64_t far = 16 * w.row_bytes + 64 * b;
-      const int64_t near =
-          b + kPanelBlocks < blocks ? 64 * (b + kPanelBlocks) : far - 64 * (blocks - kPanelBlocks);
-      if (b < whole) {
-        const auto load = [&](int i) {
-          prefetch(rows_[i] + near);
-          prefetch_far(rows_[i] + far);
-          return load_stored<Codec>(w, rows_[i], b);
-        };
-        Panel::place(load, codecs_, to);
-      } else {
-        Panel::place([&](int i) { return load_stored_tail<Codec>(w, rows_[i], b); }, codecs_, to);
+    for (int64_t b = first; b < end; ++b, to += 16 * kTilePanels * Panel::kLaneBytes) {
+      // What the next turn takes is asked for into the first cache. It need not exist.
+      const int64_t near = b + kPanelBlocks < blocks
+                               ? 64 * (b + kPanelBlocks)
+                               : kTileWidth * w.row_bytes + 64 * (b + kPanelBlocks - blocks);
+      for (int j = 0; j < kTilePanels; ++j) {
+        const uint8_t* const* rows = rows_ + 16 * j;
+        uint8_t* place = to + j * Panel::kLaneBytes;
+        if (b < whole) {
+          const auto load = [&](int i) {
+            prefetch(rows[i] + near);
+            if (Codec::kBits == 3 && b % 2 == 0) prefetch(rows[i] + w.plane_bytes + near / 2);
+            return load_stored<Codec>(w, rows[i], b);
+          };
+          Panel::place(load, codecs_ + 16 * j, place);
+        } else {
+          const auto load = [&](int i) { return load_stored_tail<Codec>(w, rows[i], b); };
+          Panel::place(load, codecs_ + 16 * j, place);
+        }
       }
     }
   }
 
-  // y[i, 0..16) += for rows [m, m + result) of x and the columns that were read.
-  int64_t multiply(const Activations& x, int64_t col, int64_t m, float* y) const {
+  // y[i, 0..kTileWidth) += for rows [m, m + result) of x and the columns that were read.
+  int64_t multiply(const PackedView& w, const Activations& x, int64_t col, int64_t m,
+                   float* y) const {
     const int64_t first = col / x.unit, slab_bytes = x.layout->block_bytes;
+    const int64_t units = ((x.cols - col < kCols ? x.cols - col : kCols) + x.unit - 1) / x.unit;
+    // The next panels are asked for into the second cache, byte after byte as they lie: as many as
+    // this turn took, by its first tiles, a few at a time. (All at once would keep other loads
+    // waiting.)
+    constexpr int64_t kVectorBytes = Codec::kBits == 3 ? 96 : 64;
+    const int64_t vectors = kTileWidth * ((units * x.unit + kBlockCols - 1) / kBlockCols);
+    const int64_t lines = vectors * kVectorBytes / 64;
+    const int64_t asking = x.rows < 4 * kTileRows ? x.rows : 4 * kTileRows;
+    const int64_t rows = next_tile(x.rows - m);
+    const auto asked = [&](int64_t done) {
+      return lines * (done < asking ? done : asking) / asking;
+    };
     const Tile t = {
         .weights = weights_,
-        .factor = factor_ + 16 * first,
-        .shift = shifted_ ? shift_ + 16 * first : nullptr,
+        .factor = factor_ + kTileWidth * first,
+        .shift = shifted_ ? shift_ + kTileWidth * first : nullptr,
         .x = x.data + (col / 64 * x.rows + m) * slab_bytes,
         .x_stride = x.rows * slab_bytes,
         .scale = x.scale + m * x.units + first,
         .sum = x.sum + m * x.units + first,
         .x_units = x.units,
-        .units = ((x.cols - col < kCols ? x.cols - col : kCols) + x.unit - 1) / x.unit,
+        .units = units,
         .unit = x.unit,
-        .y = y + 16 * m,
+        .y = y + kTileWidth * m,
+        .ahead =
+            rows_[0] + kTileWidth * (w.row_bytes + col / kBlockCols * kVectorBytes) + 64 * asked(m),
+        .lines = (asked(m + rows) - asked(m) + units - 1) / units,
     };
-    return multiply_largest_tile(Panel{codecs_[0]}, t, x.rows - m);
+    multiply_next_tile(Panel{codecs_[0]}, t, rows);
+    return rows;
   }
 
  private:
-  // Factors and shifts [units][16].
-  template <bool kShifted>
-  void load_units(const PackedView& w, const Activations& x, int64_t row,
-                  const OperandRange* ranges) {
-    const int64_t units = x.units;
-    float* factors_of = shift_ + 16 * units;  // [16][units]
-    float* shifts_of = factors_of + 16 * units;
-    for (int64_t i = 0; i < 16; ++i) {
-      for_each_unit<Codec::kBits, kShifted>(w, row + i < w.rows ? row + i : w.rows - 1, x.unit,
-                                            units, ranges[i], [&](int64_t u, F factors, F shifts) {
-                                              store(factors_of + i * units + u, factors);
-                                              if constexpr (kShifted)
-                                                store(shifts_of + i * units + u, shifts);
-                                            });
-    }
+  // Factors and shifts of sixteen rows from row + j: [units][kTileWidth], from column j.
+  void load_panel_units(const PackedView& w, const Activations& x, int64_t row, int64_t j,
+                        const OperandRange* ranges) {
+    const int64_t units = x.units, left = w.rows - row - j;
+    const int64_t n = left < 1 ? 1 : left < 16 ? left : 16;  // rows that do not exist repeat others
+    float* factors = shift_ + kTileWidth * units;            // [16][units]
+    float* shifts = factors + 16 * units;
+    load_units<Codec::kBits>(w, left < 1 ? w.rows - 1 : row + j, n, x.unit, units, ranges,
+                             shifts + 16 * units, factors, shifted_ ? shifts : nullptr);
     const auto transpose_to = [&](const float* from, float* to) {
       for (int64_t u = 0; u < units; u += 16) {
         I block[16];
-        for (int i = 0; i < 16; ++i) block[i] = load_i(from + i * units + u);
+        for (int64_t i = 0; i < 16; ++i) block[i] = load_i(from + (i < n ? i : 0) * units + u);
         transpose(block);
-        for (int i = 0; i < 16; ++i) store_i(to + (u + i) * 16, block[i]);
+        for (int i = 0; i < 16; ++i) store_i(to + (u + i) * kTileWidth + j, block[i]);
       }
     };
-    transpose_to(factors_of, factor_);
-    if constexpr (kShifted) transpose_to(shifts_of, shift_);
+    transpose_to(factors, factor_);
+    if (shifted_) transpose_to(shifts, shift_);
   }
 
-  Codec codecs_[16];
-  const uint8_t* rows_[16];
+  Codec codecs_[kTileWidth];
+  const uint8_t* rows_[kTileWidth];
   uint8_t* weights_;
   float *factor_, *shift_;
   bool shifted_;
@@ -267,7 +312,7 @@ static void multiply_panel_as(const PackedView& w, const Activations& x, int64_t
   panel.begin(w, x, row, scratch);
   for (int64_t col = 0; col < w.cols; col += PanelReader<Codec, Panel>::kCols) {
     panel.read(w, col);
-    for (int64_t m = 0; m < x.rows;) m += panel.multiply(x, col, m, y);
+    for (int64_t m = 0; m < x.rows;) m += panel.multiply(w, x, col, m, y);
   }
 }
 

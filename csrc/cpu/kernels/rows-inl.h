@@ -1,142 +1,233 @@
-// The product of a few rows of activations with rows of a weight, one after another: a stream of
+// The product of a few rows of activations with rows of a weight, one or two at a time: a stream of
 // memory. Included by each target.
 
-// Several rows of activations no longer fit the first cache beside that stream; two rows of the
-// weight, read in turn, halve what is loaded of them.
-template <int kX>
-constexpr int kRowsTogether = kX == 1 ? 1 : 2;
+template <Operand kOperand>
+constexpr int kPartBytes = kOperand == Operand::kTwoBytes ? 128 : 64;
 
-// Bytes of a row of activations in a block.
-template <class Codec, Operand kOperand>
-constexpr int kBlockBytes = 16 * kColsPerLane<Codec::kBits>*(kOperand == Operand::kBytes ? 1 : 2);
-
-// sum[j][i] = the integer product of a block of row j of the weight and row i of x [kX, bytes].
-template <class Codec, Operand kOperand, int kX, int kW>
-[[gnu::always_inline]] static inline void block_products(const Codec* codecs, const Stored* codes,
+// sum[j][i] = the integer product of a block of row j of the weight and row i of x.
+// `codes`: [kW][kTurned], turned; `x`: [kX][kTurned][parts].
+template <class Codec, Operand kOperand, int kTurned, int kX, int kW>
+[[gnu::always_inline]] static inline void block_products(const Codec* const* codecs,
+                                                         const Stored (*codes)[kTurned],
                                                          const uint8_t* x, I (*sum)[kX]) {
-  for (int j = 0; j < kW; ++j)
-    for (int i = 0; i < kX; ++i) sum[j][i] = zero_i();
-  if constexpr (kOperand == Operand::kTwoBytes) {
-    static_assert(kX == 1 && kW == 1);
-    I low = zero_i();
+  constexpr bool kTwo = kOperand == Operand::kTwoBytes;
+  // A product takes four cycles: few sums would wait for themselves. Two bytes have two anyway.
+  constexpr int kChains = kTwo || kX <= 2 ? 2 : 1;
+  constexpr int kPart = kPartBytes<kOperand>;
+  I sums[kChains][kW][kX];
+#pragma GCC unroll 2
+  for (int c = 0; c < kChains; ++c)
+    for (int j = 0; j < kW; ++j)
+      for (int i = 0; i < kX; ++i) sums[c][j][i] = zero_i();
+#pragma GCC unroll 4
+  for (int t = 0; t < kTurned; ++t) {
 #pragma GCC unroll 8
     for (int p = 0; p < Codec::kParts; ++p) {
-      const I w = codecs->part(*codes, p);
-      sum[0][0] = dot_bytes<Codec::kSmall>(sum[0][0], w, load_i(x + 128 * p));
-      low = dot_bytes<Codec::kSmall>(low, w, load_i(x + 128 * p + 64));
-    }
-    sum[0][0] = add_i(shift_left_i(sum[0][0], 8), low);
-    return;
-  }
-#pragma GCC unroll 8
-  for (int p = 0; p < Codec::kParts; ++p) {
-    I w[kW];
-    for (int j = 0; j < kW; ++j) w[j] = codecs[j].part(codes[j], p);
+      I w[kW];
+#pragma GCC unroll 2
+      for (int j = 0; j < kW; ++j) w[j] = codecs[j]->part(codes[j][t], p);
 #pragma GCC unroll 4
-    for (int i = 0; i < kX; ++i) {
-      const uint8_t* of = x + i * kBlockBytes<Codec, kOperand> + 64 * p;
-      if constexpr (kW == 2) {
-        dot_twice<kOperand == Operand::kWords, Codec::kSmall>(&sum[0][i], &sum[1][i], w[0], w[1],
-                                                              of);
-      } else if constexpr (kOperand == Operand::kWords) {
-        sum[0][i] = dot_words(sum[0][i], w[0], load_i(of));
-      } else {
-        sum[0][i] = dot_bytes<Codec::kSmall>(sum[0][i], w[0], load_i(of));
-      }
-    }
-  }
-}
-
-// The CPU follows a stream by itself, but not over the end of a page, nor two streams in turn (the
-// planes of 3-bit codes, two rows). A page ahead is time enough for the page table to be walked.
-// Of `together` rows each goes on where all of them have ended.
-template <class Codec>
-[[gnu::always_inline]] static inline void ask_ahead(const PackedView& w, const uint8_t* row,
-                                                    int64_t block, int together) {
-  constexpr int64_t kPage = 4096;
-  const int64_t at = 64 * block + kPage;
-  prefetch_far(row + at + (at >= w.row_bytes ? (together - 1) * w.row_bytes : 0));
-  if (Codec::kBits == 3 && block % 2 == 0) prefetch_far(row + w.plane_bytes + 32 * block + kPage);
-}
-
-// y[i * ldy + r - begin] += for the rows [begin, end) of w and the kX rows of x.
-// `factor`: kX * kRowsTogether * units + 16 floats.
-template <class Codec, Operand kOperand, bool kShifted, int kX>
-static void multiply_rows_with(const PackedView& w, const Activations& x, int64_t begin,
-                               int64_t end, float* factor, float* y, int64_t ldy) {
-  constexpr int kW = kRowsTogether<kX>;
-  const int64_t units = x.units, units_per_block = x.layout->block_cols / x.unit;
-  const int64_t whole = whole_blocks<Codec>(w), blocks = x.blocks;
-  int32_t unit_of_lane[16];
-  for (int64_t i = 0; i < 16; ++i)
-    unit_of_lane[i] = static_cast<int32_t>(i * kColsPerLane<Codec::kBits> / x.unit);
-  const I lanes = load_i(unit_of_lane);
-  Codec codecs[kW];
-  OperandRange range = codecs[0].prepare(w, begin);
-  for (int j = 1; j < kW; ++j) codecs[j] = codecs[0];
-  for (int64_t r = begin; r < end; r += kW) {
-    F sum[kW][kX];
-    const uint8_t* rows[kW];
-    for (int j = 0; j < kW; ++j) {
-      const int64_t row = r + j < end ? r + j : r;
-      rows[j] = w.codes + row * w.row_bytes;
-      if (has_own_levels(w)) range = codecs[j].prepare(w, row);
-      for (int i = 0; i < kX; ++i) sum[j][i] = zero();
-      // Sixteen units of each product, then the next sixteen.
-      for_each_unit<Codec::kBits, kShifted>(
-          w, row, x.unit, units, range, [&](int64_t u, F factors, F shifts) {
-            for (int i = 0; i < kX; ++i) {
-              store(factor + u * kW * kX + (j * kX + i) * 16,
-                    mul(factors, load(x.scale + i * units + u)));
-              if constexpr (kShifted)
-                sum[j][i] = sub(sum[j][i], mul(shifts, load(x.sum + i * units + u)));
-            }
-          });
-    }
-    const auto take = [&](const Stored* codes, int64_t b) {
-      I products[kW][kX];
-      block_products<Codec, kOperand, kX, kW>(
-          codecs, codes, x.data + b * kX * kBlockBytes<Codec, kOperand>, products);
-      const int64_t u = b * units_per_block;
-      const float* of_block = factor + u / 16 * 16 * kW * kX + u % 16;
-      for (int j = 0; j < kW; ++j) {
-        for (int i = 0; i < kX; ++i) {
-          const F factors = lookup(load(of_block + (j * kX + i) * 16), lanes);
-          sum[j][i] = fma(to_float(products[j][i]), factors, sum[j][i]);
+      for (int i = 0; i < kX; ++i) {
+        const uint8_t* of = x + (i * kTurned + t) * Codec::kParts * kPart + p * kPart;
+#pragma GCC unroll 2
+        for (int plane = 0; plane < (kTwo ? 2 : 1); ++plane) {
+          constexpr bool kWords = kOperand == Operand::kWords;
+          auto& to = sums[kTwo ? plane : (t * Codec::kParts + p) % kChains];
+          if constexpr (kW == 2) {
+            dot_twice<kWords, Codec::kSmall>(&to[0][i], &to[1][i], w[0], w[1], of + 64 * plane);
+          } else if constexpr (kWords) {
+            to[0][i] = dot_words(to[0][i], w[0], load_i(of));
+          } else {
+            to[0][i] = dot_bytes<Codec::kSmall>(to[0][i], w[0], load_i(of + 64 * plane));
+          }
         }
       }
-    };
-    Stored codes[kW];
-    int64_t b = 0;
-    for (; b < whole; ++b) {
-      for (int j = 0; j < kW; ++j) {
-        ask_ahead<Codec>(w, rows[j], b, kW);
-        codes[j] = load_stored<Codec>(w, rows[j], b);
+    }
+  }
+#pragma GCC unroll 2
+  for (int j = 0; j < kW; ++j) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kX; ++i) {
+      const I first = kTwo ? shift_left_i(sums[0][j][i], 8) : sums[0][j][i];
+      sum[j][i] = kChains == 1 ? first : add_i(first, sums[kChains - 1][j][i]);
+    }
+  }
+}
+
+// How far ahead of a row codes are asked for: some two pages, in time for the page table to be
+// walked, and whole turns of kRowsTogether rows, so that every line is asked for once. The CPU does
+// not see by itself that two rows are streams, and not beyond the end of a page.
+static inline int64_t bytes_ahead(const PackedView& w) {
+  constexpr int64_t kFar = 8192;
+  const int64_t turn = kRowsTogether * w.row_bytes;
+  return turn >= kFar ? turn : kFar / turn * turn;
+}
+
+// A block of kW rows of a weight from vector `first` on, turned. What is asked for need not exist.
+template <class Codec, int kTurned, int kW>
+[[gnu::always_inline]] static inline void load_block(const PackedView& w,
+                                                     const uint8_t* const* rows, int64_t first,
+                                                     int64_t ahead, Stored (*codes)[kTurned]) {
+#pragma GCC unroll 2
+  for (int j = 0; j < kW; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTurned; ++v) {
+      const int64_t vector = first + v;
+      prefetch(rows[j] + ahead + 64 * vector);
+      if (Codec::kBits == 3 && vector % 2 == 0)
+        prefetch(rows[j] + ahead + w.plane_bytes + 32 * vector);
+      codes[j][v] = load_stored<Codec>(w, rows[j], vector);
+    }
+    turn<Codec, kTurned>(codes[j]);
+  }
+}
+// The last one of a row.
+template <class Codec, int kTurned, int kW>
+static inline void load_last_block(const PackedView& w, const uint8_t* const* rows, int64_t first,
+                                   Stored (*codes)[kTurned]) {
+  constexpr int64_t kCols = 16 * kColsPerLane<Codec::kBits>;
+  const int64_t whole = w.cols / kCols, vectors = (w.cols + kCols - 1) / kCols;
+  for (int j = 0; j < kW; ++j) {
+    for (int v = 0; v < kTurned; ++v) {
+      const int64_t at = first + v;
+      codes[j][v] = at < whole     ? load_stored<Codec>(w, rows[j], at)
+                    : at < vectors ? load_stored_tail<Codec>(w, rows[j], at)
+                                   : Stored{zero_i(), zero_i()};
+    }
+    turn<Codec, kTurned>(codes[j]);
+  }
+}
+
+// What the walk needs besides the weight and the activations, in scratch.
+struct RowWalk {
+  I unit_of_lane;  // within a block
+  float* x_scale;  // [blocks][rows of x][16], by lanes
+  float* sums;     // [kRunRows][rows of x][16]
+  float* factors;  // [kRunRows][units]
+  float* shifts;   // likewise, or null
+  float* decoded;
+};
+
+// y[i * ldy + r] += for the `n` rows of w from `row`, r < n, and the kX rows of x.
+template <class Codec, Operand kOperand, int kTurned, int kX>
+[[gnu::noinline]] static void multiply_run(const Codec* codecs, const PackedView& w,
+                                           const Activations& x, const RowWalk& walk, int64_t row,
+                                           int64_t n, float* y, int64_t ldy) {
+  constexpr int kW = kRowsTogether;
+  constexpr int kBlockBytes = kTurned * Codec::kParts * kPartBytes<kOperand>;
+  // So many blocks at a time that activations stay in the first cache while the run passes.
+  constexpr int64_t kCache = 32768;
+  constexpr int64_t kChunk = kX * kBlockBytes > kCache ? 1 : kCache / (kX * kBlockBytes);
+  const int64_t ahead = bytes_ahead(w);
+  const int64_t units_per_block = x.layout->block_cols / x.unit;
+  const int64_t whole = whole_blocks<Codec>(w) / kTurned;
+  for (int64_t r = 0; r < n; ++r) {
+    for (int i = 0; i < kX; ++i) {
+      F sum = zero();
+      for (int64_t u = 0; walk.shifts && u < x.units; u += 16) {
+        sum = fma(load(walk.shifts + r * x.units + u), load(x.sum + i * x.units + u), sum);
       }
-      take(codes, b);
+      store(walk.sums + (r * kX + i) * 16, sum);
     }
-    if (b < blocks) {
-      for (int j = 0; j < kW; ++j) codes[j] = load_stored_tail<Codec>(w, rows[j], b);
-      take(codes, b);
+  }
+  for (int64_t chunk = 0; chunk < x.blocks; chunk += kChunk) {
+    const int64_t end = chunk + kChunk < x.blocks ? chunk + kChunk : x.blocks;
+    for (int64_t r = 0; r < n; r += kW) {
+      const Codec* of_rows[kW];
+      const uint8_t* rows[kW];
+      const float* factors[kW];
+      float* sums[kW];
+      float unused[16 * kX];
+      for (int j = 0; j < kW; ++j) {
+        const int64_t at = r + j < n ? r + j : r;
+        of_rows[j] = codecs + (has_own_levels(w) ? at : 0);
+        rows[j] = w.codes + (row + at) * w.row_bytes;
+        factors[j] = walk.factors + at * x.units;
+        sums[j] = r + j < n ? walk.sums + at * kX * 16 : unused;
+      }
+      for (int64_t b = chunk; b < end; ++b) {
+        Stored codes[kW][kTurned];
+        if (b < whole) {
+          load_block<Codec, kTurned, kW>(w, rows, b * kTurned, ahead, codes);
+        } else {
+          load_last_block<Codec, kTurned, kW>(w, rows, b * kTurned, codes);
+        }
+        I products[kW][kX];
+        block_products<Codec, kOperand, kTurned, kX, kW>(of_rows, codes,
+                                                         x.data + b * kX * kBlockBytes, products);
+#pragma GCC unroll 2
+        for (int j = 0; j < kW; ++j) {
+          const F scale = lookup(load(factors[j] + b * units_per_block), walk.unit_of_lane);
+#pragma GCC unroll 4
+          for (int i = 0; i < kX; ++i) {
+            const F both = mul(scale, load(walk.x_scale + (b * kX + i) * 16));
+            store(sums[j] + 16 * i, fma(to_float(products[j][i]), both, load(sums[j] + 16 * i)));
+          }
+        }
+      }
     }
-    for (int j = 0; j < kW && r + j < end; ++j)
-      for (int i = 0; i < kX; ++i) y[i * ldy + r + j - begin] += reduce_add(sum[j][i]);
+  }
+  for (int64_t r = 0; r < n; ++r)
+    for (int i = 0; i < kX; ++i) y[i * ldy + r] += reduce_add(load(walk.sums + (r * kX + i) * 16));
+}
+
+// y[i * ldy + r - begin] += for the rows [begin, end) of w.
+template <class Codec, Operand kOperand, int kTurned>
+static inline void multiply_rows_as(const PackedView& w, const Activations& x, int64_t begin,
+                                    int64_t end, void* scratch, float* y, int64_t ldy) {
+  Codec codecs[kRunRows];
+  OperandRange ranges[kRunRows];
+  ranges[0] = codecs[0].prepare(w, begin);
+  for (int j = 1; j < kRunRows; ++j) ranges[j] = ranges[0];
+  RowWalk walk;
+  walk.x_scale = static_cast<float*>(scratch);
+  walk.sums = walk.x_scale + x.blocks * x.rows * 16;
+  walk.factors = walk.sums + kRunRows * x.rows * 16;
+  walk.decoded = walk.factors + 2 * unit_floats(x, kRunRows);
+  walk.shifts = has_shift<Codec::kBits>(w, ranges[0].offset)
+                    ? walk.factors + unit_floats(x, kRunRows)
+                    : nullptr;
+  int32_t unit_of_lane[16];
+  for (int i = 0; i < 16; ++i)
+    unit_of_lane[i] = static_cast<int32_t>(x.layout->first_col_of_lane[i] / x.unit);
+  walk.unit_of_lane = load_i(unit_of_lane);
+  const int64_t units_per_block = x.layout->block_cols / x.unit;
+  for (int64_t b = 0; b < x.blocks; ++b) {
+    for (int64_t i = 0; i < x.rows; ++i) {
+      const F scales =
+          load_part(x.scale + i * x.units + b * units_per_block, static_cast<int>(units_per_block));
+      store(walk.x_scale + (b * x.rows + i) * 16, lookup(scales, walk.unit_of_lane));
+    }
+  }
+  for (int64_t row = begin; row < end; row += kRunRows) {
+    const int64_t n = end - row < kRunRows ? end - row : kRunRows;
+    if (has_own_levels(w))
+      for (int64_t j = 0; j < n; ++j) ranges[j] = codecs[j].prepare(w, row + j);
+    load_units<Codec::kBits>(w, row, n, x.unit, x.units, ranges, walk.decoded, walk.factors,
+                             walk.shifts);
+    ask_for_units(w, row + kRunRows, kRunRows);
+    const auto multiply = [&](auto rows) {
+      multiply_run<Codec, kOperand, kTurned, decltype(rows)::value>(codecs, w, x, walk, row, n,
+                                                                    y + row - begin, ldy);
+    };
+    if constexpr (kWalkedRows > 1 && kOperand != Operand::kTwoBytes) {
+      if (x.rows == 2) multiply(Count<2>());
+      if (x.rows == 3) multiply(Count<3>());
+      if (x.rows == 4) multiply(Count<4>());
+    }
+    if (x.rows == 1) multiply(Count<1>());
   }
 }
 
 template <class Codec, Operand kOperand>
-static inline void multiply_rows_as(const PackedView& w, const Activations& x, int64_t begin,
-                                    int64_t end, float* factor, float* y, int64_t ldy) {
-  const bool shifted = has_shift<Codec::kBits>(w, Codec().prepare(w, begin).offset);
-  const auto multiply = [&](auto rows) {
-    constexpr int kX = decltype(rows)::value;
-    (shifted ? multiply_rows_with<Codec, kOperand, true, kX>
-             : multiply_rows_with<Codec, kOperand, false, kX>)(w, x, begin, end, factor, y, ldy);
-  };
-  if (x.rows == 1) return multiply(Count<1>());
-  if constexpr (kWalkedRows > 1 && kOperand != Operand::kTwoBytes) {
-    if (x.rows == 2) return multiply(Count<2>());
-    if (x.rows == 3) return multiply(Count<3>());
-    multiply(Count<4>());
+static inline void multiply_rows_of(const PackedView& w, const Activations& x, int64_t begin,
+                                    int64_t end, void* scratch, float* y, int64_t ldy) {
+  const int turned = x.layout->turned;
+  if constexpr (Codec::kBits <= 3) {
+    if (turned == 1) return multiply_rows_as<Codec, kOperand, 1>(w, x, begin, end, scratch, y, ldy);
   }
+  if constexpr (Codec::kBits <= 4) {
+    if (turned == 2) return multiply_rows_as<Codec, kOperand, 2>(w, x, begin, end, scratch, y, ldy);
+  }
+  multiply_rows_as<Codec, kOperand, 4>(w, x, begin, end, scratch, y, ldy);
 }

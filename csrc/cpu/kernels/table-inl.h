@@ -27,18 +27,18 @@ static inline void with_codec(const PackedView& w, Operand operand, const Take& 
 }
 
 static void multiply_rows(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
-                          float* scratch, float* y, int64_t ldy) {
+                          void* scratch, float* y, int64_t ldy) {
   const Operand operand = x.layout->operand;
   with_codec(w, operand, [&](auto codec) {
     using Codec = decltype(codec);
     if constexpr (Codec::kWords) {
-      multiply_rows_as<Codec, Operand::kWords>(w, x, begin, end, scratch, y, ldy);
+      multiply_rows_of<Codec, Operand::kWords>(w, x, begin, end, scratch, y, ldy);
     } else {
       if constexpr (!Codec::kTable) {
         if (operand == Operand::kTwoBytes)
-          return multiply_rows_as<Codec, Operand::kTwoBytes>(w, x, begin, end, scratch, y, ldy);
+          return multiply_rows_of<Codec, Operand::kTwoBytes>(w, x, begin, end, scratch, y, ldy);
       }
-      multiply_rows_as<Codec, Operand::kBytes>(w, x, begin, end, scratch, y, ldy);
+      multiply_rows_of<Codec, Operand::kBytes>(w, x, begin, end, scratch, y, ldy);
     }
   });
 }
@@ -69,6 +69,7 @@ const KernelTable table = {
     .quantize_activations = quantize_activations,
     .walked_rows = kWalkedRows,
     .multiply_rows = multiply_rows,
+    .panel_rows = kTileWidth,
     .multiply_panel = multiply_panel,
     .add_outliers = add_outliers,
     .dot_codes = dot_codes,

@@ -1,4 +1,5 @@
-// Scales and zero points per unit of columns, sixteen at a time. Included by each target.
+// Scales and zero points per unit of columns, for sixteen rows of a weight at a time: their scales
+// are stored one after the other, so they are decoded in one run. Included by each target.
 
 // Whether operands with this offset leave anything to subtract.
 template <int Bits>
@@ -9,41 +10,109 @@ static inline bool has_shift(const PackedView& view, float offset) {
   return point[0] + offset != 0.0f;
 }
 
-// For sixteen units of a row at a time, take(first unit, factors, shifts): a unit's share of the
-// product is factor * (integer product) - shift * (sum of its q). `kShifted` says whether shifts
-// are wanted. Lanes beyond the row's units hold anything finite.
-template <int Bits, bool kShifted, class Take>
-static inline void for_each_unit(const PackedView& view, int64_t row, int64_t unit, int64_t units,
-                                 const OperandRange& range, const Take& take) {
-  const int64_t per_group =
-      view.groups == 1 ? (view.cols + unit - 1) / unit : view.group_size / unit;
-  const int64_t at = row * view.scale_row_stride;
-  const F by = set1(range.factor);
-  F iota = zero(), inverse = zero();
-  if (per_group > 1) {
-    float lanes[16];
-    for (int i = 0; i < 16; ++i) lanes[i] = static_cast<float>(i) + 0.5f;
-    iota = load(lanes);
-    inverse = set1(1.0f / static_cast<float>(per_group));
+// out[i] = the scale at + i, i < count, and zeros up to a whole vector and three more.
+static inline void load_scales(const PackedView& view, int64_t at, int64_t count, float* out) {
+  int64_t i = 0;
+  if (view.scale_kind == ScaleKind::kDoubleQuant && count >= 32) {
+    const WideTable map = wide_table(kDynamicMap);
+    const uint8_t* codes = static_cast<const uint8_t*>(view.scale) + at;
+    const F offset = set1(view.scale_offset);
+    for (; i + 32 <= count; i += 32) {
+      F value[2];
+      lookup_wide(map, codes + i, value);
+      for (int half = 0; half < 2; ++half) {
+        const int64_t first = at + i + 16 * half, block = first / kDoubleQuantBlock;
+        F absmax = set1(view.scale_absmax[block]);
+        if ((first + 15) / kDoubleQuantBlock != block) {
+          const float next = view.scale_absmax[block + 1];
+          float each[16];
+          for (int lane = 0; lane < 16; ++lane)
+            each[lane] =
+                (first + lane) / kDoubleQuantBlock == block ? view.scale_absmax[block] : next;
+          absmax = load(each);
+        }
+        store(out + i + 16 * half, add(mul(value[half], absmax), offset));
+      }
+    }
   }
-  for (int64_t group = 0; group < view.groups; group += 16) {
-    const int n = static_cast<int>(view.groups - group < 16 ? view.groups - group : 16);
-    const F factors = mul(scales_of(view, at + group, n), by);
-    F shifts = zero();
-    if constexpr (kShifted) {
-      shifts = mul(factors, add(zeros_of<Bits>(view, row, group, n), set1(range.offset)));
+  for (; i < count; i += 16)
+    store_part(out + i, scales_of(view, at + i, static_cast<int>(count - i < 16 ? count - i : 16)),
+               static_cast<int>(count - i < 16 ? count - i : 16));
+  for (int64_t end = count + 64; count < end; count += 16) store(out + count, zero());
+}
+
+// to[u] = of[u / per_group] for the units [0, units) of a row, in whole vectors.
+static inline void spread_over_units(const float* of, int64_t per_group, int64_t groups,
+                                     int64_t units, float* to) {
+  if (per_group == 1) {
+    for (int64_t u = 0; u < units; u += 16) store(to + u, load(of + u));
+    return;
+  }
+  if (groups == 1) {
+    for (int64_t u = 0; u < units; u += 16) store(to + u, set1(of[0]));
+    return;
+  }
+  // (u + 0.5) / per_group, rounded down, is the group of a unit; the half keeps rounding away from
+  // the edges.
+  float halves[16];
+  for (int i = 0; i < 16; ++i) halves[i] = static_cast<float>(i) + 0.5f;
+  const F iota = load(halves), inverse = set1(1.0f / static_cast<float>(per_group));
+  for (int64_t u = 0; u < units; u += 16) {
+    const int64_t group = u / per_group;
+    const F past = set1(static_cast<float>(u - group * per_group));
+    const I at = to_int(mul(add(iota, past), inverse));
+    store(to + u, lookup(load(of + (group < groups ? group : 0)), at));
+  }
+}
+
+// Has what load_units will read of the rows from `row` on brought near, far ahead of that.
+static inline void ask_for_units(const PackedView& view, int64_t row, int64_t rows) {
+  if (view.scale_row_stride == 0 || row >= view.rows) return;
+  const auto ask = [](const void* from, int64_t begin, int64_t bytes) {
+    const uint8_t* first = static_cast<const uint8_t*>(from) + begin;
+    for (int64_t at = 0; at < bytes; at += 64) prefetch_far(first + at);
+  };
+  const int64_t width = view.scale_kind == ScaleKind::kFp32   ? 4
+                        : view.scale_kind == ScaleKind::kFp16 ? 2
+                                                              : 1;
+  ask(view.scale, row * view.groups * width, rows * view.groups * width);
+  if (view.scale_kind == ScaleKind::kDoubleQuant)
+    prefetch_far(view.scale_absmax + row * view.groups / kDoubleQuantBlock);
+  if (view.zero_kind == Zero::kFloat) ask(view.zero, row * view.groups * 2, rows * view.groups * 2);
+  if (view.zero_kind == Zero::kInt)
+    ask(view.zero, row * view.zero_row_bytes, rows * view.zero_row_bytes);
+}
+
+// Of `rows` rows of a weight from `row`: a unit's share of the product is
+//   factor * (integer product) + shift * (sum of its q).
+// factors, shifts (null where none are wanted): [rows][units]; those beyond a row's end are finite.
+// `ranges`: of each row; `decoded`: unit_scratch floats.
+template <int Bits>
+static inline void load_units(const PackedView& view, int64_t row, int64_t rows, int64_t unit,
+                              int64_t units, const OperandRange* ranges, float* decoded,
+                              float* factors, float* shifts) {
+  const int64_t groups = view.groups;
+  const int64_t per_group = groups == 1 ? units : view.group_size / unit;
+  const bool of_tensor = view.scale_row_stride == 0;
+  load_scales(view, row * view.scale_row_stride, of_tensor ? 1 : rows * groups, decoded);
+  for (int64_t j = 0; j < rows; ++j) {
+    float* factor = factors + j * units;
+    spread_over_units(decoded + (of_tensor ? 0 : j * groups), per_group, groups, units, factor);
+    const F by = set1(ranges[j].factor);
+    for (int64_t u = 0; u < units; u += 16) store(factor + u, mul(load(factor + u), by));
+  }
+  if (!shifts) return;
+  for (int64_t j = 0; j < rows; ++j) {
+    float *factor = factors + j * units, *shift = shifts + j * units;
+    for (int64_t group = 0; group < groups + 64; group += 16) {
+      const int64_t left = groups - group;
+      store(decoded + group, left <= 0 ? zero()
+                                       : zeros_of<Bits>(view, row + j, group,
+                                                        static_cast<int>(left < 16 ? left : 16)));
     }
-    if (per_group == 1) {
-      take(group, factors, shifts);
-      continue;
-    }
-    // (u + lane + 0.5) / per_group, rounded down, is the group of each unit; the half keeps
-    // rounding away from the edges.
-    const int64_t first = group * per_group;
-    for (int64_t u = 0; u < 16 * per_group && first + u < units; u += 16) {
-      const I of = view.groups == 1 ? zero_i()
-                                    : to_int(mul(add(iota, set1(static_cast<float>(u))), inverse));
-      take(first + u, lookup(factors, of), kShifted ? lookup(shifts, of) : shifts);
-    }
+    spread_over_units(decoded, per_group, groups, units, shift);
+    const F offset = set1(-ranges[j].offset);
+    for (int64_t u = 0; u < units; u += 16)
+      store(shift + u, mul(load(factor + u), sub(offset, load(shift + u))));
   }
 }

@@ -1,14 +1,17 @@
 // Integer lanes: what codes and integer products need, as two AVX2 registers; see portable_dot.h
 // for what each name means. Included inside the target's namespace, after avx2.h.
 
+constexpr int kTilePanels = 1;
 constexpr int kTileRows = 4;  // 4 x 2 sums, 2 weights, a broadcast and products fill 16 registers
 constexpr int kWalkedRows = 1;
+constexpr int kRowsTogether = 1;
 constexpr bool kExpandingCosts = true;  // about as much as the products of four rows
 
 static inline I load_i(const void* p) {
   const __m256i* at = static_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
 }
+static inline I load_once(const void* p) { return load_i(p); }
 static inline void store_i(void* p, I x) {
   __m256i* at = static_cast<__m256i*>(p);
   _mm256_storeu_si256(at, x.a);
@@ -119,6 +122,28 @@ static inline void transpose_quad(const __m256i* x, __m256i* t) {
   t[2] = _mm256_unpacklo_epi64(b, d);
   t[3] = _mm256_unpackhi_epi64(b, d);
 }
+template <int kTurned>
+[[gnu::always_inline]] static inline void turn_lanes(I* x) {
+  __m256i left[kTurned], right[kTurned], t[4];
+  for (int i = 0; i < kTurned; ++i) left[i] = x[i].a, right[i] = x[i].b;
+  if constexpr (kTurned == 4) {
+    transpose_quad(left, t);
+    for (int i = 0; i < 4; ++i) x[i].a = t[i];
+    transpose_quad(right, t);
+    for (int i = 0; i < 4; ++i) x[i].b = t[i];
+  } else if constexpr (kTurned == 2) {
+    const auto even = [](__m256i a, __m256i b) {
+      return _mm256_castps_si256(
+          _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
+    };
+    const auto odd = [](__m256i a, __m256i b) {
+      return _mm256_castps_si256(
+          _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0xdd));
+    };
+    x[0] = {even(left[0], left[1]), even(right[0], right[1])};
+    x[1] = {odd(left[0], left[1]), odd(right[0], right[1])};
+  }
+}
 static inline void transpose_eight(const __m256i* x, __m256i* t) {
   __m256i low[4], high[4];
   transpose_quad(x, low);
@@ -143,10 +168,21 @@ static inline F pick(const float* table, const uint8_t* at) {
   const __m256 high = _mm256_set_m128(pick_four(table, at + 12), pick_four(table, at + 8));
   return {low, high};
 }
+struct WideTable {
+  const float* entries;
+};
+static inline WideTable wide_table(const float* entries) { return {entries}; }
+static inline void lookup_wide(const WideTable& table, const uint8_t* at, F* out) {
+  out[0] = pick(table.entries, at);
+  out[1] = pick(table.entries, at + 16);
+}
 
-static inline void place_words(const int32_t* q, const int16_t* order, int64_t n, uint8_t* out) {
-  for (int64_t i = 0; i < n; ++i) {
+static inline void place_words(const int32_t* q, const uint8_t* order, uint8_t* out) {
+  for (int i = 0; i < 64; ++i) {
     const int16_t word = static_cast<int16_t>(q[order[i]]);
     memcpy(out + 2 * i, &word, sizeof word);
   }
+}
+static inline void place_bytes(const int32_t* q, const uint8_t* order, uint8_t* out) {
+  for (int i = 0; i < 64; ++i) out[i] = static_cast<uint8_t>(q[order[i]]);
 }

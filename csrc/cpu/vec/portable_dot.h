@@ -5,7 +5,9 @@
 // Rows of activations in the register tile of a panel's product, and whether expanding codes again
 // for each tile slows it down.
 constexpr int kTileRows = 4;
+constexpr int kTilePanels = 1;
 constexpr int kWalkedRows = 1;
+constexpr int kRowsTogether = 1;  // of the weight, in the walk over rows
 constexpr bool kExpandingCosts = true;
 
 #define BITFOLD_LANES for (int i = 0; i < 16; ++i)
@@ -30,6 +32,8 @@ static inline I load_i(const void* p) {
   memcpy(r.lane, p, sizeof r.lane);
   return r;
 }
+// The same, where many uses shall not be many loads.
+static inline I load_once(const void* p) { return load_i(p); }
 static inline void store_i(void* p, I x) { memcpy(p, x.lane, sizeof x.lane); }
 // The first 32 bytes; anything after them.
 static inline I load_half_i(const void* p) {
@@ -163,6 +167,19 @@ static inline I dot_bytes_with(I sum, I w, const void* p) {
   return dot_bytes<kSmall>(sum, w, broadcast_i(p));
 }
 
+// Inside of each four lanes: with 4 vectors, x[i] lane j becomes x[j] lane i; with 2, the even
+// lanes of both become the first vector (two of x[0], two of x[1]), the odd ones the second; 1
+// stays.
+template <int kTurned>
+static inline void turn_lanes(I* x) {
+  if constexpr (kTurned == 1) return;
+  I t[kTurned];
+  for (int v = 0; v < kTurned; ++v) BITFOLD_LANES {
+      const int at = i % 4 * kTurned / 4, lane = i % 4 * kTurned % 4 + v;
+      t[v].lane[i] = x[at].lane[i / 4 * 4 + lane];
+    }
+  for (int v = 0; v < kTurned; ++v) x[v] = t[v];
+}
 // x[i] lane j becomes x[j] lane i.
 static inline void transpose(I* x) {
   BITFOLD_LANES {
@@ -184,13 +201,26 @@ static inline F pick(const float* table, const uint8_t* at) {
   BITFOLD_LANES r.lane[i] = table[at[i]];
   return r;
 }
+// 32 entries of a table of 256.
+struct WideTable {
+  const float* entries;
+};
+static inline WideTable wide_table(const float* entries) { return {entries}; }
+static inline void lookup_wide(const WideTable& table, const uint8_t* at, F* out) {
+  out[0] = pick(table.entries, at);
+  out[1] = pick(table.entries, at + 16);
+}
 
-// out[i] = q[order[i]] as 16-bit words; n a multiple of 64, the order within [0, n).
-static inline void place_words(const int32_t* q, const int16_t* order, int64_t n, uint8_t* out) {
-  for (int64_t i = 0; i < n; ++i) {
+// out[i] = q[order[i]], i < 64, as 16-bit words or as bytes; the order of bytes leaves none of its
+// sixteen.
+static inline void place_words(const int32_t* q, const uint8_t* order, uint8_t* out) {
+  for (int i = 0; i < 64; ++i) {
     const int16_t word = static_cast<int16_t>(q[order[i]]);
     memcpy(out + 2 * i, &word, sizeof word);
   }
+}
+static inline void place_bytes(const int32_t* q, const uint8_t* order, uint8_t* out) {
+  for (int i = 0; i < 64; ++i) out[i] = static_cast<uint8_t>(q[order[i]]);
 }
 
 #undef BITFOLD_LANES

@@ -15,22 +15,43 @@ constexpr Walk kWalks[] = {Walk::kRows, Walk::kPanels};
 
 // Formats of 2, 3, 4 and 8 bits.
 constexpr const char* kFormats[] = {"int2-row", "nf3", "int4-row", "int8-row"};
-constexpr int64_t kBlockOfRows[] = {256, 256, 128, 64};  // columns in one vector of stored codes
+constexpr int kPerLane[] = {16, 16, 8, 4};  // columns in 32 bits of stored codes
 
-TEST(ActivationLayout, IsAPermutationOfItsBlock) {
+TEST(ActivationLayout, OrdersTheColumnsOfEachLane) {
   for (size_t f = 0; f < 4; ++f) {
     Owned w(format_of(kFormats[f]), 1, 1000);
     for (Operand operand : kOperands) {
       for (Walk walk : kWalks) {
         const ActivationLayout& layout = *describe_activations(w.view(), operand, walk, 1).layout;
         ASSERT_EQ(layout.operand, operand);
-        ASSERT_EQ(layout.block_cols, walk == Walk::kRows ? kBlockOfRows[f] : 64);
+        ASSERT_EQ(layout.block_cols, walk == Walk::kRows ? 64 * kPerLane[f] : 64);
+        EXPECT_LE(layout.block_cols, kMaxBlockCols);
         EXPECT_EQ(layout.block_bytes, layout.block_cols * (operand == Operand::kBytes ? 1 : 2));
-        const std::set<int> seen(layout.order, layout.order + layout.block_cols);
-        EXPECT_EQ(static_cast<int64_t>(seen.size()), layout.block_cols) << kFormats[f];
-        EXPECT_EQ(*seen.begin(), 0);
-        EXPECT_EQ(*seen.rbegin(), layout.block_cols - 1);
+        const std::set<int> seen(layout.order, layout.order + 64);
+        EXPECT_EQ(seen.size(), 64u) << kFormats[f];
+        for (int i = 0; i < 64; ++i) EXPECT_EQ(layout.order[i] / kPerLane[f], i / kPerLane[f]);
       }
+    }
+  }
+}
+
+// Turned or not, a lane of the walk over rows meets columns of one unit alone, and every column of
+// the block has its lane.
+TEST(ActivationLayout, LanesOfRowsHoldOneUnit) {
+  for (const char* text : {"int2-g16-zp", "int2-g32-zp", "nf3-g64", "int4-g16", "nf4-g32", "nf4",
+                           "int8-g16", "int8-g32", "int8-row"}) {
+    Owned w(format_of(text), 1, 2048);
+    for (Operand operand : kOperands) {
+      const Activations x = describe_activations(w.view(), operand, Walk::kRows, 1);
+      const int cols = static_cast<int>(x.layout->block_cols) / 16;  // of a lane, side by side
+      std::set<int> first;
+      for (int begin : x.layout->first_col_of_lane) {
+        EXPECT_EQ(begin / x.unit, (begin + cols - 1) / x.unit) << text;
+        EXPECT_EQ(begin % cols, 0) << text;
+        first.insert(begin);
+      }
+      EXPECT_EQ(first.size(), 16u) << text;
+      EXPECT_LE(x.layout->block_cols / x.unit, 16) << text;
     }
   }
 }
@@ -75,8 +96,8 @@ TEST(ActivationLimits, LanesCannotOverflow) {
       } else if (operand == Operand::kWords) {
         EXPECT_LE(x.unit * limit * (1 << (view.bits - 1)), kMost) << text;
       } else if (operand == Operand::kTwoBytes) {
-        // High bytes, shifted up, and low ones; 16 columns at most in a lane.
-        EXPECT_LE(16 * 255 * (127 * 256 + 128), kMost) << text;
+        // High bytes, shifted up, and low ones; a lane holds columns of one unit.
+        EXPECT_LE(64 * 255 * (127 * 256 + 128), kMost) << text;
         EXPECT_EQ(limit, 127 * 256 + 127);
       } else {
         EXPECT_EQ(limit, 127);

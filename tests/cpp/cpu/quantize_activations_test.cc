@@ -28,6 +28,18 @@ struct Quantized {
   }
   Quantized(const Quantized&) = delete;
 
+  // Of the i-th element of a block. In the walk over rows vectors of sixteen lanes follow each
+  // other; lane after lane gives the order of the slabs.
+  static int64_t column_of(const ActivationLayout& layout, int64_t i) {
+    int64_t at = i;
+    if (layout.turned) {
+      const int64_t elements = layout.operand == Operand::kWords ? 2 : 4;
+      const int64_t vector = i / (16 * elements), lane = i / elements % 16;
+      at = layout.first_col_of_lane[lane] + vector * elements + i % elements;
+    }
+    return at / 64 * 64 + layout.order[at % 64];
+  }
+
   // q of every column of row m, those beyond the last one too.
   std::vector<int> integers(int64_t m) const {
     const ActivationLayout& layout = *x.layout;
@@ -46,7 +58,7 @@ struct Quantized {
           const uint8_t* high = from + i / 64 * 128 + i % 64;
           value = 256 * static_cast<int8_t>(high[0]) + static_cast<int8_t>(high[64]);
         }
-        q[static_cast<size_t>(b * layout.block_cols + layout.order[i])] = value;
+        q[static_cast<size_t>(b * layout.block_cols + column_of(layout, i))] = value;
       }
     }
     return q;

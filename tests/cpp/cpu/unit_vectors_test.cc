@@ -11,7 +11,7 @@ using testing::active_kernels;
 using testing::format_of;
 using testing::Owned;
 
-constexpr int64_t kRows = 18,
+constexpr int64_t kRows = 43,
                   kCols = 2 * 256 + 77;  // whole blocks of every format, and a ragged one
 
 struct alignas(64) Line {
@@ -35,20 +35,21 @@ std::vector<float> product(const PackedView& w, Operand operand, Walk walk, cons
     EXPECT_TRUE(k.quantize_activations(x + i * w.cols, FloatType::kFloat32, i, &xs));
   std::vector<float> y(static_cast<size_t>(m * kRows));
   if (walk == Walk::kRows) {
-    std::vector<Line> scratch = lines(rows_scratch_bytes(xs));
+    std::vector<Line> scratch = lines(rows_scratch_bytes(w, xs));
     // In two pieces, of which the second does not begin with the first row.
-    k.multiply_rows(w, xs, 0, 5, reinterpret_cast<float*>(scratch.data()), y.data(), kRows);
-    k.multiply_rows(w, xs, 5, kRows, reinterpret_cast<float*>(scratch.data()), y.data() + 5, kRows);
+    k.multiply_rows(w, xs, 0, 5, scratch.data(), y.data(), kRows);
+    k.multiply_rows(w, xs, 5, kRows, scratch.data(), y.data() + 5, kRows);
     return y;
   }
-  std::vector<Line> scratch = lines(panel_scratch_bytes(xs));
-  for (int64_t r = 0; r < kRows; r += kPanelRows) {
-    std::vector<float> sums(static_cast<size_t>(m * kPanelRows));
+  std::vector<Line> scratch = lines(panel_scratch_bytes(w, xs));
+  const int64_t width = k.panel_rows;
+  for (int64_t r = 0; r < kRows; r += width) {
+    std::vector<float> sums(static_cast<size_t>(m * width));
     k.multiply_panel(w, xs, r, scratch.data(), sums.data());
-    for (int64_t at = 0; at < m * kPanelRows; ++at) {
-      const int64_t row = r + at % kPanelRows;
+    for (int64_t at = 0; at < m * width; ++at) {
+      const int64_t row = r + at % width;
       if (row < kRows)
-        y[static_cast<size_t>(at / kPanelRows * kRows + row)] = sums[static_cast<size_t>(at)];
+        y[static_cast<size_t>(at / width * kRows + row)] = sums[static_cast<size_t>(at)];
     }
   }
   return y;
@@ -94,11 +95,12 @@ void check(const std::string& text, Operand operand, Walk walk) {
 }
 
 TEST(UnitVectors, GiveEveryWeight) {
-  for (const char* text : {"nf4",          "fp4-g16",        "kmeans4-row", "nf3-g48",
-                           "kmeans3-row",  "kmeans3-tensor", "nf2-g128",    "kmeans2-row",
-                           "int8-row",     "int8-g64-zp",    "int8-g16-fz", "int4-g64",
-                           "int4-g16-sym", "int4-row-fz",    "int3-g48",    "int3-g64-sym",
-                           "int3-tensor",  "int2-g64",       "int2-g16-zp", "int2-g128-fz"}) {
+  for (const char* text :
+       {"nf4",          "fp4-g16",     "kmeans4-row", "nf3-g48",        "nf4-g32",
+        "int2-g32-zp",  "nf3-g32-dq",  "kmeans3-row", "kmeans3-tensor", "nf2-g128",
+        "kmeans2-row",  "int8-row",    "int8-g64-zp", "int8-g16-fz",    "int4-g64",
+        "int4-g16-sym", "int4-row-fz", "int3-g48",    "int3-g64-sym",   "int3-tensor",
+        "int2-g64",     "int2-g16-zp", "int2-g128-fz"}) {
     const bool codebook = format_of(text).family() != Family::kInteger;
     for (Walk walk : {Walk::kRows, Walk::kPanels}) {
       check(text, Operand::kWords, walk);
