@@ -165,7 +165,7 @@ struct KernelTable {
 inline constexpr int64_t kMostWalkedRows = 4;
 inline constexpr int64_t kMostPanelRows = 32;
 inline constexpr int64_t kOutlierLanes = 64;
-inline constexpr int64_t kPanelBlocks = 4;  // vectors of a row that a panel reads at a time
+inline constexpr int64_t kPanelBlocks = 2;  // vectors of a row that a panel reads at a time
 inline constexpr int64_t kRunRows = 8;      // that the walk over rows prepares at a time
 
 // Floats of scratch for `rows` rows of a weight: scales as they are decoded, factors or shifts.

@@ -2,7 +2,7 @@
 // bytes. Included by each target.
 
 // The codes of sixteen lanes as they are stored. The third bits of 3-bit codes, which are a plane
-// of their own, are spread so that each word (or byte) holds those of its codes in its low bits.
+// of their own, are spread so that each word (or byte) holds those of its codes from bit 2 up.
 struct Stored {
   I low, high;
 };
@@ -47,7 +47,7 @@ struct WordCodec {
   static constexpr int kParts = kColsPerLane<Bits> / 2;
   WordTable table{};
 
-  static I spread(I bytes) { return widen_bytes(bytes); }
+  static I spread(I bytes) { return shift_left_16(widen_bytes(bytes), 2); }
 
   OperandRange prepare(const PackedView& view, int64_t row) {
     constexpr float kMiddle = static_cast<float>(1 << (Bits - 1));
@@ -83,7 +83,7 @@ struct WordCodec {
       // Part p holds weight 4 * (p / 4) + 3 - p % 4 of a word; its third bit is counted from the
       // top of the byte.
       const int weight = 4 * (p / 4) + 3 - p % 4;
-      const I high = shift_right_16(shift_left_16(codes.high, 2), 7 - weight);
+      const I high = shift_right_16(codes.high, 7 - weight);
       return lookup_words(table, select_bits(set1_16(3), shift_right_16(codes.low, 2 * p), high));
     } else {
       return lookup_words(table, p == 0 ? codes.low : shift_right_16(codes.low, Bits * p));
@@ -104,7 +104,7 @@ struct ByteCodec {
   static I spread(I bytes) {
     // Of the four bits of each byte of codes, the first half of a byte goes to the first of two.
     const I word = widen_bytes(bytes);
-    return and_i(or_i(shift_right_16(word, 4), shift_left_16(word, 8)), set1_16(0x0f0f));
+    return and_i(or_i(shift_right_16(word, 2), shift_left_16(word, 10)), set1_16(0x3c3c));
   }
 
   OperandRange prepare(const PackedView& view, int64_t row) {
@@ -131,7 +131,8 @@ struct ByteCodec {
       constexpr int kShift = Bits == 4 ? 4 : 2;
       I code = p == 0 ? codes.low : shift_right_16(codes.low, kShift * p);
       if constexpr (Bits == 3) {
-        code = select_bits(set1_16(0x0303), code, shift_right_16(shift_left_16(codes.high, 2), p));
+        code =
+            select_bits(set1_16(0x0303), code, p == 0 ? codes.high : shift_right_16(codes.high, p));
       }
       code = and_i(code, set1_16(Bits == 4 ? 0x0f0f : Bits == 3 ? 0x0707 : 0x0303));
       return kTable ? lookup_bytes(table, code) : code;

@@ -41,13 +41,9 @@ static inline void load_scales(const PackedView& view, int64_t at, int64_t count
   for (int64_t end = count + 64; count < end; count += 16) store(out + count, zero());
 }
 
-// to[u] = of[u / per_group] for the units [0, units) of a row, in whole vectors.
+// to[u] = of[u / per_group] for the units [0, units) of a row, in whole vectors; per_group above 1.
 static inline void spread_over_units(const float* of, int64_t per_group, int64_t groups,
                                      int64_t units, float* to) {
-  if (per_group == 1) {
-    for (int64_t u = 0; u < units; u += 16) store(to + u, load(of + u));
-    return;
-  }
   if (groups == 1) {
     for (int64_t u = 0; u < units; u += 16) store(to + u, set1(of[0]));
     return;
@@ -96,21 +92,27 @@ static inline void load_units(const PackedView& view, int64_t row, int64_t rows,
   const bool of_tensor = view.scale_row_stride == 0;
   load_scales(view, row * view.scale_row_stride, of_tensor ? 1 : rows * groups, decoded);
   for (int64_t j = 0; j < rows; ++j) {
+    const float* scales = decoded + (of_tensor ? 0 : j * groups);
     float* factor = factors + j * units;
-    spread_over_units(decoded + (of_tensor ? 0 : j * groups), per_group, groups, units, factor);
     const F by = set1(ranges[j].factor);
-    for (int64_t u = 0; u < units; u += 16) store(factor + u, mul(load(factor + u), by));
+    if (per_group > 1) {
+      spread_over_units(scales, per_group, groups, units, factor);
+      scales = factor;
+    }
+    for (int64_t u = 0; u < units; u += 16) store(factor + u, mul(load(scales + u), by));
   }
   if (!shifts) return;
   for (int64_t j = 0; j < rows; ++j) {
     float *factor = factors + j * units, *shift = shifts + j * units;
-    for (int64_t group = 0; group < groups + 64; group += 16) {
+    float* zeros = per_group == 1 ? shift : decoded;
+    for (int64_t group = 0; group < groups; group += 16) {
       const int64_t left = groups - group;
-      store(decoded + group, left <= 0 ? zero()
-                                       : zeros_of<Bits>(view, row + j, group,
-                                                        static_cast<int>(left < 16 ? left : 16)));
+      store(zeros + group,
+            zeros_of<Bits>(view, row + j, group, static_cast<int>(left < 16 ? left : 16)));
     }
-    spread_over_units(decoded, per_group, groups, units, shift);
+    const int64_t filled = (groups + 15) / 16 * 16, wanted = per_group == 1 ? units : groups + 16;
+    for (int64_t group = filled; group < wanted; group += 16) store(zeros + group, zero());
+    if (per_group > 1) spread_over_units(decoded, per_group, groups, units, shift);
     const F offset = set1(-ranges[j].offset);
     for (int64_t u = 0; u < units; u += 16)
       store(shift + u, mul(load(factor + u), sub(offset, load(shift + u))));
