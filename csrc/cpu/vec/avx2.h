@@ -8,6 +8,8 @@ struct I {
   __m256i a, b;
 };
 
+constexpr int kSumsInRegisters = 4;
+
 static inline F set1(float v) {
   const __m256 x = _mm256_set1_ps(v);
   return {x, x};
@@ -65,9 +67,22 @@ static inline F abs(F x) {
   const __m256 sign = _mm256_set1_ps(-0.0f);
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
+static inline F sqrt(F x) { return {_mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)}; }
+static inline int lanes_above(F x, F y) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)) |
+         _mm256_movemask_ps(_mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)) << 8;
+}
 static inline F select_above(F x, F y, F yes, F no) {
   return {_mm256_blendv_ps(no.a, yes.a, _mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ)),
           _mm256_blendv_ps(no.b, yes.b, _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ))};
+}
+static inline __m256 select_eight(int lanes, __m256 yes, __m256 no) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_and_si256(_mm256_set1_epi32(lanes), bit);
+  return _mm256_blendv_ps(no, yes, _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bit)));
+}
+static inline F select_lanes(int lanes, F yes, F no) {
+  return {select_eight(lanes, yes.a, no.a), select_eight(lanes >> 8, yes.b, no.b)};
 }
 static inline I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 static inline __m256i bit_above(__m256 x, __m256 y, int bit) {
@@ -110,6 +125,26 @@ static inline F lookup8(F table, I at) {
 static inline I lookup_int(I table, I at) {
   const F found = lookup({_mm256_castsi256_ps(table.a), _mm256_castsi256_ps(table.b)}, at);
   return {_mm256_castps_si256(found.a), _mm256_castps_si256(found.b)};
+}
+
+static inline __m256i pair_words_half(__m256 low, __m256 high) {
+  return _mm256_blend_epi16(_mm256_cvtps_epi32(low),
+                            _mm256_slli_epi32(_mm256_cvtps_epi32(high), 16), 0xaa);
+}
+static inline I pair_words(F low, F high) {
+  return {pair_words_half(low.a, high.a), pair_words_half(low.b, high.b)};
+}
+static inline I add_16(I x, I y) {
+  return {_mm256_add_epi16(x.a, y.a), _mm256_add_epi16(x.b, y.b)};
+}
+static inline I min_16(I x, I y) {
+  return {_mm256_min_epi16(x.a, y.a), _mm256_min_epi16(x.b, y.b)};
+}
+static inline I max_16(I x, I y) {
+  return {_mm256_max_epi16(x.a, y.a), _mm256_max_epi16(x.b, y.b)};
+}
+static inline I scale_16(I x, I y) {
+  return {_mm256_mulhrs_epi16(x.a, y.a), _mm256_mulhrs_epi16(x.b, y.b)};
 }
 
 static inline __m128i bytes_of(I x) {

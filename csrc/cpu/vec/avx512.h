@@ -4,6 +4,8 @@
 using F = __m512;
 using I = __m512i;
 
+constexpr int kSumsInRegisters = 16;
+
 static inline F set1(float v) { return _mm512_set1_ps(v); }
 static inline F zero() { return _mm512_setzero_ps(); }
 static inline F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -37,8 +39,13 @@ static inline float reduce_add(F x) {
 static inline float reduce_min(F x) { return _mm512_reduce_min_ps(x); }
 static inline float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 static inline F abs(F x) { return _mm512_abs_ps(x); }
+static inline F sqrt(F x) { return _mm512_sqrt_ps(x); }
+static inline int lanes_above(F x, F y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
 static inline F select_above(F x, F y, F yes, F no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), no, yes);
+}
+static inline F select_lanes(int lanes, F yes, F no) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(lanes), no, yes);
 }
 static inline I zero_i() { return _mm512_setzero_si512(); }
 static inline I set_bit_above(I n, F x, F y, int bit) {
@@ -54,6 +61,15 @@ static inline F power_of_two(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f)
 static inline F lookup(F table, I at) { return _mm512_permutexvar_ps(at, table); }
 static inline F lookup8(F table, I at) { return lookup(table, at); }
 static inline I lookup_int(I table, I at) { return _mm512_permutexvar_epi32(at, table); }
+
+static inline I pair_words(F low, F high) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_cvtps_epi32(low),
+                                 _mm512_slli_epi32(_mm512_cvtps_epi32(high), 16));
+}
+static inline I add_16(I x, I y) { return _mm512_add_epi16(x, y); }
+static inline I min_16(I x, I y) { return _mm512_min_epi16(x, y); }
+static inline I max_16(I x, I y) { return _mm512_max_epi16(x, y); }
+static inline I scale_16(I x, I y) { return _mm512_mulhrs_epi16(x, y); }
 
 static inline __m128i bytes_of(I x) { return _mm512_cvtepi32_epi8(x); }
 

@@ -9,6 +9,8 @@ struct I {
   int32_t lane[16];
 };
 
+constexpr int kSumsInRegisters = 4;  // that leave enough of them for other things
+
 #define BITFOLD_LANES for (int i = 0; i < 16; ++i)
 
 static inline F set1(float a) {
@@ -95,6 +97,10 @@ static inline F abs(F a) {
   BITFOLD_LANES a.lane[i] = __builtin_fabsf(a.lane[i]);
   return a;
 }
+static inline F sqrt(F a) {
+  BITFOLD_LANES a.lane[i] = __builtin_sqrtf(a.lane[i]);
+  return a;
+}
 // a > b ? yes : no
 static inline F select_above(F a, F b, F yes, F no) {
   BITFOLD_LANES yes.lane[i] = a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i];
@@ -104,6 +110,11 @@ static inline I zero_i() {
   I r;
   BITFOLD_LANES r.lane[i] = 0;
   return r;
+}
+// Bit i of `lanes` chooses lane i of `yes`.
+static inline F select_lanes(int lanes, F yes, F no) {
+  BITFOLD_LANES yes.lane[i] = lanes >> i & 1 ? yes.lane[i] : no.lane[i];
+  return yes;
 }
 // n | bit where a > b.
 static inline I set_bit_above(I n, F a, F b, int bit) {
@@ -145,6 +156,48 @@ static inline I lookup_int(I table, I at) {
   I r;
   BITFOLD_LANES r.lane[i] = table.lane[at.lane[i] & 15];
   return r;
+}
+
+// Bit i is set where lane i of a is above that of b.
+static inline int lanes_above(F a, F b) {
+  int mask = 0;
+  BITFOLD_LANES mask |= (a.lane[i] > b.lane[i] ? 1 : 0) << i;
+  return mask;
+}
+
+// Two words in each lane. From floats, rounded to nearest even and within 16 bits: `low` and `high`.
+static inline I pair_words(F low, F high) {
+  low = round_even(low);
+  high = round_even(high);
+  I r;
+  BITFOLD_LANES {
+    const int16_t pair[2] = {static_cast<int16_t>(low.lane[i]), static_cast<int16_t>(high.lane[i])};
+    memcpy(&r.lane[i], pair, sizeof pair);
+  }
+  return r;
+}
+// op(each word of a, of b), to 16 bits.
+template <class Op>
+static inline I each_word(I a, I b, const Op& op) {
+  int16_t x[32], y[32];
+  memcpy(x, a.lane, sizeof x);
+  memcpy(y, b.lane, sizeof y);
+  for (int i = 0; i < 32; ++i) x[i] = static_cast<int16_t>(op(x[i], y[i]));
+  memcpy(a.lane, x, sizeof x);
+  return a;
+}
+static inline I add_16(I a, I b) {
+  return each_word(a, b, [](int x, int y) { return x + y; });
+}
+static inline I min_16(I a, I b) {
+  return each_word(a, b, [](int x, int y) { return x < y ? x : y; });
+}
+static inline I max_16(I a, I b) {
+  return each_word(a, b, [](int x, int y) { return x > y ? x : y; });
+}
+// a * b / 2^15, rounded to nearest.
+static inline I scale_16(I a, I b) {
+  return each_word(a, b, [](int x, int y) { return (x * y + (1 << 14)) >> 15; });
 }
 
 // Sixteen codes to 16, 8, 4 and 2 bytes, first element in the high bits: the inverse of unpack8,
