@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <cfloat>
-#include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "core/shrinks.h"
@@ -25,13 +25,36 @@ struct LaneShrinks {
   }
 };
 
+// Four lanes, what every 64-bit CPU has; g++ makes no vectors of loops that choose. Comparisons
+// give masks.
+constexpr int kFour = 4;
+using Four = float __attribute__((vector_size(sizeof(float) * kFour)));
+using Mask = int32_t __attribute__((vector_size(sizeof(int32_t) * kFour)));
+
+Four load(const float* p) {
+  Four v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+void store(float* p, Four v) { std::memcpy(p, &v, sizeof v); }
+
+// Which lanes may still improve.
+struct Active {
+  Mask quarter[kLanes / kFour];
+
+  bool any() const {
+    const Mask found = quarter[0] | quarter[1] | quarter[2] | quarter[3];
+    return (found[0] | found[1] | found[2] | found[3]) != 0;
+  }
+};
+
 // Least squares for fixed codes: one unknown (scale), or two (scale and a real zero point).
 void least_squares(const Encoding& encoding, const GroupProbe& probe, const SpanFits& sums,
                    float* scales, float* zeros) {
   if (encoding.zero != Zero::kFloat) {
-    for (int i = 0; i < kLanes; ++i) {
-      const float scale = sums.wd[i] / sums.dd[i];
-      scales[i] = sums.dd[i] > 0.0f ? scale : 0.0f;
+    for (int i = 0; i < kLanes; i += kFour) {
+      const Four dd = load(sums.dd + i);
+      store(scales + i, dd > 0.0f ? load(sums.wd + i) / dd : Four{});
     }
     return;
   }
@@ -45,17 +68,9 @@ void least_squares(const Encoding& encoding, const GroupProbe& probe, const Span
   }
 }
 
-// Ones and zeros of 32 bits, in loops without branches: the compiler makes vectors of them.
-using Lanes = int32_t[kLanes];
-
-int32_t is_choice(float scale, float zero) {
-  return (scale > 0.0f) & (scale <= FLT_MAX) & (std::fabs(zero) <= 2048.0f);
-}
-
-bool any(const Lanes& lanes) {
-  int32_t found = 0;
-  for (int i = 0; i < kLanes; ++i) found |= lanes[i];
-  return found != 0;
+Mask is_choice(Four scale, Four zero) {
+  constexpr float kFarthestZero = 2048.0f;  // where fp16 ceases to resolve whole codes
+  return (scale > 0.0f) & (scale <= FLT_MAX) & (zero <= kFarthestZero) & (zero >= -kFarthestZero);
 }
 
 }  // namespace
@@ -110,29 +125,31 @@ void search_scales(const KernelTable& k, const Encoding& encoding, const GroupPr
   probe.best_choice(low, high, shrinks.count, scales[0], zeros[0], scale, zero, least);
 
   // All weights zero, or too small for the range of a float: nothing to improve.
-  Lanes active;
-  for (int i = 0; i < kLanes; ++i) active[i] = scales[0][i] > 0.0f;
+  Active active;
+  for (int i = 0; i < kLanes; i += kFour) active.quarter[i / kFour] = load(scales[0] + i) > 0.0f;
   SpanFits sums;
   probe.fit(scale, zero, &sums);
   for (int step = 0; step < kRefinements; ++step) {
     float next_scale[kLanes], next_zero[kLanes];
     std::copy_n(zero, kLanes, next_zero);
     least_squares(encoding, probe, sums, next_scale, next_zero);
-    for (int i = 0; i < kLanes; ++i) {
-      active[i] &= is_choice(next_scale[i], next_zero[i]);
-      next_scale[i] = active[i] ? next_scale[i] : scale[i];
+    for (int i = 0; i < kLanes; i += kFour) {
+      Mask& on = active.quarter[i / kFour];
+      on &= is_choice(load(next_scale + i), load(next_zero + i));
+      store(next_scale + i, on ? load(next_scale + i) : load(scale + i));
     }
-    if (!any(active)) return;
+    if (!active.any()) return;
     if (step + 1 < kRefinements) {
       probe.fit(next_scale, next_zero, &sums);
     } else {
       probe.errors(1, next_scale, next_zero, sums.error);
     }
-    for (int i = 0; i < kLanes; ++i) {
-      active[i] &= sums.error[i] < least[i];
-      scale[i] = active[i] ? next_scale[i] : scale[i];
-      zero[i] = active[i] ? next_zero[i] : zero[i];
-      least[i] = active[i] ? sums.error[i] : least[i];
+    for (int i = 0; i < kLanes; i += kFour) {
+      Mask& on = active.quarter[i / kFour];
+      on &= load(sums.error + i) < load(least + i);
+      store(scale + i, on ? load(next_scale + i) : load(scale + i));
+      store(zero + i, on ? load(next_zero + i) : load(zero + i));
+      store(least + i, on ? load(sums.error + i) : load(least + i));
     }
   }
 }
