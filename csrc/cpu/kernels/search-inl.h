@@ -13,27 +13,38 @@ static void interleave(const float* const* spans, int64_t n, float* block) {
 }
 
 // Weight j of a span belongs to partial sum j mod 16, and these are added i with i + 8, then + 4,
-// + 2, + 1: the order of sixteen lanes that walk one span. Four partial sums that meet first are
-// taken in one walk, which leaves them in registers.
+// + 2, + 1: the order of sixteen lanes that walk one span. The four that meet first are taken in one
+// walk, which keeps them in registers; four walks through a piece of the first cache see all.
 // take(place in the block, sums) adds a weight to `Sums` sums; total [Sums].
 template <int Sums, class Take>
 [[gnu::always_inline]] static inline void sum_by_parts(int64_t n, const Take& take, F* total) {
   constexpr int kTogether = 4;
-  F quarter[4][Sums];
-  for (int q = 0; q < 4; ++q) {
-    F sum[kTogether][Sums];
-    for (auto& part : sum) {
-      for (F& s : part) s = zero();
+  constexpr int64_t kPiece = 256;
+  F parts[4][kTogether][Sums], quarter[4][Sums];
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const bool ends = first + kPiece >= n;
+    const int64_t last = ends ? n : first + kPiece;
+    for (int q = 0; q < 4; ++q) {
+      F sum[kTogether][Sums];
+      for (int i = 0; i < kTogether; ++i) {
+        for (int s = 0; s < Sums; ++s) sum[i][s] = first ? parts[q][i][s] : zero();
+      }
+      int64_t j = first + q;
+      for (; j + 12 < last; j += 16) {
+        for (int i = 0; i < kTogether; ++i) take(16 * (j + 4 * i), sum[i]);
+      }
+      for (int i = 0; i < kTogether; ++i) {
+        if (j + 4 * i < last) take(16 * (j + 4 * i), sum[i]);
+      }
+      if (ends) {
+        for (int s = 0; s < Sums; ++s)
+          quarter[q][s] = add(add(sum[0][s], sum[2][s]), add(sum[1][s], sum[3][s]));
+      } else {
+        for (int i = 0; i < kTogether; ++i) {
+          for (int s = 0; s < Sums; ++s) parts[q][i][s] = sum[i][s];
+        }
+      }
     }
-    int64_t j = q;
-    for (; j + 12 < n; j += 16) {
-      for (int i = 0; i < kTogether; ++i) take(16 * (j + 4 * i), sum[i]);
-    }
-    for (int i = 0; i < kTogether; ++i) {
-      if (j + 4 * i < n) take(16 * (j + 4 * i), sum[i]);
-    }
-    for (int s = 0; s < Sums; ++s)
-      quarter[q][s] = add(add(sum[0][s], sum[2][s]), add(sum[1][s], sum[3][s]));
   }
   for (int s = 0; s < Sums; ++s)
     total[s] = add(add(quarter[0][s], quarter[2][s]), add(quarter[1][s], quarter[3][s]));

@@ -176,15 +176,21 @@ static inline I pair_words(F low, F high) {
   }
   return r;
 }
-// op(each word of a, of b), to 16 bits.
+// The low 16 bits of value(i) in word i.
+template <class Value>
+static inline I make_words(const Value& value) {
+  int16_t word[32];
+  for (int i = 0; i < 32; ++i) word[i] = static_cast<int16_t>(value(i));
+  I r;
+  memcpy(r.lane, word, sizeof word);
+  return r;
+}
 template <class Op>
 static inline I each_word(I a, I b, const Op& op) {
   int16_t x[32], y[32];
   memcpy(x, a.lane, sizeof x);
   memcpy(y, b.lane, sizeof y);
-  for (int i = 0; i < 32; ++i) x[i] = static_cast<int16_t>(op(x[i], y[i]));
-  memcpy(a.lane, x, sizeof x);
-  return a;
+  return make_words([&](int i) { return op(x[i], y[i]); });
 }
 static inline I add_16(I a, I b) {
   return each_word(a, b, [](int x, int y) { return x + y; });
@@ -255,6 +261,38 @@ static inline void store_bfloat16(uint16_t* p, F a) {
   BITFOLD_LANES p[i] = float_to_bfloat16(a.lane[i]);
 }
 
+// Thirty-two codes as 16-bit words, and anything above their bits: from 16, 8, or 8 and 4 bytes.
+static inline I words_of_4(const uint8_t* p) {
+  return make_words([p](int i) { return p[i / 2] >> (i % 2 ? 0 : 4); });
+}
+static inline I words_of_2(const uint8_t* p) {
+  return make_words([p](int i) { return p[i / 4] >> (6 - 2 * (i % 4)); });
+}
+static inline I words_of_3(const uint8_t* p, const uint8_t* third) {
+  return make_words([p, third](int i) {
+    return (p[i / 4] >> (6 - 2 * (i % 4)) & 3) | (third[i / 8] >> (7 - i % 8) & 1) << 2;
+  });
+}
+// Sixteen levels as halves of either kind; the index of a word is its low four bits.
+struct HalfTable {
+  uint16_t entry[16];
+};
+static inline HalfTable half_table(F levels) {
+  HalfTable t;
+  store_half(t.entry, levels);
+  return t;
+}
+static inline HalfTable bfloat16_table(F levels) {
+  HalfTable t;
+  store_bfloat16(t.entry, levels);
+  return t;
+}
+static inline I lookup_halves(const HalfTable& table, I at) {
+  int16_t word[32];
+  memcpy(word, at.lane, sizeof word);
+  return make_words([&](int i) { return table.entry[word[i] & 15]; });
+}
+
 // out[16 * i + lane] = from[lane][at + i] for i, lane < 4.
 static inline void transpose4(const float* const* from, int64_t at, float* out) {
   for (int lane = 0; lane < 4; ++lane) {
@@ -266,5 +304,7 @@ static inline void transpose4(const float* const* from, int64_t at, float* out) 
 static inline void stream(float* p, F a) { store(p, a); }
 static inline void stream_half(uint16_t* p, F a) { store_half(p, a); }
 static inline void stream_bfloat16(uint16_t* p, F a) { store_bfloat16(p, a); }
+
+static inline void stream_i(void* p, I a) { memcpy(p, a.lane, sizeof a.lane); }
 
 #undef BITFOLD_LANES
