@@ -146,6 +146,13 @@ static void decode(const PackedView& view, int64_t row, int64_t col, int64_t n, 
   decode_to(view, row, col, n, Destination<FloatType::kFloat32, false>{out});
 }
 
+// The CPU follows one stream by itself, not two planes in turn.
+static inline void prefetch_planes(const PackedView& view, int64_t row) {
+  constexpr int64_t kAhead = 4096;  // bytes; the rows after this one
+  const uint8_t* codes = view.codes + row * view.row_bytes + kAhead;
+  for (int64_t at = 0; at < view.row_bytes; at += 64) prefetch_far(codes + at);
+}
+
 template <FloatType kType>
 static inline void decode_row_to(const PackedView& view, int64_t row, void* out, bool stream) {
   // Such stores want whole lines: a row that starts within one is written the ordinary way.
@@ -156,6 +163,7 @@ static inline void decode_row_to(const PackedView& view, int64_t row, void* out,
 
 static void decode_row(const PackedView& view, int64_t row, FloatType dtype, void* out,
                        bool stream) {
+  if (stream && view.bits == 3) prefetch_planes(view, row);
   switch (dtype) {
     case FloatType::kFloat32:
       return decode_row_to<FloatType::kFloat32>(view, row, out, stream);

@@ -4,7 +4,7 @@
 using F = __m512;
 using I = __m512i;
 
-constexpr int kSumsInRegisters = 16;
+constexpr int kSumsInRegisters = 8;
 
 static inline F set1(float v) { return _mm512_set1_ps(v); }
 static inline F zero() { return _mm512_setzero_ps(); }
