@@ -11,8 +11,8 @@
 // root of the sum of r^2 over n weights within d = 1.5 sqrt(n). For any 0 < b < 1 then
 //   (1 - b) E - (1 / b - 1) d^2  <=  (sqrt(E) -+ d)^2  <=  (1 + b) E + (1 + 1 / b) d^2.
 
-constexpr float kUnits = 1024.0f;            // of fixed point, to a step of the grid
-constexpr float kLargestWord = 32767.0f;     // words are within -+ this
+constexpr float kUnits = 1024.0f;               // of fixed point, to a step of the grid
+constexpr float kLargestWord = 32767.0f;        // words are within -+ this
 constexpr float kSquaredUnits = 1.55f * 1.55f;  // d^2 of a weight, with room for float arithmetic
 // A step of pairs, whose squares add up to less than 2^31 as long as no weight is further off than
 // this many steps of the grid.
@@ -77,7 +77,8 @@ static inline F fixed_point_choice(const FixedPoint& p, F top, F scale, F zero_p
   const F inverse = div(one, max(scale, set1(1e-38f)));
   const F f = mul(mul(inverse, p.absmax), set1(kUnits * 32768.0f / kLargestWord));
   const F farthest = set1(kFarthestOff);
-  const F most = add(mul(p.high, inverse), zero_point), least = add(mul(p.low, inverse), zero_point);
+  const F most = add(mul(p.high, inverse), zero_point),
+          least = add(mul(p.low, inverse), zero_point);
   F fits = select_above(f, set1(kLargestWord - 1.0f), none, p.usable);
   fits = select_above(sub(most, top), farthest, none, fits);
   fits = select_above(negative(least), farthest, none, fits);
@@ -90,8 +91,8 @@ static inline F fixed_point_choice(const FixedPoint& p, F top, F scale, F zero_p
   return fits;
 }
 
-// Per lane a list of the choices whose bit is set, in their order; returns how many the longest has,
-// at least 1. Shorter ones repeat their last.
+// Per lane a list of the choices whose bit is set, in their order; returns how many the longest
+// has, at least 1. Shorter ones repeat their last.
 static inline int64_t list_candidates(int* lanes, int64_t count, const float* scale,
                                       const float* zero_point, float* scales, float* zeros) {
   F s = load(scale), z = load(zero_point);  // where there is none
@@ -176,8 +177,8 @@ static void best_choice(const Encoding& encoding, const float* block, int64_t n,
                         float* best_zero, float* least) {
   float scales[kMaxChoices * 16], zeros[kMaxChoices * 16], each[kMaxChoices * 16];
   if (has_bounds(encoding, n)) {
-    count = candidates(encoding, block, n, low, high, count, scale, zero_point, scratch, scales,
-                       zeros);
+    count =
+        candidates(encoding, block, n, low, high, count, scale, zero_point, scratch, scales, zeros);
     scale = scales;
     zero_point = zeros;
   }

@@ -13,8 +13,8 @@ static void interleave(const float* const* spans, int64_t n, float* block) {
 }
 
 // Weight j of a span belongs to partial sum j mod 16, and these are added i with i + 8, then + 4,
-// + 2, + 1: the order of sixteen lanes that walk one span. The four that meet first are taken in one
-// walk, which keeps them in registers; four walks through a piece of the first cache see all.
+// + 2, + 1: the order of sixteen lanes that walk one span. The four that meet first are taken in
+// one walk, which keeps them in registers; four walks through a piece of the first cache see all.
 // take(place in the block, sums) adds a weight to `Sums` sums; total [Sums].
 template <int Sums, class Take>
 [[gnu::always_inline]] static inline void sum_by_parts(int64_t n, const Take& take, F* total) {
@@ -69,7 +69,7 @@ static inline void sum_errors(const float* block, const float* importance, int64
   }
   sum_by_parts<Count>(
       n,
-      [&](int64_t at, F* sum) __attribute__((always_inline)) {
+      [&](int64_t at, F * sum) __attribute__((always_inline)) {
         const F v = load(block + at);
         for (int c = 0; c < Count; ++c) {
           const F off = sub(v, mul(encoders[c].unit(v), scales[c]));
@@ -98,8 +98,8 @@ static void all_errors(const Encoding& encoding, const float* block, const float
     int64_t c = 0;
     constexpr int kTogether = kSumsInRegisters / 4;
     for (; c + kTogether <= count; c += kTogether) {
-      sum_errors<kTogether, kWeighted>(block, importance, n, encoder, scale + 16 * c, zero_point + 16 * c,
-                               errors + 16 * c);
+      sum_errors<kTogether, kWeighted>(block, importance, n, encoder, scale + 16 * c,
+                                       zero_point + 16 * c, errors + 16 * c);
     }
     for (; c < count; ++c) {
       sum_errors<1, kWeighted>(block, importance, n, encoder, scale + 16 * c, zero_point + 16 * c,
@@ -126,7 +126,7 @@ static inline void fit_with(const float* block, const float* importance, int64_t
   F total[kSums];
   sum_by_parts<kSums>(
       n,
-      [&](int64_t at, F* sum) __attribute__((always_inline)) {
+      [&](int64_t at, F * sum) __attribute__((always_inline)) {
         const F v = load(block + at);
         const F d = encoder.unit(v);
         const F off = sub(v, mul(d, scale));

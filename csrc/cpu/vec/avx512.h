@@ -105,8 +105,8 @@ static inline I add_bit2(I code, const uint8_t* p) {
   return _mm512_mask_or_epi32(code, set, code, _mm512_set1_epi32(4));
 }
 
-// Every word gets the byte that holds its code (one load, broadcast, and a byte shuffle), shifted to
-// the end. Of third bits that byte is the upper one, so that all shifts go right.
+// Every word gets the byte that holds its code (one load, broadcast, and a byte shuffle), shifted
+// to the end. Of third bits that byte is the upper one, so that all shifts go right.
 struct WordCodes {
   int16_t byte4[32], shift4[32], byte2[32], shift2[32], byte1[32], shift1[32];
 };
@@ -173,9 +173,7 @@ static inline void store_bfloat16(uint16_t* p, F x) {
 }
 
 using HalfTable = __m512i;  // twice over
-static inline HalfTable half_table(F levels) {
-  return _mm512_broadcast_i64x4(half_bits(levels));
-}
+static inline HalfTable half_table(F levels) { return _mm512_broadcast_i64x4(half_bits(levels)); }
 static inline HalfTable bfloat16_table(F levels) {
   return _mm512_broadcast_i64x4(bfloat16_bits(levels));
 }

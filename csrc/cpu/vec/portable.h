@@ -165,7 +165,8 @@ static inline int lanes_above(F a, F b) {
   return mask;
 }
 
-// Two words in each lane. From floats, rounded to nearest even and within 16 bits: `low` and `high`.
+// Two words in each lane. From floats, rounded to nearest even and within 16 bits: `low` and
+// `high`.
 static inline I pair_words(F low, F high) {
   low = round_even(low);
   high = round_even(high);
