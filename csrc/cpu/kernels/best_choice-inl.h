@@ -116,7 +116,7 @@ static inline int64_t list_candidates(int* lanes, int64_t count, const float* sc
   return most;
 }
 
-// The choices that may be the best, by lane.
+// The choices that may be the best, by lane, into `scales` and `zeros`; returns how many.
 static int64_t candidates(const Encoding& encoding, const float* block, int64_t n, const float* low,
                           const float* high, int64_t count, const float* scale,
                           const float* zero_point, int16_t* words, float* scales, float* zeros) {
