@@ -54,7 +54,7 @@ static inline void fixed_point_errors(int bits, const int16_t* words, int64_t pa
   for (int c = 0; c < Count; ++c) errors[c] = total[c];
 }
 
-// Spans without a choice that fixed point can stand for take any: all are tried.
+// All choices are tried of spans that are not usable: whose squares may not be proper floats.
 struct FixedPoint {
   F absmax, low, high, to_words;
   F usable;  // 1 or 0 by lane
@@ -62,15 +62,14 @@ struct FixedPoint {
 
 static inline FixedPoint fixed_point_of(F low, F high) {
   const F absmax = max(abs(low), abs(high)), one = set1(1.0f), none = zero();
-  // Squares of what is left are floats with all of their bits.
   F usable = select_above(absmax, set1(1e-12f), one, none);
   usable = select_above(absmax, set1(1e12f), none, usable);
   const F to_words = div(set1(kLargestWord), max(absmax, set1(1e-12f)));
   return {absmax, low, high, mul(to_words, usable), usable};
 }
 
-// The factor f and the shift of t (to code 0, and half a step on) of a choice; false by lane (0)
-// where a word could not hold t.
+// The factor f and the shift of t (to code 0, and half a step on) of a choice; returns 0 by lane
+// where a word could not hold t, else 1.
 static inline F fixed_point_choice(const FixedPoint& p, F top, F scale, F zero_point, I* factor,
                                    I* shift) {
   const F one = set1(1.0f), none = zero();
@@ -84,7 +83,7 @@ static inline F fixed_point_choice(const FixedPoint& p, F top, F scale, F zero_p
   fits = select_above(negative(least), farthest, none, fits);
   fits = select_above(most, set1(31.0f), none, fits);
   const F steps = add(mul(zero_point, set1(kUnits)), set1(kUnits / 2));
-  // Comparisons with NaN are false: a NaN must not pass.
+  // Nothing that a word cannot hold may become one.
   const F by = select_above(fits, none, f, none), moved = select_above(fits, none, steps, none);
   *factor = pair_words(by, by);
   *shift = pair_words(moved, moved);
