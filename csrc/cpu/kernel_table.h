@@ -10,6 +10,7 @@
 #include "core/codebook.h"
 #include "core/format.h"
 #include "core/scale_coding.h"
+#include "core/shrinks.h"
 #include "core/view.h"
 #include "cpu/activations.h"
 
@@ -94,6 +95,11 @@ struct KernelTable {
   // beyond 2048).
   void (*errors)(const Encoding& encoding, const float* block, int64_t n, int64_t count,
                  const float* scale, const float* zero, float* errors);
+  // The choice of least error, the first of several, and that error. low and high: extremes of each
+  // span. Scratch of 32 * (n / 2) words.
+  void (*best_choice)(const Encoding& encoding, const float* block, int64_t n, const float* low,
+                      const float* high, int64_t count, const float* scale, const float* zero,
+                      int16_t* scratch, float* best_scale, float* best_zero, float* least);
   // One choice for each lane.
   void (*fit)(const Encoding& encoding, const float* block, int64_t n, const float* scale,
               const float* zero, SpanFits* fits);

@@ -8,12 +8,20 @@ void SpanBlock::fill(const float* const* spans, int64_t count, int64_t n) {
   const float* all[kSpanLanes];
   for (int64_t i = 0; i < kSpanLanes; ++i) all[i] = spans[i < count ? i : 0];
   block_.resize(static_cast<size_t>(kSpanLanes * n));
+  words_.resize(static_cast<size_t>(kSpanLanes * n));
   n_ = n;
   k_.interleave(all, n, block_.data());
 }
 
 void SpanBlock::errors(int64_t count, const float* scale, const float* zero, float* errors) const {
   k_.errors(encoding_, block_.data(), n_, count, scale, zero, errors);
+}
+
+void SpanBlock::best_choice(const float* low, const float* high, int64_t count, const float* scale,
+                            const float* zero, float* best_scale, float* best_zero,
+                            float* least) const {
+  k_.best_choice(encoding_, block_.data(), n_, low, high, count, scale, zero, words_.data(),
+                 best_scale, best_zero, least);
 }
 
 void SpanBlock::fit(const float* scale, const float* zero, SpanFits* fits) const {

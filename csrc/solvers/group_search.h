@@ -19,12 +19,16 @@ class SpanBlock : public GroupProbe {
 
   double total(int /*lane*/) const override { return static_cast<double>(n_); }
   void errors(int64_t count, const float* scale, const float* zero, float* errors) const override;
+  void best_choice(const float* low, const float* high, int64_t count, const float* scale,
+                   const float* zero, float* best_scale, float* best_zero,
+                   float* least) const override;
   void fit(const float* scale, const float* zero, SpanFits* fits) const override;
 
  private:
   const KernelTable& k_;
   const Encoding& encoding_;
   std::vector<float> block_;
+  mutable std::vector<int16_t> words_;  // scratch
   int64_t n_ = 0;
 };
 

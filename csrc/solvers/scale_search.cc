@@ -1,7 +1,8 @@
 #include "solvers/scale_search.h"
 
 #include <algorithm>
-#include <cmath>
+#include <cfloat>
+#include <cstring>
 #include <vector>
 
 #include "core/shrinks.h"
@@ -24,14 +25,40 @@ struct LaneShrinks {
   }
 };
 
+// Four lanes, what every 64-bit CPU has; g++ makes no vectors of loops that choose. Comparisons
+// give masks.
+constexpr int kFour = 4;
+using Four = float __attribute__((vector_size(sizeof(float) * kFour)));
+using Mask = int32_t __attribute__((vector_size(sizeof(int32_t) * kFour)));
+
+Four load(const float* p) {
+  Four v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+void store(float* p, Four v) { std::memcpy(p, &v, sizeof v); }
+
+// Which lanes may still improve.
+struct Active {
+  Mask quarter[kLanes / kFour];
+
+  bool any() const {
+    const Mask found = quarter[0] | quarter[1] | quarter[2] | quarter[3];
+    return (found[0] | found[1] | found[2] | found[3]) != 0;
+  }
+};
+
 // Least squares for fixed codes: one unknown (scale), or two (scale and a real zero point).
 void least_squares(const Encoding& encoding, const GroupProbe& probe, const SpanFits& sums,
                    float* scales, float* zeros) {
-  for (int i = 0; i < kLanes; ++i) {
-    if (encoding.zero != Zero::kFloat) {
-      scales[i] = sums.dd[i] > 0.0f ? sums.wd[i] / sums.dd[i] : 0.0f;
-      continue;
+  if (encoding.zero != Zero::kFloat) {
+    for (int i = 0; i < kLanes; i += kFour) {
+      const Four dd = load(sums.dd + i);
+      store(scales + i, dd > 0.0f ? load(sums.wd + i) / dd : Four{});
     }
+    return;
+  }
+  for (int i = 0; i < kLanes; ++i) {
     const double count = probe.total(i);
     const double mean_d = sums.d[i] / count, mean_w = sums.w[i] / count;
     const double variance = sums.dd[i] / count - mean_d * mean_d;
@@ -41,11 +68,31 @@ void least_squares(const Encoding& encoding, const GroupProbe& probe, const Span
   }
 }
 
-bool is_choice(float scale, float zero) {
-  return scale > 0.0f && std::isfinite(scale) && std::fabs(zero) <= 2048.0f;
+Mask is_choice(Four scale, Four zero) {
+  constexpr float kFarthestZero = 2048.0f;  // where fp16 ceases to resolve whole codes
+  return (scale > 0.0f) & (scale <= FLT_MAX) & (zero <= kFarthestZero) & (zero >= -kFarthestZero);
 }
 
 }  // namespace
+
+void GroupProbe::best_choice(const float* /*low*/, const float* /*high*/, int64_t count,
+                             const float* scale, const float* zero, float* best_scale,
+                             float* best_zero, float* least) const {
+  float errors[kMaxChoices][kLanes];
+  this->errors(count, scale, zero, errors[0]);
+  int64_t best[kLanes] = {};
+  std::copy_n(errors[0], kLanes, least);
+  for (int64_t c = 1; c < count; ++c) {
+    for (int i = 0; i < kLanes; ++i) {
+      best[i] = errors[c][i] < least[i] ? c : best[i];
+      least[i] = errors[c][i] < least[i] ? errors[c][i] : least[i];
+    }
+  }
+  for (int i = 0; i < kLanes; ++i) {
+    best_scale[i] = scale[best[i] * kLanes + i];
+    best_zero[i] = zero[best[i] * kLanes + i];
+  }
+}
 
 void round_scales(const KernelTable& k, const Encoding& encoding, int64_t groups, const float* low,
                   const float* high, float* scale, float* zero) {
@@ -71,49 +118,38 @@ void search_scales(const KernelTable& k, const Encoding& encoding, const GroupPr
   const LaneShrinks& shrinks =
       kShrinks[static_cast<size_t>(2 * encoding.bits + (asymmetric ? 1 : 0))];
 
-  float scales[kMaxChoices][kLanes], zeros[kMaxChoices][kLanes], errors[kMaxChoices][kLanes];
+  float scales[kMaxChoices][kLanes], zeros[kMaxChoices][kLanes], least[kLanes];
   for (int c = 0; c < shrinks.count; ++c) {
     k.choices(encoding, kLanes, low, high, shrinks.low[c], shrinks.high[c], scales[c], zeros[c]);
   }
-  probe.errors(shrinks.count, scales[0], zeros[0], errors[0]);
-  float least[kLanes];
-  int best[kLanes] = {};
-  std::copy_n(errors[0], kLanes, least);
-  for (int c = 1; c < shrinks.count; ++c) {
-    for (int i = 0; i < kLanes; ++i) {
-      best[i] = errors[c][i] < least[i] ? c : best[i];
-      least[i] = errors[c][i] < least[i] ? errors[c][i] : least[i];
-    }
-  }
-  for (int i = 0; i < kLanes; ++i) {
-    scale[i] = scales[best[i]][i];
-    zero[i] = zeros[best[i]][i];
-  }
+  probe.best_choice(low, high, shrinks.count, scales[0], zeros[0], scale, zero, least);
 
   // All weights zero, or too small for the range of a float: nothing to improve.
-  bool active[kLanes];
-  std::transform(scales[0], scales[0] + kLanes, active, [](float s) { return s > 0.0f; });
+  Active active;
+  for (int i = 0; i < kLanes; i += kFour) active.quarter[i / kFour] = load(scales[0] + i) > 0.0f;
   SpanFits sums;
   probe.fit(scale, zero, &sums);
   for (int step = 0; step < kRefinements; ++step) {
     float next_scale[kLanes], next_zero[kLanes];
     std::copy_n(zero, kLanes, next_zero);
     least_squares(encoding, probe, sums, next_scale, next_zero);
-    for (int i = 0; i < kLanes; ++i) {
-      active[i] = active[i] && is_choice(next_scale[i], next_zero[i]);
-      if (!active[i]) next_scale[i] = scale[i];
+    for (int i = 0; i < kLanes; i += kFour) {
+      Mask& on = active.quarter[i / kFour];
+      on &= is_choice(load(next_scale + i), load(next_zero + i));
+      store(next_scale + i, on ? load(next_scale + i) : load(scale + i));
     }
-    if (std::none_of(active, active + kLanes, [](bool one) { return one; })) return;
+    if (!active.any()) return;
     if (step + 1 < kRefinements) {
       probe.fit(next_scale, next_zero, &sums);
     } else {
       probe.errors(1, next_scale, next_zero, sums.error);
     }
-    for (int i = 0; i < kLanes; ++i) {
-      active[i] = active[i] && sums.error[i] < least[i];
-      scale[i] = active[i] ? next_scale[i] : scale[i];
-      zero[i] = active[i] ? next_zero[i] : zero[i];
-      least[i] = active[i] ? sums.error[i] : least[i];
+    for (int i = 0; i < kLanes; i += kFour) {
+      Mask& on = active.quarter[i / kFour];
+      on &= load(sums.error + i) < load(least + i);
+      store(scale + i, on ? load(next_scale + i) : load(scale + i));
+      store(zero + i, on ? load(next_zero + i) : load(zero + i));
+      store(least + i, on ? load(sums.error + i) : load(least + i));
     }
   }
 }

@@ -14,6 +14,10 @@ class GroupProbe {
   // As the kernels of the same names (cpu/kernel_table.h), over whole groups.
   virtual void errors(int64_t count, const float* scale, const float* zero,
                       float* errors) const = 0;
+  // The choice of least error, of up to kMaxChoices, and that error; low, high [16] the extremes.
+  virtual void best_choice(const float* low, const float* high, int64_t count, const float* scale,
+                           const float* zero, float* best_scale, float* best_zero,
+                           float* least) const;
   virtual void fit(const float* scale, const float* zero, SpanFits* fits) const = 0;
 };
 

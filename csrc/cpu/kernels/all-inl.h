@@ -7,6 +7,8 @@
 #include "cpu/kernels/quantize-inl.h"
 #include "cpu/kernels/search-inl.h"
 
+#include "cpu/kernels/best_choice-inl.h"
+
 #include "cpu/kernels/feedback-inl.h"
 #include "cpu/kernels/hqq-inl.h"
 

@@ -18,6 +18,15 @@ struct Destination {
       }
     }
   }
+  // Thirty-two halves of this kind at once, `at` a multiple of 32 where they go around the caches.
+  static constexpr bool kHalves = kType != FloatType::kFloat32;
+  static HalfTable table_of(F levels) {
+    return kType == FloatType::kFloat16 ? half_table(levels) : bfloat16_table(levels);
+  }
+  void put_halves(int64_t at, I v) const {
+    uint16_t* p = static_cast<uint16_t*>(out) + at;
+    kStream ? stream_i(p, v) : store_i(p, v);
+  }
   void put_part(int64_t at, F v, int n) const {
     if constexpr (kType == FloatType::kFloat32) {
       store_part(static_cast<float*>(out) + at, v, n);
@@ -42,14 +51,48 @@ static inline void decode_group(const PackedView& view, const uint8_t* row, int6
   }
 }
 
-// By code: the codebook of a row, or the codes of an integer grid.
+template <int Bits>
+static inline I words_at(const uint8_t* row, int64_t plane_bytes, int64_t col) {
+  if constexpr (Bits == 4) return words_of_4(row + col / 2);
+  if constexpr (Bits == 2) return words_of_2(row + col / 4);
+  if constexpr (Bits == 3) return words_of_3(row + col / 4, row + plane_bytes + col / 8);
+}
+
+// The same by a table of the group's sixteen decoded weights (fewer bits: repeated). Halves are
+// rounded in the table, not each time that one is decoded.
+template <int Bits, class Out>
+static inline void decode_by_table(const PackedView& view, const uint8_t* row, int64_t col,
+                                   int64_t n, const Out& out, int64_t to, F table) {
+  const auto value = [&](I code) { return lookup(table, code); };
+  if constexpr (Out::kHalves) {
+    if (to % 32 != 0 && n >= 16) {
+      decode_group<Bits>(view, row, col, 16, out, to, value);
+      col += 16, to += 16, n -= 16;
+    }
+    if (n >= 32) {
+      const HalfTable halves = Out::table_of(table);
+      for (; n >= 32; col += 32, to += 32, n -= 32)
+        out.put_halves(to, lookup_halves(halves, words_at<Bits>(row, view.plane_bytes, col)));
+    }
+  }
+  decode_group<Bits>(view, row, col, n, out, to, value);
+}
+
+// By code: the codebook of a row, or the codes of an integer grid; periodic in the number of codes.
 template <int Bits>
 static inline F levels_of_row(const PackedView& view, int64_t row) {
-  if constexpr (Bits == 8) return zero();  // too many for a table
-  if (view.family == Family::kInteger) return load(kCodes);
-  if (view.family == Family::kFixedCodebook) return load_part(view.levels, 1 << Bits);
-  const uint16_t* stored = view.codebook + ((row * view.scale_row_stride) << Bits);
-  return mul(halves_at(stored, 1 << Bits), set1(view.factor));
+  constexpr int kLevels = Bits < 8 ? 1 << Bits : 16;  // of 8 bits, too many for a table, unused
+  float levels[16];
+  if (view.family == Family::kInteger) {
+    memcpy(levels, kCodes, sizeof levels);
+  } else if (view.family == Family::kFixedCodebook) {
+    memcpy(levels, view.levels, kLevels * sizeof(float));
+  } else {
+    const uint16_t* stored = view.codebook + row * view.scale_row_stride * kLevels;
+    store(levels, mul(halves_at(stored, kLevels), set1(view.factor)));
+  }
+  for (int i = kLevels; i < 16; ++i) levels[i] = levels[i - kLevels];
+  return load(levels);
 }
 
 template <int Bits, class Out>
@@ -69,17 +112,14 @@ static void decode_bits(const PackedView& view, int64_t row, int64_t col, int64_
     int64_t end = (group + 1) * view.group_size;
     end = end < col + n ? end : col + n;
     const F scale = set1(parameters.scale[group - base]);
+    const F zero_point = set1(parameters.zero_point[group - base]);
     if constexpr (Bits == 8) {
-      const F zero_point = set1(parameters.zero_point[group - base]);
       decode_group<8>(view, codes, at, end - at, out, at - col,
                       [&](I code) { return mul(sub(to_float(code), zero_point), scale); });
     } else {
       // An integer grid of up to 16 levels is a codebook too, shifted by the group's zero point.
-      const F table = view.family == Family::kInteger
-                          ? sub(levels, set1(parameters.zero_point[group - base]))
-                          : levels;
-      decode_group<Bits>(view, codes, at, end - at, out, at - col,
-                         [&](I code) { return mul(lookup(table, code), scale); });
+      const F table = view.family == Family::kInteger ? sub(levels, zero_point) : levels;
+      decode_by_table<Bits>(view, codes, at, end - at, out, at - col, mul(table, scale));
     }
     at = end;
   }
@@ -106,6 +146,13 @@ static void decode(const PackedView& view, int64_t row, int64_t col, int64_t n, 
   decode_to(view, row, col, n, Destination<FloatType::kFloat32, false>{out});
 }
 
+// The CPU follows one stream by itself, not two planes in turn.
+static inline void prefetch_planes(const PackedView& view, int64_t row) {
+  constexpr int64_t kAhead = 4096;  // bytes; the rows after this one
+  const uint8_t* codes = view.codes + row * view.row_bytes + kAhead;
+  for (int64_t at = 0; at < view.row_bytes; at += 64) prefetch_far(codes + at);
+}
+
 template <FloatType kType>
 static inline void decode_row_to(const PackedView& view, int64_t row, void* out, bool stream) {
   // Such stores want whole lines: a row that starts within one is written the ordinary way.
@@ -116,6 +163,7 @@ static inline void decode_row_to(const PackedView& view, int64_t row, void* out,
 
 static void decode_row(const PackedView& view, int64_t row, FloatType dtype, void* out,
                        bool stream) {
+  if (stream && view.bits == 3) prefetch_planes(view, row);
   switch (dtype) {
     case FloatType::kFloat32:
       return decode_row_to<FloatType::kFloat32>(view, row, out, stream);

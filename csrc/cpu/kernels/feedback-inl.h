@@ -31,12 +31,6 @@ static inline void round_to(const LaneBooks& books, F v, F* unit, F* code) {
   }
 }
 
-// inverse_of, by lanes.
-static inline F inverses_of(F scale) {
-  const F tiny = set1(1e-38f);
-  return div(set1(1.0f), select_above(zero(), scale, min(scale, negative(tiny)), max(scale, tiny)));
-}
-
 // So many columns pass on their changes at once: what they add to is loaded and stored once.
 constexpr int64_t kTogether = 8;
 

@@ -25,9 +25,7 @@ static void shrink(int bits, const float* block, int64_t n, const float* scale,
                    const float* zero_point, float p, float beta, ShrinkSums* sums) {
   // Long spans are summed in parts, so that a sum stays near its terms in size.
   constexpr int64_t kPart = 256;
-  float inverses[16];
-  for (int lane = 0; lane < 16; ++lane) inverses[lane] = inverse_of(scale[lane]);
-  const F inverse = load(inverses), zeros = load(zero_point);
+  const F inverse = inverses_of(load(scale)), zeros = load(zero_point);
   const F top = set1(static_cast<float>((1 << bits) - 1)), none = zero();
   const F power = set1(p - 2.0f);
   F offset = none;  // -log2(beta)

@@ -86,11 +86,16 @@ static void choices(const Encoding& encoding, int64_t n, const float* low, const
   }
 }
 
+// inverse_of (core/scale_coding.h), by lanes.
+static inline F inverses_of(F scale) {
+  const F tiny = set1(1e-38f);
+  return div(set1(1.0f), select_above(zero(), scale, min(negative(tiny), scale), max(tiny, scale)));
+}
+
 // Integer grid: clamp(round(w / scale + zero), 0, top), still as floats.
 template <int Bits>
 struct GridEncoder {
   static constexpr int kBits = Bits;
-  static constexpr bool kUnroll = true;  // 3 % faster in search-inl.h
   F inverse, zero_point, top;
   GridEncoder() = default;
   explicit GridEncoder(const Encoding& /*encoding*/)
@@ -108,7 +113,6 @@ struct GridEncoder {
 template <int Bits>
 struct CodebookEncoder {
   static constexpr int kBits = Bits;
-  static constexpr bool kUnroll = false;  // would be 25 % slower
   F inverse, pivots[Bits], levels;
   I codes;
   CodebookEncoder() = default;
@@ -186,8 +190,11 @@ static inline void encode_row(const float* w, int64_t n, int64_t group, const fl
   int64_t at = 0;
   for (int64_t g = 0; at < n; ++g) {
     if (g % kAhead == 0) {
-      for (int64_t i = 0; i < kAhead && (g + i) * group < n; ++i)
-        inverse[i] = inverse_of(scale[g + i]);
+      const int64_t left = (n - at + group - 1) / group, count = left < kAhead ? left : kAhead;
+      for (int64_t i = 0; i < count; i += 16) {
+        const int part = static_cast<int>(count - i < 16 ? count - i : 16);
+        store(inverse + i, inverses_of(load_part(scale + g + i, part)));
+      }
     }
     encoder.use(set1(inverse[g % kAhead]), set1(zero_point ? zero_point[g] : 0.0f));
     const int64_t end = at + group < n ? at + group : n;

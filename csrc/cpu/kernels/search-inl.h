@@ -13,38 +13,41 @@ static void interleave(const float* const* spans, int64_t n, float* block) {
 }
 
 // Weight j of a span belongs to partial sum j mod 16, and these are added i with i + 8, then + 4,
-// + 2, + 1: the order of sixteen lanes that walk one span.
-constexpr int kParts = 16;
-
-static inline F sum_of_parts(F* part) {
-  for (int step = kParts / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) part[i] = add(part[i], part[i + step]);
-  }
-  return part[0];
-}
-
-// take(its place in the block) for each weight of the spans. Four weights of a part follow each
-// other, so that sums stay in registers for a while.
-template <bool kUnroll, class Begin, class Take, class End>
-__attribute__((always_inline)) static inline void for_each_part(int64_t n, const Begin& begin,
-                                                                const Take& take, const End& end) {
-  constexpr int64_t kAtOnce = 4 * kParts;
-  for (int64_t first = 0; first < n; first += kAtOnce) {
-    const int64_t last = first + kAtOnce < n ? first + kAtOnce : n;
-    for (int part = 0; part < kParts && first + part < last; ++part) {
-      begin(part);
-      const int64_t at = 16 * (first + part);
-      if (kUnroll && last - first == kAtOnce) {
-        take(at);
-        take(at + 16 * kParts);
-        take(at + 32 * kParts);
-        take(at + 48 * kParts);
-      } else {
-        for (int64_t j = at; j < 16 * last; j += 16 * kParts) take(j);
+// + 2, + 1: the order of sixteen lanes that walk one span. The four that meet first are taken in
+// one walk, which keeps them in registers; four walks through a piece of the first cache see all.
+// take(place in the block, sums) adds a weight to `Sums` sums; total [Sums].
+template <int Sums, class Take>
+[[gnu::always_inline]] static inline void sum_by_parts(int64_t n, const Take& take, F* total) {
+  constexpr int kTogether = 4;
+  constexpr int64_t kPiece = 256;
+  F parts[4][kTogether][Sums], quarter[4][Sums];
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const bool ends = first + kPiece >= n;
+    const int64_t last = ends ? n : first + kPiece;
+    for (int q = 0; q < 4; ++q) {
+      F sum[kTogether][Sums];
+      for (int i = 0; i < kTogether; ++i) {
+        for (int s = 0; s < Sums; ++s) sum[i][s] = first ? parts[q][i][s] : zero();
       }
-      end(part);
+      int64_t j = first + q;
+      for (; j + 12 < last; j += 16) {
+        for (int i = 0; i < kTogether; ++i) take(16 * (j + 4 * i), sum[i]);
+      }
+      for (int i = 0; i < kTogether; ++i) {
+        if (j + 4 * i < last) take(16 * (j + 4 * i), sum[i]);
+      }
+      if (ends) {
+        for (int s = 0; s < Sums; ++s)
+          quarter[q][s] = add(add(sum[0][s], sum[2][s]), add(sum[1][s], sum[3][s]));
+      } else {
+        for (int i = 0; i < kTogether; ++i) {
+          for (int s = 0; s < Sums; ++s) parts[q][i][s] = sum[i][s];
+        }
+      }
     }
   }
+  for (int s = 0; s < Sums; ++s)
+    total[s] = add(add(quarter[0][s], quarter[2][s]), add(quarter[1][s], quarter[3][s]));
 }
 
 constexpr float kFarthestZero = 2048.0f;  // where fp16 ceases to resolve whole codes
@@ -57,20 +60,16 @@ static inline void sum_errors(const float* block, const float* importance, int64
                               const Encoder& encoder, const float* scale, const float* zero_point,
                               float* errors) {
   Encoder encoders[Count];
-  F scales[Count], sum[Count], parts[Count][kParts];
+  F scales[Count], total[Count];
   for (int c = 0; c < Count; ++c) {
     scales[c] = load(scale + 16 * c);
     encoders[c] = encoder;
     // As inverse_of does for positive scales; others are no choices.
     encoders[c].use(div(set1(1.0f), max(scales[c], set1(1e-38f))), load(zero_point + 16 * c));
-    for (F& part : parts[c]) part = zero();
   }
-  for_each_part<Encoder::kUnroll>(
+  sum_by_parts<Count>(
       n,
-      [&](int part) __attribute__((always_inline)) {
-        for (int c = 0; c < Count; ++c) sum[c] = parts[c][part];
-      },
-      [&](int64_t at) __attribute__((always_inline)) {
+      [&](int64_t at, F * sum) __attribute__((always_inline)) {
         const F v = load(block + at);
         for (int c = 0; c < Count; ++c) {
           const F off = sub(v, mul(encoders[c].unit(v), scales[c]));
@@ -81,12 +80,10 @@ static inline void sum_errors(const float* block, const float* importance, int64
           }
         }
       },
-      [&](int part) __attribute__((always_inline)) {
-        for (int c = 0; c < Count; ++c) parts[c][part] = sum[c];
-      });
+      total);
   for (int c = 0; c < Count; ++c) {
     const F never = set1(__builtin_inff());
-    F error = select_above(scales[c], zero(), sum_of_parts(parts[c]), never);
+    F error = select_above(scales[c], zero(), total[c], never);
     error = select_above(scales[c], set1(kLargestFloat), never, error);
     error = select_above(abs(load(zero_point + 16 * c)), set1(kFarthestZero), never, error);
     store(errors + 16 * c, error);
@@ -99,9 +96,10 @@ static void all_errors(const Encoding& encoding, const float* block, const float
                        float* errors) {
   with_encoder(encoding, [&](const auto& encoder) {
     int64_t c = 0;
-    for (; c + 4 <= count; c += 4) {
-      sum_errors<4, kWeighted>(block, importance, n, encoder, scale + 16 * c, zero_point + 16 * c,
-                               errors + 16 * c);
+    constexpr int kTogether = kSumsInRegisters / 4;
+    for (; c + kTogether <= count; c += kTogether) {
+      sum_errors<kTogether, kWeighted>(block, importance, n, encoder, scale + 16 * c,
+                                       zero_point + 16 * c, errors + 16 * c);
     }
     for (; c < count; ++c) {
       sum_errors<1, kWeighted>(block, importance, n, encoder, scale + 16 * c, zero_point + 16 * c,
@@ -125,16 +123,10 @@ template <bool kMoments, bool kWeighted, class Encoder>
 static inline void fit_with(const float* block, const float* importance, int64_t n, F scale,
                             const Encoder& encoder, SpanFits* fits) {
   constexpr int kSums = kMoments ? 5 : 3;
-  F sum[kSums], parts[kSums][kParts];
-  for (auto& of_sum : parts) {
-    for (F& part : of_sum) part = zero();
-  }
-  for_each_part<Encoder::kUnroll>(
+  F total[kSums];
+  sum_by_parts<kSums>(
       n,
-      [&](int part) __attribute__((always_inline)) {
-        for (int s = 0; s < kSums; ++s) sum[s] = parts[s][part];
-      },
-      [&](int64_t at) __attribute__((always_inline)) {
+      [&](int64_t at, F * sum) __attribute__((always_inline)) {
         const F v = load(block + at);
         const F d = encoder.unit(v);
         const F off = sub(v, mul(d, scale));
@@ -153,19 +145,15 @@ static inline void fit_with(const float* block, const float* importance, int64_t
           sum[4] = add(sum[4], of_d);
         }
       },
-      [&](int part) __attribute__((always_inline)) {
-        for (int s = 0; s < kSums; ++s) parts[s][part] = sum[s];
-      });
+      total);
   float* const to[] = {fits->error, fits->wd, fits->dd, fits->w, fits->d};
-  for (int s = 0; s < kSums; ++s) store(to[s], sum_of_parts(parts[s]));
+  for (int s = 0; s < kSums; ++s) store(to[s], total[s]);
 }
 
 template <bool kWeighted>
 static void fit_as(const Encoding& encoding, const float* block, const float* importance, int64_t n,
                    const float* scale, const float* zero_point, SpanFits* fits) {
-  float inverse[16];
-  for (int lane = 0; lane < 16; ++lane) inverse[lane] = inverse_of(scale[lane]);
-  const F inverses = load(inverse), scales = load(scale);
+  const F scales = load(scale), inverses = inverses_of(scales);
   with_encoder(encoding, [&](auto encoder) {
     encoder.use(inverses, load(zero_point));
     encoding.zero == Zero::kFloat

@@ -54,6 +54,7 @@ const KernelTable table = {
     .choices = choices,
     .interleave = interleave,
     .errors = errors,
+    .best_choice = best_choice,
     .fit = fit,
     .weighted_errors = weighted_errors,
     .weighted_fit = weighted_fit,

@@ -4,6 +4,8 @@
 using F = __m512;
 using I = __m512i;
 
+constexpr int kSumsInRegisters = 8;
+
 static inline F set1(float v) { return _mm512_set1_ps(v); }
 static inline F zero() { return _mm512_setzero_ps(); }
 static inline F load(const float* p) { return _mm512_loadu_ps(p); }
@@ -37,8 +39,13 @@ static inline float reduce_add(F x) {
 static inline float reduce_min(F x) { return _mm512_reduce_min_ps(x); }
 static inline float reduce_max(F x) { return _mm512_reduce_max_ps(x); }
 static inline F abs(F x) { return _mm512_abs_ps(x); }
+static inline F sqrt(F x) { return _mm512_sqrt_ps(x); }
+static inline int lanes_above(F x, F y) { return _mm512_cmp_ps_mask(x, y, _CMP_GT_OQ); }
 static inline F select_above(F x, F y, F yes, F no) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_GT_OQ), no, yes);
+}
+static inline F select_lanes(int lanes, F yes, F no) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(lanes), no, yes);
 }
 static inline I zero_i() { return _mm512_setzero_si512(); }
 static inline I set_bit_above(I n, F x, F y, int bit) {
@@ -54,6 +61,15 @@ static inline F power_of_two(F n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f)
 static inline F lookup(F table, I at) { return _mm512_permutexvar_ps(at, table); }
 static inline F lookup8(F table, I at) { return lookup(table, at); }
 static inline I lookup_int(I table, I at) { return _mm512_permutexvar_epi32(at, table); }
+
+static inline I pair_words(F low, F high) {
+  return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_cvtps_epi32(low),
+                                 _mm512_slli_epi32(_mm512_cvtps_epi32(high), 16));
+}
+static inline I add_16(I x, I y) { return _mm512_add_epi16(x, y); }
+static inline I min_16(I x, I y) { return _mm512_min_epi16(x, y); }
+static inline I max_16(I x, I y) { return _mm512_max_epi16(x, y); }
+static inline I scale_16(I x, I y) { return _mm512_mulhrs_epi16(x, y); }
 
 static inline __m128i bytes_of(I x) { return _mm512_cvtepi32_epi8(x); }
 
@@ -89,6 +105,44 @@ static inline I add_bit2(I code, const uint8_t* p) {
   return _mm512_mask_or_epi32(code, set, code, _mm512_set1_epi32(4));
 }
 
+// Every word gets the byte that holds its code (one load, broadcast, and a byte shuffle), shifted
+// to the end. Of third bits that byte is the upper one, so that all shifts go right.
+struct WordCodes {
+  int16_t byte4[32], shift4[32], byte2[32], shift2[32], byte1[32], shift1[32];
+};
+constexpr WordCodes make_word_codes() {
+  WordCodes w{};
+  for (int i = 0; i < 32; ++i) {
+    w.byte4[i] = static_cast<int16_t>(-0x8000 + i / 2);
+    w.shift4[i] = static_cast<int16_t>(i % 2 ? 0 : 4);
+    w.byte2[i] = static_cast<int16_t>(-0x8000 + i / 4);
+    w.shift2[i] = static_cast<int16_t>(6 - 2 * (i % 4));
+    w.byte1[i] = static_cast<int16_t>(i / 8 * 256 + 0x80);
+    w.shift1[i] = static_cast<int16_t>(13 - i % 8);  // to bit 2
+  }
+  return w;
+}
+alignas(64) constexpr WordCodes kWordCodes = make_word_codes();
+static inline I word_codes(I bytes, const int16_t* byte, const int16_t* shift) {
+  return _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, _mm512_load_si512(byte)),
+                           _mm512_load_si512(shift));
+}
+static inline I words_of_4(const uint8_t* p) {
+  const I bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return word_codes(bytes, kWordCodes.byte4, kWordCodes.shift4);
+}
+static inline I words_of_2(const uint8_t* p) {
+  int64_t bytes;
+  memcpy(&bytes, p, 8);
+  return word_codes(_mm512_set1_epi64(bytes), kWordCodes.byte2, kWordCodes.shift2);
+}
+static inline I words_of_3(const uint8_t* p, const uint8_t* third) {
+  int32_t bits;
+  memcpy(&bits, third, 4);
+  const I above = word_codes(_mm512_set1_epi32(bits), kWordCodes.byte1, kWordCodes.shift1);
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi16(3), words_of_2(p), above, 0xca);
+}
+
 static inline F load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -118,6 +172,16 @@ static inline void store_bfloat16(uint16_t* p, F x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat16_bits(x));
 }
 
+using HalfTable = __m512i;  // twice over
+static inline HalfTable half_table(F levels) { return _mm512_broadcast_i64x4(half_bits(levels)); }
+static inline HalfTable bfloat16_table(F levels) {
+  return _mm512_broadcast_i64x4(bfloat16_bits(levels));
+}
+static inline I lookup_halves(const HalfTable& table, I at) {
+  return _mm512_permutexvar_epi16(at, table);
+}
+
+static inline void stream_i(void* p, I x) { _mm512_stream_si512(static_cast<__m512i*>(p), x); }
 static inline void stream(float* p, F x) { _mm512_stream_ps(p, x); }
 static inline void stream_half(uint16_t* p, F x) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), half_bits(x));

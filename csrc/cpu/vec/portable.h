@@ -9,6 +9,8 @@ struct I {
   int32_t lane[16];
 };
 
+constexpr int kSumsInRegisters = 4;  // that leave enough of them for other things
+
 #define BITFOLD_LANES for (int i = 0; i < 16; ++i)
 
 static inline F set1(float a) {
@@ -95,6 +97,10 @@ static inline F abs(F a) {
   BITFOLD_LANES a.lane[i] = __builtin_fabsf(a.lane[i]);
   return a;
 }
+static inline F sqrt(F a) {
+  BITFOLD_LANES a.lane[i] = __builtin_sqrtf(a.lane[i]);
+  return a;
+}
 // a > b ? yes : no
 static inline F select_above(F a, F b, F yes, F no) {
   BITFOLD_LANES yes.lane[i] = a.lane[i] > b.lane[i] ? yes.lane[i] : no.lane[i];
@@ -104,6 +110,11 @@ static inline I zero_i() {
   I r;
   BITFOLD_LANES r.lane[i] = 0;
   return r;
+}
+// Bit i of `lanes` chooses lane i of `yes`.
+static inline F select_lanes(int lanes, F yes, F no) {
+  BITFOLD_LANES yes.lane[i] = lanes >> i & 1 ? yes.lane[i] : no.lane[i];
+  return yes;
 }
 // n | bit where a > b.
 static inline I set_bit_above(I n, F a, F b, int bit) {
@@ -145,6 +156,55 @@ static inline I lookup_int(I table, I at) {
   I r;
   BITFOLD_LANES r.lane[i] = table.lane[at.lane[i] & 15];
   return r;
+}
+
+// Bit i is set where lane i of a is above that of b.
+static inline int lanes_above(F a, F b) {
+  int mask = 0;
+  BITFOLD_LANES mask |= (a.lane[i] > b.lane[i] ? 1 : 0) << i;
+  return mask;
+}
+
+// Two words in each lane. From floats, rounded to nearest even and within 16 bits: `low` and
+// `high`.
+static inline I pair_words(F low, F high) {
+  low = round_even(low);
+  high = round_even(high);
+  I r;
+  BITFOLD_LANES {
+    const int16_t pair[2] = {static_cast<int16_t>(low.lane[i]), static_cast<int16_t>(high.lane[i])};
+    memcpy(&r.lane[i], pair, sizeof pair);
+  }
+  return r;
+}
+// The low 16 bits of value(i) in word i.
+template <class Value>
+static inline I make_words(const Value& value) {
+  int16_t word[32];
+  for (int i = 0; i < 32; ++i) word[i] = static_cast<int16_t>(value(i));
+  I r;
+  memcpy(r.lane, word, sizeof word);
+  return r;
+}
+template <class Op>
+static inline I each_word(I a, I b, const Op& op) {
+  int16_t x[32], y[32];
+  memcpy(x, a.lane, sizeof x);
+  memcpy(y, b.lane, sizeof y);
+  return make_words([&](int i) { return op(x[i], y[i]); });
+}
+static inline I add_16(I a, I b) {
+  return each_word(a, b, [](int x, int y) { return x + y; });
+}
+static inline I min_16(I a, I b) {
+  return each_word(a, b, [](int x, int y) { return x < y ? x : y; });
+}
+static inline I max_16(I a, I b) {
+  return each_word(a, b, [](int x, int y) { return x > y ? x : y; });
+}
+// a * b / 2^15, rounded to nearest.
+static inline I scale_16(I a, I b) {
+  return each_word(a, b, [](int x, int y) { return (x * y + (1 << 14)) >> 15; });
 }
 
 // Sixteen codes to 16, 8, 4 and 2 bytes, first element in the high bits: the inverse of unpack8,
@@ -202,6 +262,38 @@ static inline void store_bfloat16(uint16_t* p, F a) {
   BITFOLD_LANES p[i] = float_to_bfloat16(a.lane[i]);
 }
 
+// Thirty-two codes as 16-bit words, and anything above their bits: from 16, 8, or 8 and 4 bytes.
+static inline I words_of_4(const uint8_t* p) {
+  return make_words([p](int i) { return p[i / 2] >> (i % 2 ? 0 : 4); });
+}
+static inline I words_of_2(const uint8_t* p) {
+  return make_words([p](int i) { return p[i / 4] >> (6 - 2 * (i % 4)); });
+}
+static inline I words_of_3(const uint8_t* p, const uint8_t* third) {
+  return make_words([p, third](int i) {
+    return (p[i / 4] >> (6 - 2 * (i % 4)) & 3) | (third[i / 8] >> (7 - i % 8) & 1) << 2;
+  });
+}
+// Sixteen levels as halves of either kind; the index of a word is its low four bits.
+struct HalfTable {
+  uint16_t entry[16];
+};
+static inline HalfTable half_table(F levels) {
+  HalfTable t;
+  store_half(t.entry, levels);
+  return t;
+}
+static inline HalfTable bfloat16_table(F levels) {
+  HalfTable t;
+  store_bfloat16(t.entry, levels);
+  return t;
+}
+static inline I lookup_halves(const HalfTable& table, I at) {
+  int16_t word[32];
+  memcpy(word, at.lane, sizeof word);
+  return make_words([&](int i) { return table.entry[word[i] & 15]; });
+}
+
 // out[16 * i + lane] = from[lane][at + i] for i, lane < 4.
 static inline void transpose4(const float* const* from, int64_t at, float* out) {
   for (int lane = 0; lane < 4; ++lane) {
@@ -213,5 +305,7 @@ static inline void transpose4(const float* const* from, int64_t at, float* out) 
 static inline void stream(float* p, F a) { store(p, a); }
 static inline void stream_half(uint16_t* p, F a) { store_half(p, a); }
 static inline void stream_bfloat16(uint16_t* p, F a) { store_bfloat16(p, a); }
+
+static inline void stream_i(void* p, I a) { memcpy(p, a.lane, sizeof a.lane); }
 
 #undef BITFOLD_LANES

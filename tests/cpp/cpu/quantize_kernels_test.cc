@@ -1,4 +1,5 @@
 #include "core/bitpack.h"
+#include "core/shrinks.h"
 #include "support.h"
 
 namespace bitfold {
@@ -210,6 +211,79 @@ TEST(Errors, AreInfiniteWhereThereIsNoChoice) {
       EXPECT_EQ(errors[i], INFINITY) << i;
     } else {
       EXPECT_LT(errors[i], 1e3f) << i;
+    }
+  }
+}
+
+// Sixteen spans of n weights, interleaved: most of them random, some such as bounds of errors go
+// wrong with, or say nothing of.
+std::vector<float> difficult_spans(int64_t n, unsigned seed, testing::Shape shape) {
+  std::vector<float> block = random_weights(16 * n, seed, shape, 0.02f);
+  for (int64_t j = 0; j < n; ++j) {
+    float* w = block.data() + 16 * j;
+    w[0] = 0.0f;
+    w[1] *= 1e-30f;  // whose squares are no floats
+    w[2] *= 1e32f;
+    w[3] = std::fabs(w[3]);
+    w[4] = -1.0f - w[4];
+    w[5] = std::round(w[5] * 100.0f);  // many choices are equally good
+    w[6] = j == n / 2 ? w[6] : 0.0f;
+    w[7] *= 1e-40f;
+    w[8] = 0.3f;
+    w[9] = j % 2 == 0 ? 0.3f : -0.3f;
+  }
+  return block;
+}
+
+TEST(BestChoice, IsTheFirstOfLeastError) {
+  const KernelTable& k = active_kernels();
+  for (const Encoding& encoding :
+       {Encoding{8, Zero::kNone, nullptr}, Encoding{4, Zero::kNone, nullptr},
+        Encoding{4, Zero::kInt, nullptr}, Encoding{4, Zero::kFloat, nullptr},
+        Encoding{3, Zero::kNone, nullptr}, Encoding{3, Zero::kInt, nullptr},
+        Encoding{3, Zero::kMidrise, nullptr}, Encoding{2, Zero::kInt, nullptr},
+        Encoding{2, Zero::kMidrise, nullptr}, Encoding{2, Zero::kNone, nullptr},
+        Encoding{4, Zero::kNone, &kNf4}}) {
+    const bool asymmetric = encoding.zero == Zero::kInt || encoding.zero == Zero::kFloat;
+    const Shrinks shrinks = shrinks_for(encoding.bits, asymmetric);
+    for (int64_t n : {1, 2, 15, 16, 18, 64, 128, 300, 1026}) {
+      for (auto shape : {testing::Shape::kGaussian, testing::Shape::kLaplace,
+                         testing::Shape::kUniform, testing::Shape::kOutliers}) {
+        const std::vector<float> block = difficult_spans(n, static_cast<unsigned>(n), shape);
+        float low[16], high[16];
+        for (int64_t lane = 0; lane < 16; ++lane) {
+          low[lane] = high[lane] = block[static_cast<size_t>(lane)];
+          for (int64_t j = 1; j < n; ++j) {
+            low[lane] = std::min(low[lane], block[static_cast<size_t>(16 * j + lane)]);
+            high[lane] = std::max(high[lane], block[static_cast<size_t>(16 * j + lane)]);
+          }
+        }
+        float scale[kMaxChoices][16], zero[kMaxChoices][16], errors[kMaxChoices][16];
+        for (int c = 0; c < shrinks.count; ++c) {
+          float shrink_low[16], shrink_high[16];
+          std::fill_n(shrink_low, 16, shrinks.low[c]);
+          std::fill_n(shrink_high, 16, shrinks.high[c]);
+          k.choices(encoding, 16, low, high, shrink_low, shrink_high, scale[c], zero[c]);
+        }
+        k.errors(encoding, block.data(), n, shrinks.count, scale[0], zero[0], errors[0]);
+        std::vector<int16_t> scratch(static_cast<size_t>(32 * (n / 2)));
+        float best_scale[16], best_zero[16], least[16];
+        k.best_choice(encoding, block.data(), n, low, high, shrinks.count, scale[0], zero[0],
+                      scratch.data(), best_scale, best_zero, least);
+        for (int lane = 0; lane < 16; ++lane) {
+          int best = 0;
+          for (int c = 1; c < shrinks.count; ++c)
+            best = errors[c][lane] < errors[best][lane] ? c : best;
+          const auto where = [&] {
+            return "bits " + std::to_string(encoding.bits) + " zero " +
+                   std::to_string(int(encoding.zero)) + " n " + std::to_string(n) + " lane " +
+                   std::to_string(lane);
+          };
+          EXPECT_EQ(best_scale[lane], scale[best][lane]) << where();
+          EXPECT_EQ(best_zero[lane], zero[best][lane]) << where();
+          EXPECT_EQ(least[lane], errors[best][lane]) << where();
+        }
+      }
     }
   }
 }
