@@ -17,10 +17,12 @@ foreach(name IN LISTS BITFOLD_CPP_TESTS)
 endforeach()
 
 # CUDA kernels, compiled as C++ and run by an emulation of threads.
-target_sources(cuda_kernels_test PRIVATE tests/cpp/cuda/emulator.cc csrc/cuda/quantize.cc)
-target_sources(cuda_linear_kernels_test PRIVATE tests/cpp/cuda/emulator.cc)
-target_compile_options(cuda_kernels_test PRIVATE -Wno-unknown-pragmas)  # unroll
-target_compile_options(cuda_linear_kernels_test PRIVATE -Wno-unknown-pragmas)
+foreach(target cuda_kernels_test cuda_linear_kernels_test solvers_cuda_gptq_test)
+  target_sources(${target} PRIVATE tests/cpp/cuda/emulator.cc)
+  target_compile_options(${target} PRIVATE -Wno-unknown-pragmas)  # unroll
+endforeach()
+target_sources(cuda_kernels_test PRIVATE csrc/cuda/quantize.cc)
+target_sources(solvers_cuda_gptq_test PRIVATE csrc/cuda/quantize.cc csrc/solvers/cuda/gptq.cc)
 
 # Where the CPU lacks the instruction set, csrc/cpu/isa.cc refuses in these words, and the test counts as skipped.
 foreach(name IN LISTS BITFOLD_CPP_PER_ISA_TESTS)

@@ -35,6 +35,7 @@ set(BITFOLD_SOLVER_SOURCES
   csrc/solvers/group_search.cc
   csrc/solvers/hessian.cc
   csrc/solvers/hqq.cc
+  csrc/solvers/importance.cc
   csrc/solvers/kmeans.cc
   csrc/solvers/outliers.cc
   csrc/solvers/panel_scales.cc
@@ -44,6 +45,7 @@ set(BITFOLD_SOLVER_SOURCES
   csrc/solvers/sampled_loss.cc
   csrc/solvers/scale_search.cc
   csrc/solvers/scale_storage.cc
+  csrc/solvers/sections.cc
 )
 
 # name of the target file in csrc/cpu/targets
@@ -62,17 +64,24 @@ set(BITFOLD_CUDA_HOST_SOURCES
 # (quantize.cc leads through kernels: it is linked where they are.)
 set(BITFOLD_CUDA_SOURCES
   csrc/cuda/quantize.cc
+  csrc/cuda/copy.cu
   csrc/cuda/dequantize.cu
+  csrc/cuda/feedback.cu
+  csrc/cuda/hqq.cu
   csrc/cuda/linear_any.cu
   csrc/cuda/linear_mma.cu
   csrc/cuda/linear_mma_2.cu
   csrc/cuda/linear_mma_3.cu
   csrc/cuda/linear_mma_4.cu
   csrc/cuda/linear_mma_8.cu
+  csrc/cuda/losses.cu
   csrc/cuda/encode.cu
   csrc/cuda/pack.cu
+  csrc/cuda/rounding.cu
   csrc/cuda/scales.cu
+  csrc/cuda/statistics.cu
   csrc/cuda/store_scales.cu
+  csrc/solvers/cuda/gptq.cc
 )
 set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/checks.cc
@@ -125,6 +134,7 @@ set(BITFOLD_CPP_TESTS
   cpu/isa
   solvers/awq_clip
   solvers/awq_scale
+  solvers/cuda/gptq
   solvers/gptq
   solvers/hessian
   solvers/hqq

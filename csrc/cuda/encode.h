@@ -111,11 +111,11 @@ struct FitSums {
   float error, wd, dd, w, d;
 };
 
-// One unknown (scale), or two (scale and a real zero point), by least squares.
-BITFOLD_HOST_DEVICE inline ScaleAndZero fitted_scale(Zero zero, int64_t count, const FitSums& sums,
+// One unknown (scale), or two (scale and a real zero point), by least squares. n: what all weights
+// count together, their number unless some count more than others.
+BITFOLD_HOST_DEVICE inline ScaleAndZero fitted_scale(Zero zero, double n, const FitSums& sums,
                                                      float zero_now) {
   if (zero != Zero::kFloat) return {sums.dd > 0.0f ? sums.wd / sums.dd : 0.0f, zero_now};
-  const double n = static_cast<double>(count);
   const double mean_d = sums.d / n, mean_w = sums.w / n;
   const double variance = sums.dd / n - mean_d * mean_d;
   const double scale = variance > 0.0 ? (sums.wd / n - mean_d * mean_w) / variance : 0.0;

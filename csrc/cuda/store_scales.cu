@@ -120,6 +120,23 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// As ScaleStorage::round of the CPU.
+__global__ void __launch_bounds__(kThreads)
+    round_parameters(const ScalePart* __restrict__ parts, int64_t of_parts, bool halves,
+                     bool zero_halves, int64_t n, float* __restrict__ scale,
+                     float* __restrict__ zero) {
+  constexpr float kLargestHalf = 65504.0f;
+  const ScalePart all = whole(parts, of_parts);
+  const int e = exponent_of_range(all.largest, all.smallest);
+  const float down = power_of_two(-e), up = power_of_two(e);
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * kThreads) {
+    if (halves) scale[i] = from_half(to_half(lesser(scale[i] * down, kLargestHalf))) * up;
+    if (zero_halves)
+      zero[i] = from_half(to_half(lesser(greater(zero[i], -kLargestHalf), kLargestHalf)));
+  }
+}
+
 // Integers are their own codes; eight of a row of groups a thread.
 template <int kBits>
 __global__ void __launch_bounds__(kThreads)
@@ -164,6 +181,14 @@ Status store_double_quantized(const ScalePart* parts, int64_t n, int bits, const
   if (Status status = plan_items(n, &launch); !status.ok() || launch.empty()) return status;
   return run("double_quantize_blocks", double_quantize_blocks, launch, 0, stream, steps, n, bits,
              scale, stored_scale, zero, codes, absmax, offset);
+}
+
+Status round_as_stored(const Format& format, const ScalePart* parts, int64_t of_parts, int64_t n,
+                       float* scale, float* zero, cudaStream_t stream) {
+  Launch launch;
+  if (Status status = plan_items(n, &launch); !status.ok()) return status;
+  return run("round_parameters", round_parameters, launch, 0, stream, parts, of_parts,
+             stores_halves(format), format.zero == Zero::kFloat, n, scale, zero);
 }
 
 Status store_zeros(const Spans& spans, const DeviceEncoding& encoding, float* zero, void* stored,

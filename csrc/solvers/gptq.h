@@ -3,14 +3,9 @@
 #pragma once
 
 #include "solvers/feedback.h"
+#include "solvers/importance.h"
 
 namespace bitfold {
-
-enum class ScaleChoice {
-  kRange,     // extremes of each group
-  kDiagonal,  // least squared error, weighted by the diagonal of the damped Hessian
-  kFactor,    // weighted by a mean of that and R_kk^2 (solvers/factor.h)
-};
 
 struct GptqOptions {
   ColumnOrder order = ColumnOrder::kGiven;
@@ -45,6 +40,9 @@ struct GptqReport {
   Seconds seconds;
 };
 // predicted, plain, plain_damped are of the measured rows, times rows / measured rows.
+
+// Whether sizes and options fit each other; n: of the Hessian [n, n].
+Status check_gptq(const Format& format, const MatrixView& w, int64_t n, const GptqOptions& options);
 
 // `buffers` as in quantize(). With `cross` the matrix that is rounded is W + alpha W C H^-1, the
 // least-squares answer to min ||W x_float - Q x||^2 over real Q; losses are then around it.

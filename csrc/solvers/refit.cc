@@ -26,10 +26,8 @@ struct Choice {
   double change;  // of the loss
 };
 
-// Groups are taken some hundred columns at a time: H times the errors is one product for all of
+// Groups are taken a section of columns at a time: H times the errors is one product for all of
 // them, and what changes on the way is added as it comes.
-constexpr int64_t kSectionColumns = 512;
-
 class Refit {
  public:
   Refit(PanelMatrix* w, Feedback* feedback, const Factorization& f, int exponent,

@@ -63,6 +63,13 @@ T __shfl_xor_sync(unsigned /*mask*/, T value, int lane_xor, int /*width*/ = 32) 
   return emulator::shuffle(value, static_cast<unsigned>(lane_xor));
 }
 
+// lane may be another one for each thread.
+template <class T>
+T __shfl_sync(unsigned /*mask*/, T value, int lane, int /*width*/ = 32) {
+  const unsigned me = threadIdx.y * blockDim.x + threadIdx.x;
+  return emulator::shuffle(value, (me % 32) ^ static_cast<unsigned>(lane));
+}
+
 inline void __syncwarp() { emulator::exchange(0, 0); }
 
 template <class T>
@@ -78,6 +85,9 @@ struct float2 {
 };
 struct uint2 {
   uint32_t x, y;
+};
+struct float4 {
+  float x, y, z, w;
 };
 struct uint4 {
   uint32_t x, y, z, w;
@@ -104,4 +114,16 @@ T max(T a, T b) {
 template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
+}
+
+// One thread runs at a time.
+inline unsigned long long atomicMin(unsigned long long* at, unsigned long long value) {
+  const unsigned long long old = *at;
+  if (value < old) *at = value;
+  return old;
+}
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
+  const unsigned long long old = *at;
+  *at += value;
+  return old;
 }
