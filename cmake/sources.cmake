@@ -82,6 +82,7 @@ set(BITFOLD_CUDA_SOURCES
   csrc/cuda/statistics.cu
   csrc/cuda/store_scales.cu
   csrc/solvers/cuda/gptq.cc
+  csrc/solvers/cuda/hessian.cc
 )
 set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/checks.cc
@@ -89,14 +90,19 @@ set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/cuda/dense_product.cc
   csrc/torch/cuda/dequantize.cc
   csrc/torch/cuda/linear.cc
+  csrc/torch/cuda/linear_algebra.cc
   csrc/torch/cuda/pack.cc
   csrc/torch/cuda/quantize.cc
+  csrc/torch/cuda/solvers.cc
+  csrc/torch/dense.cc
+  csrc/torch/solver_arguments.cc
 )
 
 set(BITFOLD_OPS_SOURCES
   csrc/torch/awq.cc
   csrc/torch/checks.cc
   csrc/torch/cpu_kernels.cc
+  csrc/torch/dense.cc
   csrc/torch/dequantize.cc
   csrc/torch/hqq.cc
   csrc/torch/linear.cc
@@ -105,6 +111,7 @@ set(BITFOLD_OPS_SOURCES
   csrc/torch/pack.cc
   csrc/torch/quantize.cc
   csrc/torch/schemas.cc
+  csrc/torch/solver_arguments.cc
   csrc/torch/solvers.cc
 )
 

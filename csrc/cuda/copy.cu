@@ -20,15 +20,14 @@ Status done(cudaError_t error, const char* what) {
 
 Status copy_to_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
   // From ordinary memory, which CUDA copies before it returns.
-  return done(
-      cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream),
-      "a copy to the GPU");
+  return done(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyHostToDevice, stream),
+              "a copy to the GPU");
 }
 
 Status copy_to_host(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
-  if (Status status = done(cudaMemcpyAsync(to, from, static_cast<size_t>(bytes),
-                                           cudaMemcpyDeviceToHost, stream),
-                           "a copy from the GPU");
+  if (Status status = done(
+          cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToHost, stream),
+          "a copy from the GPU");
       !status.ok())
     return status;
   return wait_for(stream);

@@ -10,9 +10,9 @@
 namespace bitfold::cuda {
 namespace {
 
-constexpr int kRowLanes = 4;             // of a row
+constexpr int kRowLanes = 4;               // of a row
 constexpr int kBlockRows = 32;             // of a block
-constexpr int kAtOnce = 32;           // columns
+constexpr int kAtOnce = 32;                // columns
 constexpr int kOwn = kAtOnce / kRowLanes;  // of a lane
 constexpr int kBlockThreads = kBlockRows * kRowLanes;
 
@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(kBlockThreads)
         square = off * off - off_of_old * off_of_old;
         change = error - old_error[i];
       }
-      const float passed = __shfl_sync(0xffffffffu, change, lane % (32 / kRowLanes) + owner * (32 / kRowLanes));
+      const float passed =
+          __shfl_sync(0xffffffffu, change, lane % (32 / kRowLanes) + owner * (32 / kRowLanes));
       float coefficient[kOwn];
       load_eight(&shared.coefficient[first + j][own * kOwn], coefficient);
 #pragma unroll
@@ -159,10 +160,12 @@ __global__ void __launch_bounds__(kThreads)
 
 Status feed_back(const RoundingMatrix& w, const DeviceEncoding& encoding,
                  const ColumnPlaces& places, const FeedbackBlock& block, cudaStream_t stream) {
-  const auto kernel = encoding.book
-                          ? (block.again ? feed_back_columns<true, true> : feed_back_columns<true, false>)
-                          : (block.again ? feed_back_columns<false, true> : feed_back_columns<false, false>);
-  const Launch launch{static_cast<uint32_t>((w.rows + kBlockRows - 1) / kBlockRows), 1, kBlockThreads, 1};
+  const auto kernel =
+      encoding.book
+          ? (block.again ? feed_back_columns<true, true> : feed_back_columns<true, false>)
+          : (block.again ? feed_back_columns<false, true> : feed_back_columns<false, false>);
+  const Launch launch{static_cast<uint32_t>((w.rows + kBlockRows - 1) / kBlockRows), 1,
+                      kBlockThreads, 1};
   return run("feed_back_columns", kernel, launch, 0, stream, w, encoding, places, block);
 }
 

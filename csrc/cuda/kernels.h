@@ -31,9 +31,12 @@ int64_t quantize_scratch_bytes(const Format& format, int64_t rows, int64_t cols)
 Status quantize(const Format& format, Method method, const MatrixView& w, void* const* buffers,
                 void* scratch, cudaStream_t stream);
 
-// Half-quadratic quantization of a format with real zero points of groups or rows, otherwise as
-// quantize() with searched scales; the same scratch.
-struct HqqSteps;
+// Half-quadratic quantization of a format with real zero points of groups or rows: quantize() with
+// searched scales, and its scratch, but for the zero points (solvers/hqq.h).
+struct HqqSteps {
+  float p, beta, kappa;
+  int iterations;
+};
 Status hqq(const Format& format, const HqqSteps& steps, const MatrixView& w, void* const* buffers,
            void* scratch, cudaStream_t stream);
 

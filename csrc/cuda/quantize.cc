@@ -1,7 +1,5 @@
 #include "cuda/quantize.h"
 
-#include "cuda/kernels.h"
-
 namespace bitfold::cuda {
 namespace {
 
@@ -51,7 +49,8 @@ struct Fold {
   }
 
   Status choose(Method method, cudaStream_t stream) const {
-    if (method == Method::kSearch) return search_scales(w, spans, encoding, {}, scale, zero, stream);
+    if (method == Method::kSearch)
+      return search_scales(w, spans, encoding, {}, scale, zero, stream);
     if (format.grouping == Grouping::kTensor)
       return round_tensor_scale(w, encoding, {}, low, high, scale, zero, stream);
     return round_scales(w, spans, encoding, {}, scale, zero, stream);

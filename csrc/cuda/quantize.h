@@ -6,6 +6,7 @@
 
 #include "core/view.h"
 #include "cuda/encode.h"
+#include "cuda/kernels.h"
 #include "cuda/launch.h"
 #include "cuda/stream.h"
 
@@ -100,11 +101,6 @@ Status store_zeros(const Spans& spans, const DeviceEncoding& encoding, float* ze
 
 // ---- hqq.cu
 
-// Half-quadratic quantization (solvers/hqq.h): how its zero points are sought.
-struct HqqSteps {
-  float p, beta, kappa;
-  int iterations;
-};
 // zero [spans], real zero points as they are stored, become better ones.
 Status shrink_zeros(const MatrixView& w, const Spans& spans, const DeviceEncoding& encoding,
                     const HqqSteps& steps, const float* scale, float* zero, cudaStream_t stream);

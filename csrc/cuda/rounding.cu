@@ -26,7 +26,8 @@ __device__ inline void transpose(int64_t rows, int64_t cols, int64_t stride, T* 
 }
 
 __global__ void __launch_bounds__(kThreads)
-    transpose_weights(const MatrixView w, const uint8_t* __restrict__ dead, const RoundingMatrix to) {
+    transpose_weights(const MatrixView w, const uint8_t* __restrict__ dead,
+                      const RoundingMatrix to) {
   transpose<float>(w.rows, w.cols, to.stride, to.weights, [&](int64_t row, int64_t col) {
     return dead[col] ? 0.0f : load_weight(w, row, col);
   });
@@ -103,9 +104,8 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     gather(const int32_t* __restrict__ column, const float* __restrict__ from, int64_t stride,
            float* __restrict__ to, const RowPlan plan) {
-  each_place(plan, [&](int64_t a, int64_t row) {
-    to[a * stride + row] = from[column[a] * stride + row];
-  });
+  each_place(
+      plan, [&](int64_t a, int64_t row) { to[a * stride + row] = from[column[a] * stride + row]; });
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(kThreads, kThreeBlocks)
     const Extremes seen = extremes_of(source, at, lane);
     const Probe<kBook, kWeighted> probe{
         source, at, bins, levels, static_cast<float>((1 << encoding.bits) - 1), lane};
-    ScaleAndZero chosen = search_scale(encoding, shrinks, probe, seen.low, seen.high,
-                                       probe.total(encoding.zero));
+    ScaleAndZero chosen =
+        search_scale(encoding, shrinks, probe, seen.low, seen.high, probe.total(encoding.zero));
     if (!(seen.poison == 0.0f)) chosen.scale = __int_as_float(0x7fc00000);
     if (lane != 0 || span >= spans.count()) return;
     scale[span] = chosen.scale;
@@ -235,9 +235,9 @@ Status search_scales(const MatrixView& w, const Spans& spans, const DeviceEncodi
   if (Status status = plan_items(spans.count() * kLanes, &launch); !status.ok()) return status;
   const bool asymmetric = encoding.zero == Zero::kInt || encoding.zero == Zero::kFloat;
   const Shrinks shrinks = shrinks_for(encoding.bits, asymmetric);
-  const auto kernel = counts.importance
-                          ? (encoding.book ? search_spans<true, true> : search_spans<false, true>)
-                          : (encoding.book ? search_spans<true, false> : search_spans<false, false>);
+  const auto kernel =
+      counts.importance ? (encoding.book ? search_spans<true, true> : search_spans<false, true>)
+                        : (encoding.book ? search_spans<true, false> : search_spans<false, false>);
   return run("search_spans", kernel, launch, 0, stream, w, spans, counts, encoding, shrinks, scale,
              zero);
 }

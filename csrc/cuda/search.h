@@ -9,8 +9,8 @@ namespace bitfold::cuda {
 
 // As solvers/scale_search.cc: shrunken ranges, then least squares and new codes in turn, never
 // accepting a larger error. probe.error(choice) and probe.fit(choice) are the sums over the group,
-// whose weights lie between low and high and count `total` together. On a GPU all lanes that share a group hold the same
-// numbers and branch alike.
+// whose weights lie between low and high and count `total` together. On a GPU all lanes that share
+// a group hold the same numbers and branch alike.
 template <class Probe>
 BITFOLD_HOST_DEVICE inline ScaleAndZero search_scale(const DeviceEncoding& e,
                                                      const Shrinks& shrinks, const Probe& probe,

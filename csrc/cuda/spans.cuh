@@ -1,5 +1,5 @@
-// Sixteen lanes to a span: lane p takes the weights j with j mod 16 = p, and sums meet i with i + 8,
-// then + 4, + 2, + 1, which is the order of the CPU (cpu/kernels/search-inl.h).
+// Sixteen lanes to a span: lane p takes the weights j with j mod 16 = p, and sums meet i with i +
+// 8, then + 4, + 2, + 1, which is the order of the CPU (cpu/kernels/search-inl.h).
 #pragma once
 
 #include "cuda/device.cuh"

@@ -22,13 +22,15 @@ __device__ inline void find_first(const RowPlan& plan, const Load& load,
 
 __global__ void __launch_bounds__(kThreads)
     find_in_matrix(const MatrixView w, unsigned long long* first, const RowPlan plan) {
-  find_first(plan, [&](int64_t row, int64_t col) { return load_weight(w, row, col); }, first);
+  find_first(
+      plan, [&](int64_t row, int64_t col) { return load_weight(w, row, col); }, first);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     find_in_mean(const T* __restrict__ mean, unsigned long long* first, const RowPlan plan) {
-  find_first(plan, [&](int64_t row, int64_t col) { return mean[row * plan.units + col]; }, first);
+  find_first(
+      plan, [&](int64_t row, int64_t col) { return mean[row * plan.units + col]; }, first);
 }
 
 template <class T>

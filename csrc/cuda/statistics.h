@@ -23,8 +23,8 @@ Status find_non_finite(const MeanView& mean, unsigned long long* first, cudaStre
 
 // diagonal [n].
 Status read_diagonal(const MeanView& mean, double* diagonal, cudaStream_t stream);
-// out [n, n], float or double: rows and columns of the mean in the order of `column`; `added` to the
-// diagonal, which is 1 for dead columns.
+// out [n, n], float or double: rows and columns of the mean in the order of `column`; `added` to
+// the diagonal, which is 1 for dead columns.
 Status arrange(const MeanView& mean, const int32_t* column, const uint8_t* dead, double added,
                bool out_fp64, void* out, cudaStream_t stream);
 Status narrow(const double* from, int64_t n, float* to, cudaStream_t stream);

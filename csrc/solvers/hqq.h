@@ -15,6 +15,9 @@ struct HqqOptions {
   int iterations = 10;  // at most; twenty lower the mean |r| by another 0.1 %
 };
 
+// Whether the format has such zero points, and the options are within their ranges.
+Status check_hqq(const Format& format, const HqqOptions& options);
+
 // As quantize() with Method::kSearch, whose scales stay; then, group by group,
 //   r = w / s + z - code,  e = sign(r) max(|r| - |r|^(p-1) / beta, 0),  z <- mean(code - w / s + e)
 // until mean |r| grows, keeping the zero point with the least, as it will be stored. Two departures

@@ -30,11 +30,8 @@ const Tensor& checked(const Tensor& tensor, ScalarType dtype, std::initializer_l
                        shape_of(tensor));
 }
 
-Tensor report_of(const Tensor& like, std::initializer_list<double> values) {
-  Tensor report =
-      torch::stable::new_empty(like, {static_cast<int64_t>(values.size())}, ScalarType::Double);
-  std::copy(values.begin(), values.end(), static_cast<double*>(report.mutable_data_ptr()));
-  return report;
+Tensor report_of(std::initializer_list<double> values) {
+  return cpu_tensor(values.begin(), values.size());
 }
 
 std::tuple<Tensor, Tensor> awq_scale(std::vector<Tensor> weights, std::vector<int64_t> specs,
@@ -76,8 +73,8 @@ std::tuple<Tensor, Tensor> awq_scale(std::vector<Tensor> weights, std::vector<in
                            static_cast<float*>(scale.mutable_data_ptr()), &found),
         kOp);
   // In the order of bitfold.solvers.awq.
-  return {scale, report_of(scale, {found.better ? 1.0 : 0.0, found.alpha,
-                                   found.by_weight ? 1.0 : 0.0, found.before, found.after})};
+  return {scale, report_of({found.better ? 1.0 : 0.0, found.alpha, found.by_weight ? 1.0 : 0.0,
+                            found.before, found.after})};
 }
 
 std::tuple<std::vector<Tensor>, Tensor> awq_clip(Tensor weight, Tensor hessian,
@@ -101,8 +98,7 @@ std::tuple<std::vector<Tensor>, Tensor> awq_clip(Tensor weight, Tensor hessian,
   check(bitfold::awq_clip(kernels(kOp), torch_linear_algebra(), format, method_of(method, kOp),
                           view, h, marked, data.data(), torch_parallel(), &found),
         kOp);
-  return {packed,
-          report_of(weight, {static_cast<double>(found.groups), static_cast<double>(found.clipped),
+  return {packed, report_of({static_cast<double>(found.groups), static_cast<double>(found.clipped),
                              found.before, found.after})};
 }
 

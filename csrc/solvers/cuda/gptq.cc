@@ -124,8 +124,9 @@ class GpuGptq {
     double value = 0.0;
     float narrow = 0.0f;
     Status status =
-        mean.fp64 ? cuda::copy_to_host(&value, static_cast<const double*>(mean.data) + at, 8, stream_)
-                  : cuda::copy_to_host(&narrow, static_cast<const float*>(mean.data) + at, 4, stream_);
+        mean.fp64
+            ? cuda::copy_to_host(&value, static_cast<const double*>(mean.data) + at, 8, stream_)
+            : cuda::copy_to_host(&narrow, static_cast<const float*>(mean.data) + at, 4, stream_);
     if (!status.ok()) return status;
     return non_finite_entry(name, at / n_, at % n_,
                             std::isnan(mean.fp64 ? value : static_cast<double>(narrow)));
@@ -133,8 +134,8 @@ class GpuGptq {
 
   void factorize() {
     const double start = now();
-    f_ = begin_factorization(
-        diagonal_, order_columns(options_.order, diagonal_, spans_.group_size));
+    f_ =
+        begin_factorization(diagonal_, order_columns(options_.order, diagonal_, spans_.group_size));
     std::vector<int32_t> places = f_.column;
     places.resize(static_cast<size_t>(2 * n_));
     for (int64_t a = 0; a < n_; ++a)
@@ -338,11 +339,11 @@ class GpuGptq {
 
   void round_block(const float* matrix, bool again, const Section& section, const Block& block) {
     const int64_t last = block.high - 1 - section.low;
-    note(cuda::feed_back(w_, encoding_, places_,
-                         {matrix, block.high, static_cast<int>(block.high - block.low), again,
-                          row_of(correction_, last), error_,
-                          again ? row_of(change_, last) : nullptr, loss_},
-                         stream_));
+    note(cuda::feed_back(
+        w_, encoding_, places_,
+        {matrix, block.high, static_cast<int>(block.high - block.low), again,
+         row_of(correction_, last), error_, again ? row_of(change_, last) : nullptr, loss_},
+        stream_));
   }
 
   void round_plainly() {
@@ -371,9 +372,7 @@ class GpuGptq {
     note(cuda::clear(sums, 8 * sums_count(), stream_));
     return sums;
   }
-  int64_t sums_count() const {
-    return rows_ + n_ + 2 * 3 * static_cast<int64_t>(measured_.size());
-  }
+  int64_t sums_count() const { return rows_ + n_ + 2 * 3 * static_cast<int64_t>(measured_.size()); }
 
   // Products of the measured rows with the Hessian: of the errors there, by position, or of plain
   // rounding.
@@ -425,7 +424,8 @@ class GpuGptq {
       return sum;
     };
     const auto rows = static_cast<size_t>(rows_), cols = static_cast<size_t>(n_);
-    const cuda::RowLoss plain = row_losses(rows + cols), final = row_losses(rows + cols + 3 * count);
+    const cuda::RowLoss plain = row_losses(rows + cols),
+                        final = row_losses(rows + cols + 3 * count);
     const double times = count > 0 ? static_cast<double>(rows) / static_cast<double>(count) : 0.0;
     GptqReport& r = report_;
     r.damping = f_.damping;
@@ -443,7 +443,8 @@ class GpuGptq {
     }
     r.damped = std::accumulate(all.begin(), all.begin() + rows_, 0.0);
     if (options_.sweeps == 0) r.feedback = r.damped;
-    r.loss = r.damped - f_.added * std::accumulate(all.begin() + rows_, all.begin() + rows_ + n_, 0.0);
+    r.loss =
+        r.damped - f_.added * std::accumulate(all.begin() + rows_, all.begin() + rows_ + n_, 0.0);
     r.measured = final.loss + f_.added * final.squares;
     for (int32_t row : measured_) r.tracked += all[static_cast<size_t>(row)];
   }
@@ -469,11 +470,11 @@ class GpuGptq {
   cuda::ColumnPlaces places_{};
   cuda::RoundingMatrix w_{};
   cuda::ScalePart* parts_ = nullptr;
-  float *lower_ = nullptr, *hessian_ = nullptr;  // [cols, cols] by position
-  double* own_ = nullptr;                        // [cols] R_kk by position
-  const float* importance_ = nullptr;            // [cols]
-  float *scale_ = nullptr, *zero_ = nullptr;     // [spans] as stored
-  float* error_ = nullptr;                       // [cols, rows] by position
+  float *lower_ = nullptr, *hessian_ = nullptr;                          // [cols, cols] by position
+  double* own_ = nullptr;                                                // [cols] R_kk by position
+  const float* importance_ = nullptr;                                    // [cols]
+  float *scale_ = nullptr, *zero_ = nullptr;                             // [spans] as stored
+  float* error_ = nullptr;                                               // [cols, rows] by position
   float *correction_ = nullptr, *change_ = nullptr, *values_ = nullptr;  // of a section, a group
   double *loss_ = nullptr, *squares_ = nullptr;
   cuda::RowLoss *plain_ = nullptr, *final_ = nullptr;
@@ -496,8 +497,7 @@ Status gptq_quantize(const Gpu& gpu, const Format& format, const MatrixView& w,
   if (Status status = check_gptq(format, w, h.n, options); !status.ok()) return status;
   if (!can_solve_on_gpu(format, options)) {
     return Status::error(StatusCode::kInvalidArgument,
-                         format.to_string() +
-                             (options.refits > 0 ? " with refits" : "") +
+                         format.to_string() + (options.refits > 0 ? " with refits" : "") +
                              " is solved on the CPU only; move weight and Hessian there");
   }
   return GpuGptq(gpu, format, w, h, options, timed, buffers, report).run();

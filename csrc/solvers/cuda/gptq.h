@@ -11,8 +11,8 @@ namespace bitfold {
 // Whether a GPU does it: not for learned levels, nor for one searched scale for the tensor.
 bool can_solve_on_gpu(const Format& format, const GptqOptions& options);
 
-// Waits for the GPU three times: for the diagonal of H, which orders the columns, for the outcome of
-// the factorization, and for the report.
+// Waits for the GPU three times: for the diagonal of H, which orders the columns, for the outcome
+// of the factorization, and for the report.
 Status gptq_quantize(const Gpu& gpu, const Format& format, const MatrixView& w,
                      const HessianView& h, const GptqOptions& options, bool timed,
                      void* const* buffers, GptqReport* report);

@@ -40,12 +40,13 @@ Solved solve_on_gpu(const std::string& text, const Case& c, GptqOptions options)
   const Format format = format_of(text);
   Owned packed(format, c.rows, n);
   std::vector<void*> buffers;
-  for (size_t i = 0; i < format.buffers(c.rows, n).size(); ++i) buffers.push_back(packed.pointer(i));
+  for (size_t i = 0; i < format.buffers(c.rows, n).size(); ++i)
+    buffers.push_back(packed.pointer(i));
   HostGpu gpu;
   Solved solved;
-  solved.status = gptq_quantize(gpu.get(), format, {c.w.data(), FloatType::kFloat32, c.rows, n, n, 1},
-                                {c.hessian.data(), false, n}, options, /*timed=*/false,
-                                buffers.data(), &solved.report);
+  solved.status = gptq_quantize(
+      gpu.get(), format, {c.w.data(), FloatType::kFloat32, c.rows, n, n, 1},
+      {c.hessian.data(), false, n}, options, /*timed=*/false, buffers.data(), &solved.report);
   if (!solved.status.ok()) return solved;
   solved.decoded = packed.decoded();
   solved.bytes = packed.bytes();
@@ -199,7 +200,8 @@ TEST(GptqOnGpu, SingularHessiansAreDamped) {
   const std::vector<float> w = random_weights(rows * n, 15);
   const std::vector<float> x = random_weights(3 * n, 16);  // of rank three
   std::vector<float> h(static_cast<size_t>(n * n));
-  testing::naive_gemm<float>(true, false, n, n, 3, 1.0f, x.data(), n, x.data(), n, 0.0f, h.data(), n);
+  testing::naive_gemm<float>(true, false, n, n, 3, 1.0f, x.data(), n, x.data(), n, 0.0f, h.data(),
+                             n);
   for (double damping : {0.01, 0.0}) {
     GptqOptions options;
     options.damping = damping;
@@ -224,11 +226,13 @@ TEST(GptqOnGpu, WeightsOfAnyDtypeAndStrides) {
   }
   const Format format = format_of("int4-g32");
   const Solved cpu = solve("int4-g32", exact, h, rows, {}, active_kernels());
-  for (const MatrixView& view : {MatrixView{halves.data(), FloatType::kFloat16, rows, n, n, 1},
-                                 MatrixView{turned.data(), FloatType::kFloat16, rows, n, 1, rows}}) {
+  for (const MatrixView& view :
+       {MatrixView{halves.data(), FloatType::kFloat16, rows, n, n, 1},
+        MatrixView{turned.data(), FloatType::kFloat16, rows, n, 1, rows}}) {
     Owned packed(format, rows, n);
     std::vector<void*> buffers;
-    for (size_t i = 0; i < format.buffers(rows, n).size(); ++i) buffers.push_back(packed.pointer(i));
+    for (size_t i = 0; i < format.buffers(rows, n).size(); ++i)
+      buffers.push_back(packed.pointer(i));
     HostGpu gpu;
     GptqReport report;
     ASSERT_TRUE(gptq_quantize(gpu.get(), format, view, {h.data(), false, n}, {}, true,
