@@ -37,6 +37,7 @@ set(BITFOLD_SOLVER_SOURCES
   csrc/solvers/hqq.cc
   csrc/solvers/importance.cc
   csrc/solvers/kmeans.cc
+  csrc/solvers/options.cc
   csrc/solvers/outliers.cc
   csrc/solvers/panel_scales.cc
   csrc/solvers/panels.cc
@@ -77,12 +78,17 @@ set(BITFOLD_CUDA_SOURCES
   csrc/cuda/losses.cu
   csrc/cuda/encode.cu
   csrc/cuda/pack.cu
+  csrc/cuda/refit.cu
   csrc/cuda/rounding.cu
   csrc/cuda/scales.cu
   csrc/cuda/statistics.cu
   csrc/cuda/store_scales.cu
+  csrc/solvers/cuda/feedback.cc
   csrc/solvers/cuda/gptq.cc
   csrc/solvers/cuda/hessian.cc
+  csrc/solvers/cuda/layer.cc
+  csrc/solvers/cuda/refit.cc
+  csrc/solvers/cuda/scales.cc
 )
 set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/checks.cc
@@ -142,6 +148,8 @@ set(BITFOLD_CPP_TESTS
   solvers/awq_clip
   solvers/awq_scale
   solvers/cuda/gptq
+  solvers/cuda/hessian
+  solvers/cuda/hqq
   solvers/gptq
   solvers/hessian
   solvers/hqq

@@ -37,6 +37,12 @@ Status wait_for(cudaStream_t stream) {
   return done(cudaStreamSynchronize(stream), "to finish its work");
 }
 
+Status copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream) {
+  return done(
+      cudaMemcpyAsync(to, from, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream),
+      "a copy on the GPU");
+}
+
 Status clear(void* to, int64_t bytes, cudaStream_t stream) {
   return done(cudaMemsetAsync(to, 0, static_cast<size_t>(bytes), stream), "to clear memory");
 }
@@ -54,6 +60,11 @@ Status copy_to_host(void* to, const void* from, int64_t bytes, cudaStream_t /*st
 }
 
 Status wait_for(cudaStream_t /*stream*/) { return Status::success(); }
+
+Status copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t /*stream*/) {
+  std::memcpy(to, from, static_cast<size_t>(bytes));
+  return Status::success();
+}
 
 Status clear(void* to, int64_t bytes, cudaStream_t /*stream*/) {
   std::memset(to, 0, static_cast<size_t>(bytes));

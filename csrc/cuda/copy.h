@@ -14,6 +14,7 @@ Status copy_to_device(void* to, const void* from, int64_t bytes, cudaStream_t st
 // Waits for `stream`.
 Status copy_to_host(void* to, const void* from, int64_t bytes, cudaStream_t stream);
 Status wait_for(cudaStream_t stream);
+Status copy_on_device(void* to, const void* from, int64_t bytes, cudaStream_t stream);
 // Zeros.
 Status clear(void* to, int64_t bytes, cudaStream_t stream);
 

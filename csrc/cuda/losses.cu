@@ -35,6 +35,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// A thread for a row.
+__global__ void __launch_bounds__(kThreads)
+    add_products(const RoundingMatrix w, const ColumnPlaces places, int64_t low, int64_t count,
+                 const float* __restrict__ error, const float* __restrict__ products,
+                 double* __restrict__ loss) {
+  const int64_t row = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  if (row >= w.rows) return;
+  double sum = 0.0;
+  for (int64_t j = 0; j < count; ++j) {
+    if (places.dead[places.column[low + j]]) continue;
+    sum =
+        sum + static_cast<double>(error[(low + j) * w.stride + row]) * products[j * w.stride + row];
+  }
+  loss[row] += sum;
+}
+
 constexpr int kAcross = 8;  // threads to a row
 
 // kThreads / kAcross neighbouring rows to a block; the columns of each are shared out.
@@ -73,6 +89,13 @@ Status sum_squares(const RoundingMatrix& w, const ColumnPlaces& places, const fl
   Launch launch;
   if (Status status = plan_items(w.cols * kThreads, &launch); !status.ok()) return status;
   return run("square_positions", square_positions, launch, 0, stream, w, places, error, sums);
+}
+
+Status add_losses(const RoundingMatrix& w, const ColumnPlaces& places, int64_t low, int64_t count,
+                  const float* error, const float* products, double* loss, cudaStream_t stream) {
+  const Launch launch = blocks(static_cast<uint32_t>((w.rows + kThreads - 1) / kThreads));
+  return run("add_products", add_products, launch, 0, stream, w, places, low, count, error,
+             products, loss);
 }
 
 Status sum_losses(int64_t cols, int64_t count, const ColumnPlaces& places, const float* errors,

@@ -60,7 +60,8 @@ struct Fold {
       if (Status status = sum_scales(scale, spans.count(), parts, stream); !status.ok())
         return status;
     }
-    return store_scales(format, spans, encoding, to, exactly, scale, zero, parts, stream);
+    return store_scales(format, spans, encoding, to, exactly, /*known=*/false, scale, zero, parts,
+                        stream);
   }
 };
 
@@ -78,7 +79,7 @@ FoldBuffers::FoldBuffers(const Format& format, int64_t rows, int64_t cols, void*
 }
 
 Status store_scales(const Format& format, const Spans& spans, const DeviceEncoding& encoding,
-                    const FoldBuffers& to, bool exactly, float* scale, float* zero,
+                    const FoldBuffers& to, bool exactly, bool known, float* scale, float* zero,
                     ScalePart* parts, cudaStream_t stream) {
   const int64_t n = spans.count();
   if (format.double_quant) {
@@ -91,8 +92,9 @@ Status store_scales(const Format& format, const Spans& spans, const DeviceEncodi
         !status.ok())
       return status;
   } else if (stores_halves(format)) {
-    if (Status status = store_halves(parts, n, scale, to.get<uint16_t>(BufferRole::kScale),
-                                     to.get<int8_t>(BufferRole::kExponent), stream);
+    if (Status status =
+            store_halves(known ? nullptr : parts, n, scale, to.get<uint16_t>(BufferRole::kScale),
+                         to.get<int8_t>(BufferRole::kExponent), stream);
         !status.ok())
       return status;
   }

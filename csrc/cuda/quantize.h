@@ -54,9 +54,10 @@ inline bool stores_halves(const Format& format) {
 
 // Scales and zero points as they are stored; they become what a reader decodes, but for scales
 // `exactly` as they were chosen. fp16 scales are stored with the power of two that `parts` ask for
-// (sum_scales); `parts` receives that of double-quantized ones.
+// (sum_scales), or with that of the buffer where `known`; `parts` receive what double-quantized
+// ones sum up to.
 Status store_scales(const Format& format, const Spans& spans, const DeviceEncoding& encoding,
-                    const FoldBuffers& to, bool exactly, float* scale, float* zero,
+                    const FoldBuffers& to, bool exactly, bool known, float* scale, float* zero,
                     ScalePart* parts, cudaStream_t stream);
 
 // What each weight counts for when scales are chosen; all the same where `importance` is null.
@@ -83,7 +84,7 @@ Status search_scales(const MatrixView& w, const Spans& spans, const DeviceEncodi
 // ---- store_scales.cu: as they are stored. `scale` and `zero` become what a reader decodes.
 
 Status sum_scales(const float* scale, int64_t n, ScalePart* parts, cudaStream_t stream);
-// fp16 times 2^exponent, which is found from `parts`.
+// fp16 times 2^exponent, which is found from `parts`, or, where these are null, known.
 Status store_halves(const ScalePart* parts, int64_t n, float* scale, uint16_t* halves,
                     int8_t* exponent, cudaStream_t stream);
 // Double quantization, exactly as core/scale_coding.h. stored_scale: null where codes are not
@@ -92,9 +93,10 @@ Status store_halves(const ScalePart* parts, int64_t n, float* scale, uint16_t* h
 Status store_double_quantized(const ScalePart* parts, int64_t n, int bits, const float* scale,
                               float* stored_scale, float* zero, uint8_t* codes, float* absmax,
                               float* offset, cudaStream_t stream);
-// n scales and zero points as a reader would decode them where that hangs on nothing else: all but
-// double quantization. fp16 scales with the exponent of `parts`, of `of_parts` scales.
-Status round_as_stored(const Format& format, const ScalePart* parts, int64_t of_parts, int64_t n,
+// The exponent that `parts` of n scales ask for.
+Status find_exponent(const ScalePart* parts, int64_t n, int8_t* exponent, cudaStream_t stream);
+// n scales and zero points; exponent: of fp16 scales, else null.
+Status round_as_stored(const StoredRounding& rounding, const int8_t* exponent, int64_t n,
                        float* scale, float* zero, cudaStream_t stream);
 Status store_zeros(const Spans& spans, const DeviceEncoding& encoding, float* zero, void* stored,
                    cudaStream_t stream);

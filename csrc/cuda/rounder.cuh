@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cuda/device.cuh"
-#include "cuda/encode.h"
+#include "cuda/rounding.h"
 
 namespace bitfold::cuda {
 
@@ -27,6 +27,21 @@ struct Rounder {
   }
 };
 
+// Called by all threads of a block; `levels` are shared.
+__device__ inline void fetch_levels(const DeviceEncoding& encoding, float* levels) {
+  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  if (thread < kMaxLevels) levels[thread] = encoding.levels[thread];
+  __syncthreads();
+}
+
+// What a code that was chosen stands for, in units of its scale.
+__device__ inline float unit_at(const RoundingMatrix& w, const DeviceEncoding& encoding,
+                                const float* levels, int64_t col, int64_t row) {
+  const unsigned code = w.codes[col * w.stride + row];
+  if (encoding.book) return levels[code];
+  return static_cast<float>(code) - w.zero[col / w.group_size * w.stride + row];
+}
+
 // Called by all threads of a block; both arrays are shared.
 template <bool kBook>
 __device__ inline Rounder<kBook> make_rounder(const DeviceEncoding& encoding, Bin* bins,
@@ -34,8 +49,7 @@ __device__ inline Rounder<kBook> make_rounder(const DeviceEncoding& encoding, Bi
   if (kBook) {
     const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
     if (thread < kBins) bins[thread] = encoding.bins[thread];
-    if (thread < kMaxLevels) levels[thread] = encoding.levels[thread];
-    __syncthreads();
+    fetch_levels(encoding, levels);
   }
   return {bins, levels, static_cast<float>((1 << encoding.bits) - 1)};
 }

@@ -1,5 +1,6 @@
 #include "cuda/rounding.h"
 
+#include "cuda/decode.h"
 #include "cuda/places.cuh"
 #include "cuda/rounder.cuh"
 #include "cuda/source.cuh"
@@ -56,6 +57,27 @@ __global__ void __launch_bounds__(kThreads)
   });
 }
 
+__global__ void __launch_bounds__(kThreads)
+    read_codes(const __grid_constant__ DeviceWeight from, const RoundingMatrix to,
+               const RowPlan plan) {
+  const PackedView& view = from.view;
+  each_place(plan, [&](int64_t col, int64_t row) {
+    to.codes[col * to.stride + row] = static_cast<uint8_t>(
+        extract_code(view.codes + row * view.row_bytes, view.cols, view.bits, col));
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    read_scales(const __grid_constant__ DeviceWeight from, const RoundingMatrix to,
+                const RowPlan plan) {
+  const Values values = read_values(from.addresses);
+  each_place(plan, [&](int64_t group, int64_t row) {
+    const UnitParameters p = parameters_at(from.view, values, kDeviceDynamicMap, row, group);
+    to.scale[group * to.stride + row] = p.scale;
+    to.zero[group * to.stride + row] = p.zero;
+  });
+}
+
 // Eight codes of a row a thread; neighbours take the same columns of neighbouring rows.
 template <int kBits>
 __global__ void __launch_bounds__(kThreads)
@@ -98,6 +120,20 @@ __global__ void __launch_bounds__(kThreads)
          const RowPlan plan) {
   each_place(plan, [&](int64_t col, int64_t i) {
     errors[col * count + i] = error[position[col] * stride + rows[i]];
+  });
+}
+
+__global__ void __launch_bounds__(kThreads)
+    decode_places(const RoundingMatrix w, const __grid_constant__ DeviceEncoding encoding,
+                  const int32_t* __restrict__ position, float* __restrict__ error,
+                  const RowPlan plan) {
+  __shared__ float levels[kMaxLevels];
+  fetch_levels(encoding, levels);
+  each_place(plan, [&](int64_t col, int64_t row) {
+    const int64_t at = col * w.stride + row;
+    const float scale = w.scale[col / w.group_size * w.stride + row];
+    const float off = w.weights[at] - unit_at(w, encoding, levels, col, row) * scale;
+    error[int64_t{position[col]} * w.stride + row] = w.exact && w.exact[at] ? 0.0f : off;
   });
 }
 
@@ -145,6 +181,12 @@ Status collect_spans(const Spans& spans, const float* from, const RoundingMatrix
                     to);
 }
 
+Status read_packed(const DeviceWeight& from, const RoundingMatrix& to, cudaStream_t stream) {
+  Status status = run_places("read_codes", read_codes, to.cols, to.rows, stream, from, to);
+  if (!status.ok()) return status;
+  return run_places("read_scales", read_scales, to.groups, to.rows, stream, from, to);
+}
+
 Status pack_columns(const RoundingMatrix& w, int bits, uint8_t* packed, cudaStream_t stream) {
   const auto kernel = bits == 8   ? pack_units<8>
                       : bits == 4 ? pack_units<4>
@@ -164,6 +206,12 @@ Status pick_errors(const RoundingMatrix& w, const ColumnPlaces& places, const fl
                    const int32_t* rows, int64_t count, float* errors, cudaStream_t stream) {
   return run_places("pick", pick, w.cols, count, stream, places.position, error, w.stride, rows,
                     count, errors);
+}
+
+Status decode_errors(const RoundingMatrix& w, const DeviceEncoding& encoding,
+                     const ColumnPlaces& places, float* error, cudaStream_t stream) {
+  return run_places("decode_places", decode_places, w.cols, w.rows, stream, w, encoding,
+                    places.position, error);
 }
 
 Status gather_columns(const RoundingMatrix& w, const ColumnPlaces& places, const float* from,

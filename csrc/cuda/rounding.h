@@ -7,6 +7,7 @@
 #include "cuda/encode.h"
 #include "cuda/quantize.h"
 #include "cuda/stream.h"
+#include "cuda/weight.h"
 
 namespace bitfold::cuda {
 
@@ -41,6 +42,8 @@ Status spread_spans(const Spans& spans, const float* from, const RoundingMatrix&
                     cudaStream_t stream);
 Status collect_spans(const Spans& spans, const float* from, const RoundingMatrix& w, float* to,
                      cudaStream_t stream);
+// Codes, scales and zero points of a packed weight.
+Status read_packed(const DeviceWeight& from, const RoundingMatrix& to, cudaStream_t stream);
 Status pack_columns(const RoundingMatrix& w, int bits, uint8_t* packed, cudaStream_t stream);
 
 // Rounds some rows as they are, without feedback: errors [cols, count] of rows[count], and, where
@@ -50,6 +53,10 @@ Status round_plainly(const RoundingMatrix& w, const DeviceEncoding& encoding, co
 // The errors of some rows, kept by position, to [cols, count] by column.
 Status pick_errors(const RoundingMatrix& w, const ColumnPlaces& places, const float* error,
                    const int32_t* rows, int64_t count, float* errors, cudaStream_t stream);
+
+// The errors of the codes that are there, by position.
+Status decode_errors(const RoundingMatrix& w, const DeviceEncoding& encoding,
+                     const ColumnPlaces& places, float* error, cudaStream_t stream);
 
 // to[a] = from[column[a]] for all rows; to[column[a]] += from[a] but for dead columns.
 Status gather_columns(const RoundingMatrix& w, const ColumnPlaces& places, const float* from,
@@ -87,6 +94,11 @@ Status begin_group(const RoundingMatrix& w, const ColumnPlaces& places, const fl
 // sums [cols] by position: of the squares of an error over rows, 0 for dead inputs.
 Status sum_squares(const RoundingMatrix& w, const ColumnPlaces& places, const float* error,
                    double* sums, cudaStream_t stream);
+
+// loss [rows] grows by error times products [count, rows] over the positions from `low` on, dead
+// inputs left out.
+Status add_losses(const RoundingMatrix& w, const ColumnPlaces& places, int64_t low, int64_t count,
+                  const float* error, const float* products, double* loss, cudaStream_t stream);
 
 // Sums over the columns of one row, dead inputs left out: e (H e), e^2 R_kk^2 and e^2.
 struct RowLoss {

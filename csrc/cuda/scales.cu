@@ -9,7 +9,7 @@ namespace {
 
 // What scales are chosen for. kWeighted: as `counts` has it.
 template <bool kWeighted>
-struct Source {
+struct Weights {
   const MatrixView& w;
   const Counts& counts;
 
@@ -47,7 +47,7 @@ struct Extremes {
 };
 
 template <bool kWeighted>
-__device__ inline Extremes extremes_of(const Source<kWeighted>& w, const SpanPlace& at, int lane) {
+__device__ inline Extremes extremes_of(const Weights<kWeighted>& w, const SpanPlace& at, int lane) {
   Extremes seen(at.size > 0 ? w.weight(at.row, at.first) : 0.0f);
   for (int64_t j = lane; j < at.size; j += kLanes) seen.add(w.weight(at.row, at.first + j));
   seen.meet_lanes();
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads)
     round_spans(const MatrixView w, const Spans spans, const Counts counts,
                 const __grid_constant__ DeviceEncoding encoding, float* __restrict__ scale,
                 float* __restrict__ zero) {
-  const Source<kWeighted> source{w, counts};
+  const Weights<kWeighted> source{w, counts};
   each_span(spans.count(), [&](int64_t span, int lane) {
     const Extremes seen = extremes_of(source, place_of(spans, w.cols, span), lane);
     if (lane != 0 || span >= spans.count()) return;
@@ -79,7 +79,7 @@ template <bool kWeighted>
 __global__ void __launch_bounds__(kThreads)
     extremes_of_rows(const MatrixView w, const Counts counts, float* __restrict__ low,
                      float* __restrict__ high) {
-  const Source<kWeighted> source{w, counts};
+  const Weights<kWeighted> source{w, counts};
   const Spans rows{1, w.cols, w.rows};
   each_span(w.rows, [&](int64_t row, int lane) {
     const Extremes seen = extremes_of(source, place_of(rows, w.cols, row), lane);
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads)
 // A span as the search sees it: errors and sums of the codes that a choice leads to.
 template <bool kBook, bool kWeighted>
 struct Probe {
-  const Source<kWeighted>& w;
+  const Weights<kWeighted>& w;
   const SpanPlace& at;
   const Bin* bins;
   const float* levels;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kThreeBlocks)
     if (threadIdx.x < kMaxLevels) levels[threadIdx.x] = encoding.levels[threadIdx.x];
     __syncthreads();
   }
-  const Source<kWeighted> source{w, counts};
+  const Weights<kWeighted> source{w, counts};
   each_span(spans.count(), [&](int64_t span, int lane) {
     const SpanPlace at = place_of(spans, w.cols, span);
     const Extremes seen = extremes_of(source, at, lane);

@@ -89,6 +89,12 @@ std::vector<int32_t> order_columns(ColumnOrder order, const std::vector<double>&
   return columns;
 }
 
+Status not_positive_definite() {
+  return Status::error(StatusCode::kInvalidArgument,
+                       "hessian is not positive definite, even with " +
+                           std::to_string(kMostDamping) + " of its mean diagonal added");
+}
+
 Factorization begin_factorization(const std::vector<double>& diagonal, std::vector<int32_t> order) {
   Factorization f;
   f.column.assign(order.rbegin(), order.rend());

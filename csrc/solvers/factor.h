@@ -62,6 +62,9 @@ struct Factorization {
 
 inline constexpr double kMostDamping = 0.5;
 
+// What is said where a solver cannot do without a factor.
+Status not_positive_definite();
+
 // What follows from the diagonal of H: order and dead inputs.
 Factorization begin_factorization(const std::vector<double>& diagonal, std::vector<int32_t> order);
 

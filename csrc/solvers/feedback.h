@@ -8,14 +8,11 @@
 #include <vector>
 
 #include "solvers/factor.h"
+#include "solvers/options.h"
 #include "solvers/panels.h"
 #include "solvers/sections.h"
 
 namespace bitfold {
-
-struct Seconds {
-  double factor = 0.0, scales = 0.0, products = 0.0, columns = 0.0;
-};
 
 class Feedback {
  public:

@@ -6,7 +6,6 @@
 #include <string>
 
 #include "core/scale_coding.h"
-#include "solvers/importance.h"
 #include "solvers/kmeans.h"
 #include "solvers/panel_scales.h"
 #include "solvers/refit.h"
@@ -248,37 +247,7 @@ class Gptq {
   int exponent_ = 0;
 };
 
-Status check_sizes(const Format& format, const MatrixView& w, int64_t n) {
-  if (format.outliers > 0) {
-    return Status::error(StatusCode::kInvalidArgument,
-                         format.to_string() + " has outliers; solve for its dense part");
-  }
-  if (w.rows <= 0 || w.cols <= 0) {
-    return Status::error(StatusCode::kInvalidArgument,
-                         "weight must have at least one row and one column, got [" +
-                             std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
-  }
-  if (n != w.cols) {
-    return Status::error(StatusCode::kInvalidArgument,
-                         "hessian must be [in, in] = [" + std::to_string(w.cols) + ", " +
-                             std::to_string(w.cols) + "], got [" + std::to_string(n) + ", " +
-                             std::to_string(n) + "]");
-  }
-  return Status::success();
-}
-
 }  // namespace
-
-Status check_gptq(const Format& format, const MatrixView& w, int64_t n,
-                  const GptqOptions& options) {
-  if (Status status = check_sizes(format, w, n); !status.ok()) return status;
-  if (options.dynamic && options.order == ColumnOrder::kDescending) {
-    return Status::error(StatusCode::kInvalidArgument,
-                         "dynamic scales need the columns of a group one after the other: order "
-                         "must be none or groups, not descending");
-  }
-  return Status::success();
-}
 
 Status gptq_quantize(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
                      const MatrixView& w, const HessianView& h, const GptqOptions& options,
@@ -294,18 +263,14 @@ Status gptq_quantize(const KernelTable& k, const LinearAlgebra& algebra, const F
 Status refit_packed(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
                     const MatrixView& w, const HessianView& h, double damping, int sweeps,
                     void* const* buffers, const Parallel& parallel, double* before, double* after) {
-  Status status = check_sizes(format, w, h.n);
+  Status status = check_gptq(format, w, h.n, {});
   if (status.ok()) status = h.check_finite(parallel);
   if (!status.ok()) return status;
   const std::vector<double> diagonal = h.diagonal();
   const Factorization f =
       factorize(h, order_columns(ColumnOrder::kGiven, diagonal, w.cols), damping,
                 /*keep_hessian=*/true, algebra, parallel);
-  if (!f.found) {
-    return Status::error(StatusCode::kInvalidArgument,
-                         "hessian is not positive definite, even with " +
-                             std::to_string(kMostDamping) + " of its mean diagonal added");
-  }
+  if (!f.found) return not_positive_definite();
   PanelMatrix panels(k, format, w.rows, w.cols);
   status = panels.read(w, f.dead, parallel);
   if (!status.ok()) return status;

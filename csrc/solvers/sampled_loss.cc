@@ -54,18 +54,10 @@ std::vector<double> times_hessian(const HessianView& h, const std::vector<float>
 
 }  // namespace
 
-std::vector<int64_t> sample_panels(int64_t panels, int64_t most_rows) {
-  int64_t count = panels;
-  if (most_rows >= 0) count = std::min(count, (most_rows + kPanelLanes - 1) / kPanelLanes);
-  std::vector<int64_t> chosen;
-  for (int64_t i = 0; i < count; ++i) chosen.push_back(i * panels / count);
-  return chosen;
-}
-
 SampledLoss sample_loss(PanelMatrix* w, const Factorization& f, const HessianView& h,
                         int64_t most_rows, Feedback* feedback, const LinearAlgebra& algebra,
                         const Parallel& parallel) {
-  const std::vector<int64_t> panels = sample_panels(w->panels, most_rows);
+  const std::vector<int64_t> panels = measured_panels(w->panels, most_rows);
   const std::vector<double> costs = costs_of(f, w->cols);
   SampledLoss sum;
   for (size_t first = 0; first < panels.size(); first += kPanelsAtOnce) {

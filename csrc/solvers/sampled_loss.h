@@ -2,8 +2,6 @@
 // the solver and its prediction are held against.
 #pragma once
 
-#include <vector>
-
 #include "solvers/feedback.h"
 
 namespace bitfold {
@@ -16,10 +14,6 @@ struct SampledLoss {
   double predicted = 0.0;  // e_k^2 R_kk^2 of plain rounding: what feedback will leave of it
   double tracked = 0.0;    // what `feedback` says of the same rows
 };
-
-// Panels of sixteen rows spread evenly over all of them: about `most_rows` rows, or all where that
-// is negative.
-std::vector<int64_t> sample_panels(int64_t panels, int64_t most_rows);
 
 // Of the errors that `feedback` holds, or without it of plain rounding. About `most_rows` rows
 // spread evenly, all where that is negative.

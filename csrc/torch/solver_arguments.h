@@ -4,8 +4,7 @@
 
 #include <optional>
 
-#include "solvers/gptq.h"
-#include "solvers/hqq.h"
+#include "solvers/options.h"
 #include "torch/checks.h"
 
 namespace bitfold::binding {

@@ -8,13 +8,18 @@
 
 namespace bitfold {
 
-// Whether a GPU does it: not for learned levels, nor for one searched scale for the tensor.
-bool can_solve_on_gpu(const Format& format, const GptqOptions& options);
+// Whether a GPU does it: not for learned levels, nor where one scale for the tensor is searched or
+// refitted.
+bool can_solve_on_gpu(const Format& format, ScaleChoice scales, int refits);
 
 // Waits for the GPU three times: for the diagonal of H, which orders the columns, for the outcome
-// of the factorization, and for the report.
+// of the factorization, and for the report; and for every round of refits once or twice more.
 Status gptq_quantize(const Gpu& gpu, const Format& format, const MatrixView& w,
                      const HessianView& h, const GptqOptions& options, bool timed,
                      void* const* buffers, GptqReport* report);
+
+Status refit_packed(const Gpu& gpu, const Format& format, const MatrixView& w, const HessianView& h,
+                    double damping, int sweeps, void* const* buffers, double* before,
+                    double* after);
 
 }  // namespace bitfold

@@ -4,7 +4,6 @@
 #include "cuda/statistics.h"
 #include "solvers/cuda/gptq.h"
 #include "solvers/cuda/hessian.h"
-#include "solvers/hqq.h"
 #include "torch/cuda/linear_algebra.h"
 #include "torch/solver_arguments.h"
 
@@ -90,6 +89,31 @@ std::tuple<std::vector<Tensor>, Tensor> gptq_quantize(
   return {packed, report_of(report)};
 }
 
+std::tuple<std::vector<Tensor>, Tensor> refit_scales(std::vector<Tensor> packed,
+                                                     std::vector<int64_t> spec, Tensor weight,
+                                                     Tensor hessian, double damping,
+                                                     int64_t sweeps) {
+  constexpr const char* kOp = "refit_scales";
+  const Tensor& like = on_gpu(weight, on_gpu(hessian, packed.empty() ? weight : packed[0]));
+  const CudaContext context(like, kOp);
+  unpack_buffers(packed, spec, kOp, &like);
+  const Layer layer = layer_of(weight, hessian, spec, kOp, &like);
+  std::vector<Tensor> refitted;
+  std::vector<void*> buffers;
+  for (const Tensor& buffer : packed) {
+    refitted.push_back(torch::stable::clone(buffer));
+    buffers.push_back(refitted.back().mutable_data_ptr());
+  }
+  const TorchGpu gpu(like, context);
+  double losses[2];
+  check(refit_packed(gpu.get(), layer.format, layer.weight, layer.hessian,
+                     in_range(damping, kMostDamping, kOp, "damping"),
+                     static_cast<int>(in_range(sweeps, kMostRounds, kOp, "sweeps")), buffers.data(),
+                     &losses[0], &losses[1]),
+        kOp);
+  return {refitted, cpu_tensor(losses, std::size(losses))};
+}
+
 std::vector<Tensor> hqq_solve(Tensor weight, std::vector<int64_t> spec, double p, double beta,
                               double kappa, int64_t iterations) {
   constexpr const char* kOp = "hqq_solve";
@@ -117,6 +141,7 @@ STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) {
   m.impl("hessian_finish", TORCH_BOX(&hessian_finish));
   m.impl("cross_update", TORCH_BOX(&cross_update));
   m.impl("gptq_quantize", TORCH_BOX(&gptq_quantize));
+  m.impl("refit_scales", TORCH_BOX(&refit_scales));
   m.impl("hqq_solve", TORCH_BOX(&hqq_solve));
 }
 

@@ -10,6 +10,7 @@
 #include "cuda/feedback.cu"
 #include "cuda/hqq.cu"
 #include "cuda/losses.cu"
+#include "cuda/refit.cu"
 #include "cuda/rounding.cu"
 #include "cuda/scales.cu"
 #include "cuda/statistics.cu"
@@ -85,7 +86,7 @@ void expect_alike(const std::string& text, const Case& c, const GptqOptions& opt
 std::string name_of(const std::string& text, const GptqOptions& o) {
   return text + " order " + std::to_string(static_cast<int>(o.order)) + " scales " +
          std::to_string(static_cast<int>(o.scales)) + (o.dynamic ? " dynamic" : "") + " sweeps " +
-         std::to_string(o.sweeps);
+         std::to_string(o.sweeps) + " refits " + std::to_string(o.refits);
 }
 
 TEST(GptqOnGpu, TheLossIsThatOfTheCpu) {
@@ -140,6 +141,61 @@ TEST(GptqOnGpu, SweepsNeverRaiseTheLoss) {
   }
 }
 
+TEST(GptqOnGpu, RefitsNeverRaiseTheLoss) {
+  for (const auto& [text, n] : {std::pair<std::string, int64_t>{"int3-g64", 200},
+                                {"int4-g32-fz", 200},
+                                {"int4-g64-fz-dq", 150},
+                                {"nf4", 150},
+                                {"nf4-nodq", 150},
+                                {"int2-g16", 600},
+                                {"int8-row", 100}}) {
+    const int64_t rows = 18;
+    const std::vector<float> w = random_weights(rows * n, 5), h = random_hessian(n, 6, {3});
+    double before = INFINITY;
+    for (int refits : {0, 1, 2}) {
+      GptqOptions options;
+      options.refits = refits;
+      options.sweeps = text == "nf4" ? 0 : 1;
+      expect_alike(text, {w, h, rows}, options, name_of(text, options));
+      const GptqReport report = solve_on_gpu(text, {w, h, rows}, options).report;
+      EXPECT_LE(report.damped, before) << text;
+      if (refits > 0 && !format_of(text).double_quant) EXPECT_GT(report.refitted, 0.0) << text;
+      before = report.damped;
+    }
+  }
+}
+
+TEST(GptqOnGpu, RefittingAPackedWeight) {
+  const int64_t rows = 18, n = 150;
+  const std::vector<float> w = random_weights(rows * n, 23), h = random_hessian(n, 24, {3});
+  const MatrixView view{w.data(), FloatType::kFloat32, rows, n, n, 1};
+  for (const char* text : {"int3-g64", "int4-g32-fz", "int4-g64-fz-dq", "nf4", "nf4-nodq",
+                           "int2-g16", "int8-row", "int4-g64"}) {
+    const Format format = format_of(text);
+    double losses[2][2];
+    for (bool on_gpu : {false, true}) {
+      Owned packed(format, rows, n);
+      ASSERT_TRUE(packed.quantize(active_kernels(), Method::kRound, view).ok());
+      std::vector<void*> buffers;
+      for (size_t i = 0; i < format.buffers(rows, n).size(); ++i)
+        buffers.push_back(packed.pointer(i));
+      HostGpu gpu;
+      double *before = &losses[on_gpu][0], *after = &losses[on_gpu][1];
+      const Status status = on_gpu ? refit_packed(gpu.get(), format, view, {h.data(), false, n},
+                                                  0.01, 2, buffers.data(), before, after)
+                                   : refit_packed(active_kernels(), testing::naive_algebra(),
+                                                  format, view, {h.data(), false, n}, 0.01, 2,
+                                                  buffers.data(), run_serially, before, after);
+      ASSERT_TRUE(status.ok()) << status.message;
+      EXPECT_LE(*after, *before);
+      const double added = *after - loss_of(w, packed.decoded(), h, rows);
+      EXPECT_GE(added, -1e-3 * *after) << text;
+    }
+    expect_near(losses[1][0], losses[0][0], std::string(text) + " before");
+    expect_near(losses[1][1], losses[0][1], std::string(text) + " after");
+  }
+}
+
 TEST(GptqOnGpu, DynamicScales) {
   const int64_t rows = 20;
   for (const auto& [text, n] : {std::pair<std::string, int64_t>{"int4-g64", 330},
@@ -170,6 +226,7 @@ TEST(GptqOnGpu, WeightsStoredElsewhere) {
       options.exact = exact.data();
       options.dynamic = dynamic;
       options.sweeps = 1;
+      options.refits = 1;
       expect_alike(text, {w, h, rows}, options, name_of(text, options) + " exact");
     }
   }
