@@ -116,14 +116,16 @@ __global__ void __launch_bounds__(kThreads)
 
 Status gather_hessian(const RoundingMatrix& w, const ColumnPlaces& places, const float* hessian,
                       const RefitSection& section, cudaStream_t stream) {
-  Status status = run_places("copy_hessian", copy_hessian, section.size, w.cols, stream, places,
-                             hessian, section.low, section.rows_of_h);
-  if (status.ok())
-    status = run_places("copy_inside", copy_inside, section.size, section.size, stream, places,
-                        section.rows_of_h, w.cols, section.low, section.inside);
-  if (!status.ok()) return status;
+  if (Status status = run_places("copy_hessian", copy_hessian, section.size, w.cols, stream, places,
+                                 hessian, section.low, section.rows_of_h);
+      !status.ok())
+    return status;
+  if (Status status = run_places("copy_inside", copy_inside, section.size, section.size, stream,
+                                 places, section.rows_of_h, w.cols, section.low, section.inside);
+      !status.ok())
+    return status;
   Launch launch;
-  if (status = plan_items(section.size * 32, &launch); !status.ok()) return status;
+  if (Status status = plan_items(section.size * 32, &launch); !status.ok()) return status;
   return run("sum_groups", sum_groups, launch, 0, stream, section.inside, section.size,
              w.group_size, section.ones);
 }

@@ -182,8 +182,9 @@ Status collect_spans(const Spans& spans, const float* from, const RoundingMatrix
 }
 
 Status read_packed(const DeviceWeight& from, const RoundingMatrix& to, cudaStream_t stream) {
-  Status status = run_places("read_codes", read_codes, to.cols, to.rows, stream, from, to);
-  if (!status.ok()) return status;
+  if (Status status = run_places("read_codes", read_codes, to.cols, to.rows, stream, from, to);
+      !status.ok())
+    return status;
   return run_places("read_scales", read_scales, to.groups, to.rows, stream, from, to);
 }
 
