@@ -283,11 +283,15 @@ def hessians(run: Run, tokens: int, sizes: Sequence[int]) -> None:
             finally:
                 torch.set_float32_matmul_precision("highest")
 
-        update = solvers.hessian_update
-        by_clock(run, "hessian", "fp32", (tokens, n), lambda x=x, m=mean: update(m, x, tokens=1))
+        for case, rows in (("fp32", x), ("bf16 x, fp32", x.bfloat16())):
+            by_clock(
+                run,
+                "hessian",
+                case,
+                (tokens, n),
+                lambda x=rows, mean=mean: solvers.hessian_update(mean, x, tokens=1),
+            )
         by_clock(run, "hessian", "tf32", (tokens, n), with_tf32)
-        half = x.bfloat16()
-        by_clock(run, "hessian", "bf16 x, fp32", (tokens, n), lambda x=half, m=mean: update(m, x, tokens=1))
 
 
 def print_records(records: Sequence[dict[str, Any]]) -> None:

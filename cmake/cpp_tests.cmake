@@ -17,13 +17,16 @@ foreach(name IN LISTS BITFOLD_CPP_TESTS)
 endforeach()
 
 # CUDA kernels, compiled as C++ and run by an emulation of threads.
-foreach(target cuda_kernels_test cuda_linear_kernels_test solvers_cuda_gptq_test solvers_cuda_hessian_test
-    solvers_cuda_hqq_test)
+foreach(target cuda_kernels_test cuda_linear_kernels_test solvers_cuda_awq_test solvers_cuda_gptq_test
+    solvers_cuda_hessian_test solvers_cuda_hqq_test)
   target_sources(${target} PRIVATE tests/cpp/cuda/emulator.cc)
   target_compile_options(${target} PRIVATE -Wno-unknown-pragmas)  # unroll
 endforeach()
-foreach(target cuda_kernels_test solvers_cuda_gptq_test solvers_cuda_hqq_test)
+foreach(target cuda_kernels_test solvers_cuda_awq_test solvers_cuda_gptq_test solvers_cuda_hqq_test)
   target_sources(${target} PRIVATE csrc/cuda/quantize.cc)
+endforeach()
+foreach(name awq_clip awq_scale layer scales)
+  target_sources(solvers_cuda_awq_test PRIVATE csrc/solvers/cuda/${name}.cc)
 endforeach()
 foreach(name feedback gptq layer refit scales)
   target_sources(solvers_cuda_gptq_test PRIVATE csrc/solvers/cuda/${name}.cc)

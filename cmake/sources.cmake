@@ -65,6 +65,7 @@ set(BITFOLD_CUDA_HOST_SOURCES
 # (quantize.cc leads through kernels: it is linked where they are.)
 set(BITFOLD_CUDA_SOURCES
   csrc/cuda/quantize.cc
+  csrc/cuda/awq.cu
   csrc/cuda/copy.cu
   csrc/cuda/dequantize.cu
   csrc/cuda/feedback.cu
@@ -83,6 +84,8 @@ set(BITFOLD_CUDA_SOURCES
   csrc/cuda/scales.cu
   csrc/cuda/statistics.cu
   csrc/cuda/store_scales.cu
+  csrc/solvers/cuda/awq_clip.cc
+  csrc/solvers/cuda/awq_scale.cc
   csrc/solvers/cuda/feedback.cc
   csrc/solvers/cuda/gptq.cc
   csrc/solvers/cuda/hessian.cc
@@ -147,6 +150,7 @@ set(BITFOLD_CPP_TESTS
   cpu/isa
   solvers/awq_clip
   solvers/awq_scale
+  solvers/cuda/awq
   solvers/cuda/gptq
   solvers/cuda/hessian
   solvers/cuda/hqq

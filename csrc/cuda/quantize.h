@@ -93,8 +93,9 @@ Status store_halves(const ScalePart* parts, int64_t n, float* scale, uint16_t* h
 Status store_double_quantized(const ScalePart* parts, int64_t n, int bits, const float* scale,
                               float* stored_scale, float* zero, uint8_t* codes, float* absmax,
                               float* offset, cudaStream_t stream);
-// The exponent that `parts` of n scales ask for.
-Status find_exponent(const ScalePart* parts, int64_t n, int8_t* exponent, cudaStream_t stream);
+// The exponent that `parts` of n scales ask for, if some may become `finest` times as large.
+Status find_exponent(const ScalePart* parts, int64_t n, float finest, int8_t* exponent,
+                     cudaStream_t stream);
 // n scales and zero points; exponent: of fp16 scales, else null.
 Status round_as_stored(const StoredRounding& rounding, const int8_t* exponent, int64_t n,
                        float* scale, float* zero, cudaStream_t stream);

@@ -126,10 +126,10 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    write_exponent(const ScalePart* __restrict__ parts, int64_t n, int8_t* exponent) {
+    write_exponent(const ScalePart* __restrict__ parts, int64_t n, float finest, int8_t* exponent) {
   const ScalePart all = whole(parts, n);
   if (threadIdx.x == 0)
-    *exponent = static_cast<int8_t>(exponent_of_range(all.largest, all.smallest));
+    *exponent = static_cast<int8_t>(exponent_of_range(all.largest, all.smallest * finest));
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -187,8 +187,9 @@ Status store_double_quantized(const ScalePart* parts, int64_t n, int bits, const
              scale, stored_scale, zero, codes, absmax, offset);
 }
 
-Status find_exponent(const ScalePart* parts, int64_t n, int8_t* exponent, cudaStream_t stream) {
-  return run("write_exponent", write_exponent, blocks(1), 0, stream, parts, n, exponent);
+Status find_exponent(const ScalePart* parts, int64_t n, float finest, int8_t* exponent,
+                     cudaStream_t stream) {
+  return run("write_exponent", write_exponent, blocks(1), 0, stream, parts, n, finest, exponent);
 }
 
 Status round_as_stored(const StoredRounding& rounding, const int8_t* exponent, int64_t n,

@@ -64,4 +64,21 @@ Status check_hqq(const Format& format, const HqqOptions& options) {
                            std::to_string(options.iterations));
 }
 
+Status check_awq_clip(const Format& format, const MatrixView& w) {
+  const auto invalid = [](const std::string& message) {
+    return Status::error(StatusCode::kInvalidArgument, message);
+  };
+  if (format.outliers > 0)
+    return invalid(format.to_string() + " has outliers; solve for its dense part");
+  if (format.grouping == Grouping::kTensor || format.family() == Family::kLearnedCodebook) {
+    return invalid("format " + format.to_string() +
+                   " has no ranges of groups or rows to clip; fold it by quantize()");
+  }
+  if (w.rows <= 0 || w.cols <= 0) {
+    return invalid("weight must have at least one row and one column, got [" +
+                   std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
+  }
+  return Status::success();
+}
+
 }  // namespace bitfold

@@ -62,4 +62,7 @@ struct HqqOptions {
 // Whether the format has such zero points, and the options are within their ranges.
 Status check_hqq(const Format& format, const HqqOptions& options);
 
+// Whether a format has ranges of groups or rows to clip, and the weight elements.
+Status check_awq_clip(const Format& format, const MatrixView& w);
+
 }  // namespace bitfold

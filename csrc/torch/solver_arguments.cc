@@ -135,6 +135,74 @@ HqqOptions hqq_options(double p, double beta, double kappa, int64_t iterations) 
           static_cast<int>(std::clamp<int64_t>(iterations, 0, 1000))};
 }
 
+Method method_of(int64_t method, const char* op) {
+  if (method != 0 && method != 1)
+    fail(op, "method must be 0 (round) or 1 (search), got " + std::to_string(method));
+  return static_cast<Method>(method);
+}
+
+const Tensor& checked(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
+                      const char* argument, const std::string& op, const Tensor* on_gpu) {
+  const bool fits =
+      tensor.scalar_type() == dtype && is_here(tensor, on_gpu) && tensor.is_contiguous() &&
+      std::equal(tensor.sizes().begin(), tensor.sizes().end(), shape.begin(), shape.end());
+  if (fits) return tensor;
+  std::string wanted;
+  for (int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  fail(op.c_str(), std::string(argument) + " must be a contiguous " + name_of(dtype) + " " +
+                       device_of(on_gpu) + " tensor [" + wanted + "], got " +
+                       name_of(tensor.scalar_type()) + " " + shape_of(tensor));
+}
+
+std::vector<AwqReader> awq_readers(
+    const std::vector<Tensor>& weights, const std::vector<int64_t>& specs,
+    const std::vector<int64_t>& methods, const std::vector<Tensor>& hessians,
+    const std::vector<Tensor>& channels, const std::vector<Tensor>& magnitudes,
+    const std::vector<int64_t>& tokens, int64_t size, const char* op_name, const Tensor* on_gpu) {
+  const size_t count = weights.size();
+  if (count == 0) fail(op_name, "there must be at least one reader of the scaled channels");
+  if (specs.size() != count * kSpecLength || methods.size() != count || hessians.size() != count ||
+      channels.size() != count || magnitudes.size() != count || tokens.size() != count) {
+    fail(op_name,
+         "there must be one spec, method, Hessian, channel map, mean |x| and number of tokens "
+         "for each of the " +
+             std::to_string(count) + " weights");
+  }
+  if (size < 1 || size > kMaxWeights)
+    fail(op_name, "channels must be at least 1, got " + std::to_string(size));
+  std::vector<AwqReader> readers(count);
+  for (size_t i = 0; i < count; ++i) {
+    const std::string op = std::string(op_name) + ": reader " + std::to_string(i);
+    const auto* spec = specs.data() + i * kSpecLength;
+    int64_t rows = 0, cols = 0;
+    AwqReader& reader = readers[i];
+    check(parse_spec({spec, spec + kSpecLength}, &reader.format, &rows, &cols), op.c_str());
+    reader.method = method_of(methods[i], op.c_str());
+    reader.weight = matrix_of(weights[i], rows, cols, op.c_str(), on_gpu);
+    reader.hessian = static_cast<const float*>(
+        checked(hessians[i], ScalarType::Float, {cols, cols}, "hessian", op, on_gpu)
+            .const_data_ptr());
+    reader.channel = static_cast<const int64_t*>(
+        checked(channels[i], ScalarType::Long, {cols}, "channel", op, on_gpu).const_data_ptr());
+    reader.magnitude = static_cast<const float*>(
+        checked(magnitudes[i], ScalarType::Float, {cols}, "mean_abs", op, on_gpu).const_data_ptr());
+    reader.tokens = tokens[i];
+  }
+  return readers;
+}
+
+Tensor report_of(const AwqScale& found) {
+  const double values[] = {found.better ? 1.0 : 0.0, found.alpha, found.by_weight ? 1.0 : 0.0,
+                           found.before, found.after};
+  return cpu_tensor(values, std::size(values));
+}
+
+Tensor report_of(const AwqClip& found) {
+  const double values[] = {static_cast<double>(found.groups), static_cast<double>(found.clipped),
+                           found.before, found.after};
+  return cpu_tensor(values, std::size(values));
+}
+
 Tensor report_of(const GptqReport& r) {
   const double values[] = {
       r.loss,           r.damped,           r.feedback,       r.predicted, r.plain,

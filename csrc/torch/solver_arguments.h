@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "solvers/awq.h"
 #include "solvers/options.h"
 #include "torch/checks.h"
 
@@ -57,7 +58,23 @@ void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
                  const std::optional<Tensor>& exact, const char* op, GptqOptions* options,
                  std::vector<Tensor>* kept, const Tensor* on_gpu = nullptr);
 HqqOptions hqq_options(double p, double beta, double kappa, int64_t iterations);
-// In the order of bitfold.solvers.GPTQ_REPORT; on the CPU.
+Method method_of(int64_t method, const char* op);
+// A contiguous tensor of this dtype and shape.
+const Tensor& checked(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
+                      const char* argument, const std::string& op, const Tensor* on_gpu = nullptr);
+// One entry of each list per reader, specs one after the other.
+std::vector<AwqReader> awq_readers(const std::vector<Tensor>& weights,
+                                   const std::vector<int64_t>& specs,
+                                   const std::vector<int64_t>& methods,
+                                   const std::vector<Tensor>& hessians,
+                                   const std::vector<Tensor>& channels,
+                                   const std::vector<Tensor>& magnitudes,
+                                   const std::vector<int64_t>& tokens, int64_t size, const char* op,
+                                   const Tensor* on_gpu = nullptr);
+
+// In the order of bitfold.solvers.GPTQ_REPORT, and of bitfold.solvers.awq; on the CPU.
 Tensor report_of(const GptqReport& report);
+Tensor report_of(const AwqScale& found);
+Tensor report_of(const AwqClip& found);
 
 }  // namespace bitfold::binding

@@ -40,6 +40,11 @@ def solve() -> None:
     packed = ops.quantize(weight, "int4-g32-fz-dq", "round")
     solvers.refit_scales(packed, "int4-g32-fz-dq", weight, hessian)
     solvers.hqq_solve(weight, "int4-g32-fz")
+    for name in ("int3-g48-sym", "nf4", "int8-row"):
+        solvers.awq_clip(weight, name, hessian, exact=exact)
+    channel = torch.arange(n, device="cuda") - 1
+    mean_abs = torch.rand(n, device="cuda")
+    solvers.awq_scale([solvers.AwqReader(weight, Format("int4-g64"), hessian, mean_abs, channel, 100)], n - 1)
 
 
 def main() -> None:

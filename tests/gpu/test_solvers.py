@@ -173,18 +173,25 @@ def test_hqq_solve(fmt: str) -> None:
         assert error(solvers.hqq_solve(weight.cuda(), fmt)) == pytest.approx(expected, rel=1e-3)
 
 
-def test_awq() -> None:
-    weight, hessian = weight_of(24, 64), hessian_of(64)
-    mean_abs, channel = inputs_of(200, 64).abs().mean(0), torch.arange(64)
+@pytest.mark.parametrize("fmt", ["int3-g32", "nf4", "int4-g64-fz", "int8-row", "kmeans4-row"])
+def test_awq(fmt: str) -> None:
+    weight, hessian = weight_of(200, 192), hessian_of(192)
+    mean_abs, channel = inputs_of(200, 192).abs().mean(0), torch.arange(192) % 190 - 1
+    exact = torch.rand(200, 192) < 0.02
     found = []
     for device in ("cpu", "cuda"):
-        tensors = [t.to(device) for t in (weight, hessian, mean_abs, channel)]
-        reader = solvers.AwqReader(tensors[0], Format("int3-g32"), *tensors[1:], tokens=200)
-        scale, report = solvers.awq_scale([reader], 64)
-        packed, clipped = solvers.awq_clip(tensors[0], "int3-g32", tensors[1])
+        w, h, magnitude, of_column = (t.to(device) for t in (weight, hessian, mean_abs, channel))
+        reader = solvers.AwqReader(w, Format(fmt), h, magnitude, of_column, tokens=200)
+        scale, report = solvers.awq_scale([reader, reader], 190)
         assert scale is not None
-        assert packed[0].is_cuda == scale.is_cuda == (device == "cuda")
-        found.append((report["after"], clipped["after"]))
+        assert scale.is_cuda == (device == "cuda")
+        losses = [report["before"], report["after"], report["alpha"]]
+        for marked in (None, exact.to(device)):
+            if fmt != "kmeans4-row":
+                packed, clipped = solvers.awq_clip(w, fmt, h, exact=marked)
+                assert packed[0].is_cuda == (device == "cuda")
+                losses += [clipped["groups"], clipped["before"], clipped["after"]]
+        found.append(losses)
     assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 

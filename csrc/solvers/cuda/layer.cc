@@ -104,6 +104,15 @@ GpuFactor factorize(GpuRun* run, const cuda::MeanView& mean, const std::vector<d
   return factor;
 }
 
+GpuFactor without_factor(GpuRun* run, int64_t n) {
+  GpuFactor factor{};
+  factor.f = begin_factorization(
+      std::vector<double>(static_cast<size_t>(n), 1.0),
+      order_columns(ColumnOrder::kGiven, std::vector<double>(static_cast<size_t>(n)), n));
+  factor.places.dead = run->upload(factor.f.dead);
+  return factor;
+}
+
 GpuLayer lay_out(GpuRun* run, const Format& format, const MatrixView& weight,
                  const GpuFactor& factor, const uint8_t* exact) {
   const int64_t rows = weight.rows, n = weight.cols, stride = (rows + 3) / 4 * 4;

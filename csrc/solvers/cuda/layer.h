@@ -25,6 +25,9 @@ struct GpuFactor {
 GpuFactor factorize(GpuRun* run, const cuda::MeanView& mean, const std::vector<double>& diagonal,
                     ColumnOrder order, int64_t group_size, double damping, bool keep_hessian);
 
+// Columns in their own order, none of them dead, for solvers that need no factor.
+GpuFactor without_factor(GpuRun* run, int64_t n);
+
 // The weight in the layout of rounding, scales and codes not yet filled. exact [rows, cols] or
 // null.
 GpuLayer lay_out(GpuRun* run, const Format& format, const MatrixView& weight,

@@ -18,15 +18,14 @@ GpuScales::GpuScales(GpuRun* run, const Format& format, const cuda::RoundingMatr
   if (cuda::stores_halves(format)) exponent_ = to_.get<int8_t>(BufferRole::kExponent);
 }
 
-void GpuScales::find_exponent() {
+void GpuScales::find_exponent(float finest) {
   if (!exponent_) return;
   run_.note(cuda::sum_scales(scale_, spans_.count(), parts_, run_.stream));
-  run_.note(cuda::find_exponent(parts_, spans_.count(), exponent_, run_.stream));
+  run_.note(cuda::find_exponent(parts_, spans_.count(), finest, exponent_, run_.stream));
 }
 
 void GpuScales::round(int64_t n, float* scale, float* zero) {
-  const cuda::StoredRounding rounding{exponent_ != nullptr, format_.zero == Zero::kFloat};
-  run_.note(cuda::round_as_stored(rounding, exponent_, n, scale, zero, run_.stream));
+  run_.note(cuda::round_as_stored(rounding(), exponent_, n, scale, zero, run_.stream));
 }
 
 void GpuScales::store() {
@@ -40,9 +39,13 @@ void GpuScales::spread() {
   run_.note(cuda::spread_spans(spans_, zero_, w_, w_.zero, run_.stream));
 }
 
-void GpuScales::store_matrix() {
+void GpuScales::collect() {
   run_.note(cuda::collect_spans(spans_, w_.scale, w_, scale_, run_.stream));
   run_.note(cuda::collect_spans(spans_, w_.zero, w_, zero_, run_.stream));
+}
+
+void GpuScales::store_matrix() {
+  collect();
   store();
 }
 

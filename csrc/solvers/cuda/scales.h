@@ -22,9 +22,10 @@ class GpuScales {
   float* zero() { return zero_; }
   const cuda::Spans& spans() const { return spans_; }
 
-  // Of fp16 scales, null for others: the power of two that is in the buffer, or that suits scale().
+  // Of fp16 scales, null for others: the power of two that is in the buffer, or that suits scale(),
+  // if some of them may become `finest` times as large.
   const int8_t* exponent() const { return exponent_; }
-  void find_exponent();
+  void find_exponent(float finest = 1.0f);
   // n of them as they are stored with it.
   void round(int64_t n, float* scale, float* zero);
 
@@ -33,7 +34,11 @@ class GpuScales {
   void store();
   void spread();
   // The same with those of the matrix.
+  void collect();
   void store_matrix();
+  cuda::StoredRounding rounding() const {
+    return {exponent_ != nullptr, format_.zero == Zero::kFloat};
+  }
 
   // What the buffers hold beside codes, and the matrix, to return to.
   void save();

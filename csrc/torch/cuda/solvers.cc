@@ -2,6 +2,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/statistics.h"
+#include "solvers/cuda/awq.h"
 #include "solvers/cuda/gptq.h"
 #include "solvers/cuda/hessian.h"
 #include "torch/cuda/linear_algebra.h"
@@ -134,6 +135,55 @@ std::vector<Tensor> hqq_solve(Tensor weight, std::vector<int64_t> spec, double p
   return packed;
 }
 
+std::tuple<Tensor, Tensor> awq_scale(std::vector<Tensor> weights, std::vector<int64_t> specs,
+                                     std::vector<int64_t> methods, std::vector<Tensor> hessians,
+                                     std::vector<Tensor> channels, std::vector<Tensor> magnitudes,
+                                     std::vector<int64_t> tokens, int64_t size) {
+  constexpr const char* kOp = "awq_scale";
+  const Tensor* like = nullptr;
+  for (const std::vector<Tensor>* all : {&weights, &hessians, &channels, &magnitudes}) {
+    for (const Tensor& tensor : *all)
+      if (!like && tensor.is_cuda()) like = &tensor;
+  }
+  const CudaContext context(*like, kOp);
+  const std::vector<AwqReader> readers =
+      awq_readers(weights, specs, methods, hessians, channels, magnitudes, tokens, size, kOp, like);
+  Tensor scale = torch::stable::new_empty(*like, {size}, ScalarType::Float);
+  const TorchGpu gpu(*like, context);
+  AwqScale found;
+  check(bitfold::awq_scale(gpu.get(), readers, size, static_cast<float*>(scale.mutable_data_ptr()),
+                           &found),
+        kOp);
+  return {scale, report_of(found)};
+}
+
+std::tuple<std::vector<Tensor>, Tensor> awq_clip(Tensor weight, Tensor hessian,
+                                                 std::vector<int64_t> spec, int64_t method,
+                                                 std::optional<Tensor> exact) {
+  constexpr const char* kOp = "awq_clip";
+  const Tensor& like = on_gpu(weight, hessian);
+  const CudaContext context(like, kOp);
+  Format format;
+  int64_t rows = 0, cols = 0;
+  check(parse_spec(spec, &format, &rows, &cols), kOp);
+  const MatrixView view = matrix_of(weight, rows, cols, kOp, &like);
+  const Tensor& mean = checked(hessian, ScalarType::Float, {cols, cols}, "hessian", kOp, &like);
+  const uint8_t* marked = nullptr;
+  if (exact.has_value()) {
+    checked(*exact, ScalarType::Byte, {rows, cols}, "exact", kOp, &like);
+    marked = static_cast<const uint8_t*>(exact->const_data_ptr());
+  }
+  std::vector<void*> data;
+  std::vector<Tensor> packed = empty_buffers(weight, format, rows, cols, &data);
+  const TorchGpu gpu(like, context);
+  AwqClip found;
+  check(bitfold::awq_clip(gpu.get(), format, method_of(method, kOp), view,
+                          static_cast<const float*>(mean.const_data_ptr()), marked, data.data(),
+                          &found),
+        kOp);
+  return {packed, report_of(found)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) {
@@ -143,6 +193,8 @@ STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) {
   m.impl("gptq_quantize", TORCH_BOX(&gptq_quantize));
   m.impl("refit_scales", TORCH_BOX(&refit_scales));
   m.impl("hqq_solve", TORCH_BOX(&hqq_solve));
+  m.impl("awq_scale", TORCH_BOX(&awq_scale));
+  m.impl("awq_clip", TORCH_BOX(&awq_clip));
 }
 
 }  // namespace bitfold::binding
