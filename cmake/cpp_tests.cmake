@@ -17,7 +17,7 @@ foreach(name IN LISTS BITFOLD_CPP_TESTS)
 endforeach()
 
 # CUDA kernels, compiled as C++ and run by an emulation of threads.
-foreach(target cuda_kernels_test cuda_linear_kernels_test solvers_cuda_awq_test solvers_cuda_gptq_test
+foreach(target cuda_kernels_test cuda_linear_kernels_test cuda_linear_mixed_test solvers_cuda_awq_test solvers_cuda_gptq_test
     solvers_cuda_hessian_test solvers_cuda_hqq_test)
   target_sources(${target} PRIVATE tests/cpp/cuda/emulator.cc)
   target_compile_options(${target} PRIVATE -Wno-unknown-pragmas)  # unroll

@@ -71,6 +71,7 @@ set(BITFOLD_CUDA_SOURCES
   csrc/cuda/feedback.cu
   csrc/cuda/hqq.cu
   csrc/cuda/linear_any.cu
+  csrc/cuda/linear_mixed.cu
   csrc/cuda/linear_mma.cu
   csrc/cuda/linear_mma_2.cu
   csrc/cuda/linear_mma_3.cu
@@ -142,6 +143,7 @@ set(BITFOLD_CPP_TESTS
   cuda/kernels
   cuda/launch
   cuda/linear_kernels
+  cuda/linear_mixed
   cuda/linear_plan
   cuda/mma_maps
   cuda/mma_tile

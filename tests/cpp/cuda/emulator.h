@@ -79,6 +79,10 @@ T __ldg(const T* p) {
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8) c += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return c;
+}
 inline int __clz(int v) { return __builtin_clz(static_cast<unsigned>(v)); }
 struct float2 {
   float x, y;
