@@ -63,6 +63,10 @@ def main() -> None:
                     ops.linear(torch.randn(m, shape[1], device="cuda").bfloat16(), packed, spec)
                 except NotImplementedError:
                     print("linear has no CUDA kernel in this build")
+            if name == "int8-row":
+                for columns in (None, [1, 66]):
+                    x = 4.0 * torch.randn(19, shape[1], device="cuda")
+                    ops.linear_mixed(x, packed, spec, columns=columns)
     codes = torch.randint(0, 8, (5, 37), dtype=torch.uint8).cuda()
     ops.unpack_bits(ops.pack_bits(codes, 3), 3, 5, 37)
     ops.double_dequantize(*ops.double_quantize(torch.rand(700, device="cuda") ** 12))
