@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <bool kBook>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kThreeBlocks)
     round_candidates(const RoundingMatrix w, const __grid_constant__ DeviceEncoding encoding,
                      const ClipGroup group, int64_t low, float* __restrict__ errors,
                      const RowPlan plan) {

@@ -7,11 +7,12 @@
 namespace bitfold::cuda {
 namespace {
 
-constexpr int kWords = 16;     // of four columns, that a tile is deep
-constexpr int kPad = 1;        // so that neighbouring rows of a tile begin in different banks
-constexpr int kSide = 16;      // threads of a block, squared
-constexpr int kPerThread = 4;  // rows of the weight
+constexpr int kWords = 16;  // of four columns, that a tile is deep
+constexpr int kPad = 1;     // so that neighbouring rows of a tile begin in different banks
+constexpr int kSide = 16, kMixedThreads = kSide * kSide;  // a block
+constexpr int kPerThread = 4;                             // rows of the weight
 constexpr int kTileRows = kSide * kPerThread;
+constexpr int kTwoBlocks = 2;          // of a multiprocessor: 128 registers a thread
 constexpr int64_t kExactCols = 65536;  // 127 * 128 times this is below 2^31
 
 // x as integers: where things lie in scratch.
@@ -153,7 +154,7 @@ __device__ inline uint32_t codes_at(const uint8_t* row, int64_t col, int64_t col
 
 // kTileRows rows of the weight by kSide * kRows of x, the integers through shared memory.
 template <FloatType kType, int kRows>
-__global__ void __launch_bounds__(kSide* kSide)
+__global__ void __launch_bounds__(kMixedThreads, kTwoBlocks)
     multiply_mixed(const __grid_constant__ MixedTask task, bool words) {
   constexpr int kTileX = kSide * kRows;
   __shared__ uint32_t codes[kTileRows][kWords + kPad], q[kTileX][kWords + kPad];
@@ -170,14 +171,14 @@ __global__ void __launch_bounds__(kSide* kSide)
     int sum[kPerThread][kRows] = {};
     for (int64_t col = begin; col < end; col += 4 * kWords) {
       __syncthreads();
-      for (int i = threadIdx.x; i < kTileRows * kWords; i += kSide * kSide) {
+      for (int i = threadIdx.x; i < kTileRows * kWords; i += kMixedThreads) {
         const int64_t row = first_row + i / kWords, at = col + i % kWords * 4;
         codes[i / kWords][i % kWords] =
             row < view.rows && at < end
                 ? codes_at(view.codes + row * view.row_bytes, at, end, words)
                 : 0u;
       }
-      for (int i = threadIdx.x; i < kTileX * kWords; i += kSide * kSide) {
+      for (int i = threadIdx.x; i < kTileX * kWords; i += kMixedThreads) {
         const int64_t row = first_x + i / kWords, at = col + i % kWords * 4;
         q[i / kWords][i % kWords] =
             row < task.m && at < end
@@ -276,7 +277,7 @@ Status multiply(const MixedTask& task, cudaStream_t stream) {
                              std::to_string(kMaxGridY * tile) + " are possible at once");
   }
   const Launch launch{static_cast<uint32_t>((view.rows + kTileRows - 1) / kTileRows),
-                      static_cast<uint32_t>(tiles), kSide * kSide, 1};
+                      static_cast<uint32_t>(tiles), kMixedThreads, 1};
   return run("multiply_mixed", few ? multiply_mixed<kType, 1> : multiply_mixed<kType, 4>, launch, 0,
              stream, task, words);
 }

@@ -7,7 +7,7 @@
 namespace bitfold::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kFourBlocks)
     copy_hessian(const ColumnPlaces places, const float* __restrict__ hessian, int64_t low,
                  float* __restrict__ rows_of_h, const RowPlan plan) {
   each_place(plan, [&](int64_t j, int64_t b) {

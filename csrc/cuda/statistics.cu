@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class From, class To>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kFourBlocks)
     permute(const From* __restrict__ mean, const int32_t* __restrict__ column,
             const uint8_t* __restrict__ dead, double added, To* __restrict__ out,
             const RowPlan plan) {
