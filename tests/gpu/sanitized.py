@@ -31,7 +31,7 @@ def solve() -> None:
         solvers.hessian_update(hessian, x)
         solvers.hessian_finish(hessian)
     exact = torch.rand(rows, n, device="cuda") < 0.05
-    for name in ("int4-g64", "int3-g48-sym", "nf4", "int4-g32-fz-dq", "int8-row", "int2-g64"):
+    for name in ("int4-g64", "int3-g48-sym", "nf4", "int4-g32-fz-dq"):
         solvers.gptq_quantize(weight, name, hessian, sweeps=1, refit=1)
         solvers.gptq_quantize(weight, name, hessian.float(), order="groups", dynamic=True, exact=exact)
     solvers.gptq_quantize(weight, "int8-tensor-zp", hessian, scales="range", cross=cross)

@@ -122,14 +122,19 @@ class GpuGptq {
     const bool goes_on = options_.sweeps > 0 || options_.refits > 0;
     if (goes_on) report_.feedback = feedback.total_loss();
     for (int i = 0; i < options_.sweeps; ++i) feedback.sweep();
-    for (int i = 0; i < options_.refits; ++i) {
-      const int64_t changed = refit_scales(&run_, *layer_, &feedback, kRefitSweeps, scales_);
-      report_.refitted += static_cast<double>(changed);
-      if (options_.sweeps > 0) feedback.sweep();
-      if (changed == 0) break;
-    }
+    if (options_.refits > 0) refit(&feedback);
     measure(feedback.error());
     run_.note(cuda::sum_squares(w(), layer_->places, feedback.error(), squares_, stream_));
+  }
+
+  void refit(GpuFeedback* feedback) {
+    GpuRefit refit(&run_, *layer_, feedback, scales_);
+    for (int i = 0; i < options_.refits; ++i) {
+      const int64_t changed = refit.run(kRefitSweeps);
+      report_.refitted += static_cast<double>(changed);
+      if (options_.sweeps > 0) feedback->sweep();
+      if (changed == 0) break;
+    }
   }
 
   void round_plainly() {
@@ -290,7 +295,7 @@ Status refit_packed(const Gpu& gpu, const Format& format, const MatrixView& w, c
   GpuFeedback feedback(&run, layer, gpu.memory<double>(w.rows), &seconds);
   feedback.measure();
   *before = feedback.total_loss();
-  refit_scales(&run, layer, &feedback, sweeps, &scales);
+  GpuRefit(&run, layer, &feedback, &scales).run(sweeps);
   *after = feedback.total_loss();
   return run.status();
 }

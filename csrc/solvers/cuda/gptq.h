@@ -13,7 +13,8 @@ namespace bitfold {
 bool can_solve_on_gpu(const Format& format, ScaleChoice scales, int refits);
 
 // Waits for the GPU three times: for the diagonal of H, which orders the columns, for the outcome
-// of the factorization, and for the report; and for every round of refits once or twice more.
+// of the factorization, and for the report; once more where sweeps or refits follow, and in every
+// round of refits.
 Status gptq_quantize(const Gpu& gpu, const Format& format, const MatrixView& w,
                      const HessianView& h, const GptqOptions& options, bool timed,
                      void* const* buffers, GptqReport* report);
