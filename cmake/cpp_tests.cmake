@@ -17,10 +17,21 @@ foreach(name IN LISTS BITFOLD_CPP_TESTS)
 endforeach()
 
 # CUDA kernels, compiled as C++ and run by an emulation of threads.
-target_sources(cuda_kernels_test PRIVATE tests/cpp/cuda/emulator.cc csrc/cuda/quantize.cc)
-target_sources(cuda_linear_kernels_test PRIVATE tests/cpp/cuda/emulator.cc)
-target_compile_options(cuda_kernels_test PRIVATE -Wno-unknown-pragmas)  # unroll
-target_compile_options(cuda_linear_kernels_test PRIVATE -Wno-unknown-pragmas)
+foreach(target cuda_kernels_test cuda_linear_kernels_test cuda_linear_mixed_test solvers_cuda_awq_test solvers_cuda_gptq_test
+    solvers_cuda_hessian_test solvers_cuda_hqq_test)
+  target_sources(${target} PRIVATE tests/cpp/cuda/emulator.cc)
+  target_compile_options(${target} PRIVATE -Wno-unknown-pragmas)  # unroll
+endforeach()
+foreach(target cuda_kernels_test solvers_cuda_awq_test solvers_cuda_gptq_test solvers_cuda_hqq_test)
+  target_sources(${target} PRIVATE csrc/cuda/quantize.cc)
+endforeach()
+foreach(name awq_clip awq_scale layer scales)
+  target_sources(solvers_cuda_awq_test PRIVATE csrc/solvers/cuda/${name}.cc)
+endforeach()
+foreach(name feedback gptq layer refit scales)
+  target_sources(solvers_cuda_gptq_test PRIVATE csrc/solvers/cuda/${name}.cc)
+endforeach()
+target_sources(solvers_cuda_hessian_test PRIVATE csrc/solvers/cuda/hessian.cc)
 
 # Where the CPU lacks the instruction set, csrc/cpu/isa.cc refuses in these words, and the test counts as skipped.
 foreach(name IN LISTS BITFOLD_CPP_PER_ISA_TESTS)

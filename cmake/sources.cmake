@@ -35,7 +35,9 @@ set(BITFOLD_SOLVER_SOURCES
   csrc/solvers/group_search.cc
   csrc/solvers/hessian.cc
   csrc/solvers/hqq.cc
+  csrc/solvers/importance.cc
   csrc/solvers/kmeans.cc
+  csrc/solvers/options.cc
   csrc/solvers/outliers.cc
   csrc/solvers/panel_scales.cc
   csrc/solvers/panels.cc
@@ -44,6 +46,7 @@ set(BITFOLD_SOLVER_SOURCES
   csrc/solvers/sampled_loss.cc
   csrc/solvers/scale_search.cc
   csrc/solvers/scale_storage.cc
+  csrc/solvers/sections.cc
 )
 
 # name of the target file in csrc/cpu/targets
@@ -62,17 +65,34 @@ set(BITFOLD_CUDA_HOST_SOURCES
 # (quantize.cc leads through kernels: it is linked where they are.)
 set(BITFOLD_CUDA_SOURCES
   csrc/cuda/quantize.cc
+  csrc/cuda/awq.cu
+  csrc/cuda/copy.cu
   csrc/cuda/dequantize.cu
+  csrc/cuda/feedback.cu
+  csrc/cuda/hqq.cu
   csrc/cuda/linear_any.cu
+  csrc/cuda/linear_mixed.cu
   csrc/cuda/linear_mma.cu
   csrc/cuda/linear_mma_2.cu
   csrc/cuda/linear_mma_3.cu
   csrc/cuda/linear_mma_4.cu
   csrc/cuda/linear_mma_8.cu
+  csrc/cuda/losses.cu
   csrc/cuda/encode.cu
   csrc/cuda/pack.cu
+  csrc/cuda/refit.cu
+  csrc/cuda/rounding.cu
   csrc/cuda/scales.cu
+  csrc/cuda/statistics.cu
   csrc/cuda/store_scales.cu
+  csrc/solvers/cuda/awq_clip.cc
+  csrc/solvers/cuda/awq_scale.cc
+  csrc/solvers/cuda/feedback.cc
+  csrc/solvers/cuda/gptq.cc
+  csrc/solvers/cuda/hessian.cc
+  csrc/solvers/cuda/layer.cc
+  csrc/solvers/cuda/refit.cc
+  csrc/solvers/cuda/scales.cc
 )
 set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/checks.cc
@@ -80,14 +100,19 @@ set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/cuda/dense_product.cc
   csrc/torch/cuda/dequantize.cc
   csrc/torch/cuda/linear.cc
+  csrc/torch/cuda/linear_algebra.cc
   csrc/torch/cuda/pack.cc
   csrc/torch/cuda/quantize.cc
+  csrc/torch/cuda/solvers.cc
+  csrc/torch/dense.cc
+  csrc/torch/solver_arguments.cc
 )
 
 set(BITFOLD_OPS_SOURCES
   csrc/torch/awq.cc
   csrc/torch/checks.cc
   csrc/torch/cpu_kernels.cc
+  csrc/torch/dense.cc
   csrc/torch/dequantize.cc
   csrc/torch/hqq.cc
   csrc/torch/linear.cc
@@ -96,6 +121,7 @@ set(BITFOLD_OPS_SOURCES
   csrc/torch/pack.cc
   csrc/torch/quantize.cc
   csrc/torch/schemas.cc
+  csrc/torch/solver_arguments.cc
   csrc/torch/solvers.cc
 )
 
@@ -117,6 +143,7 @@ set(BITFOLD_CPP_TESTS
   cuda/kernels
   cuda/launch
   cuda/linear_kernels
+  cuda/linear_mixed
   cuda/linear_plan
   cuda/mma_maps
   cuda/mma_tile
@@ -125,6 +152,10 @@ set(BITFOLD_CPP_TESTS
   cpu/isa
   solvers/awq_clip
   solvers/awq_scale
+  solvers/cuda/awq
+  solvers/cuda/gptq
+  solvers/cuda/hessian
+  solvers/cuda/hqq
   solvers/gptq
   solvers/hessian
   solvers/hqq

@@ -11,6 +11,7 @@
 #include "core/float16.h"
 #include "core/format.h"
 #include "core/scale_coding.h"
+#include "cuda/decode.h"
 
 namespace bitfold::cuda {
 
@@ -111,11 +112,11 @@ struct FitSums {
   float error, wd, dd, w, d;
 };
 
-// One unknown (scale), or two (scale and a real zero point), by least squares.
-BITFOLD_HOST_DEVICE inline ScaleAndZero fitted_scale(Zero zero, int64_t count, const FitSums& sums,
+// One unknown (scale), or two (scale and a real zero point), by least squares. n: what all weights
+// count together, their number unless some count more than others.
+BITFOLD_HOST_DEVICE inline ScaleAndZero fitted_scale(Zero zero, double n, const FitSums& sums,
                                                      float zero_now) {
   if (zero != Zero::kFloat) return {sums.dd > 0.0f ? sums.wd / sums.dd : 0.0f, zero_now};
-  const double n = static_cast<double>(count);
   const double mean_d = sums.d / n, mean_w = sums.w / n;
   const double variance = sums.dd / n - mean_d * mean_d;
   const double scale = variance > 0.0 ? (sums.wd / n - mean_d * mean_w) / variance : 0.0;
@@ -135,6 +136,23 @@ BITFOLD_HOST_DEVICE inline int exponent_of_range(float largest, float smallest) 
   const int wanted = exponent - 14;
   return wanted < -126 ? -126 : wanted > 127 ? 127 : wanted;
 }
+
+// Scales and zero points as a reader would decode them (ScaleStorage::round of the CPU), where that
+// hangs on nothing else: all but double quantization.
+struct StoredRounding {
+  bool halves;       // scales are fp16 times a power of two
+  bool zero_halves;  // zero points are fp16
+
+  BITFOLD_HOST_DEVICE void apply(int exponent, float* scale, float* zero) const {
+    constexpr float kLargestHalf = 65504.0f;
+    if (halves) {
+      const float fraction = lesser(*scale * power_of_two(-exponent), kLargestHalf);
+      *scale = from_half(to_half(fraction)) * power_of_two(exponent);
+    }
+    if (zero_halves)
+      *zero = from_half(to_half(lesser(greater(*zero, -kLargestHalf), kLargestHalf)));
+  }
+};
 
 // ---- double quantization ----
 

@@ -31,6 +31,15 @@ int64_t quantize_scratch_bytes(const Format& format, int64_t rows, int64_t cols)
 Status quantize(const Format& format, Method method, const MatrixView& w, void* const* buffers,
                 void* scratch, cudaStream_t stream);
 
+// Half-quadratic quantization of a format with real zero points of groups or rows: quantize() with
+// searched scales, and its scratch, but for the zero points (solvers/hqq.h).
+struct HqqSteps {
+  float p, beta, kappa;
+  int iterations;
+};
+Status hqq(const Format& format, const HqqSteps& steps, const MatrixView& w, void* const* buffers,
+           void* scratch, cudaStream_t stream);
+
 // As core/scale_coding.h's; scales [n] are read only, absmax [ceil(n / 256)], offset [1].
 int64_t double_quantize_scratch_bytes();
 Status double_quantize(const float* scales, int64_t n, void* scratch, uint8_t* codes, float* absmax,

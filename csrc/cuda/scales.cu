@@ -2,20 +2,30 @@
 #include "cuda/quantize.h"
 #include "cuda/search.h"
 #include "cuda/source.cuh"
+#include "cuda/spans.cuh"
 
 namespace bitfold::cuda {
 namespace {
 
-// Sixteen lanes share a span: lane p takes the weights j with j mod 16 = p, and sums meet i with i
-// + 8, then + 4, + 2, + 1, which is the order of the CPU (cpu/kernels/search-inl.h).
-constexpr int kLanes = 16;
+// What scales are chosen for. kWeighted: as `counts` has it.
+template <bool kWeighted>
+struct Weights {
+  const MatrixView& w;
+  const Counts& counts;
 
-__device__ inline float add_lanes(float v) {
-#pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2)
-    v = v + __shfl_xor_sync(0xffffffffu, v, step, kLanes);
-  return v;
-}
+  __device__ bool is_exact(int64_t row, int64_t col) const {
+    return counts.exact && counts.exact[row * counts.exact_stride + col];
+  }
+  __device__ float weight(int64_t row, int64_t col) const {
+    if constexpr (kWeighted) {
+      if (counts.dead[col] || is_exact(row, col)) return 0.0f;
+    }
+    return load_weight(w, row, col);
+  }
+  __device__ float importance(int64_t row, int64_t col) const {
+    return is_exact(row, col) ? 0.0f : counts.importance[col];
+  }
+};
 
 // Extremes of what a lane has seen. NaN and infinity times zero are NaN, and stay.
 struct Extremes {
@@ -36,21 +46,10 @@ struct Extremes {
   }
 };
 
-// Where a span lies; lanes of a warp that has no span left walk an empty one.
-struct SpanPlace {
-  int64_t row = 0, first = 0, size = 0;
-};
-
-__device__ inline SpanPlace place_of(const Spans& spans, int64_t cols, int64_t span) {
-  if (span >= spans.count()) return {};
-  const int64_t row = span / spans.groups, first = (span - row * spans.groups) * spans.group_size;
-  const int64_t rest = cols - first;
-  return {row, first, rest < spans.group_size ? rest : spans.group_size};
-}
-
-__device__ inline Extremes extremes_of(const MatrixView& w, const SpanPlace& at, int lane) {
-  Extremes seen(at.size > 0 ? load_weight(w, at.row, at.first) : 0.0f);
-  for (int64_t j = lane; j < at.size; j += kLanes) seen.add(load_weight(w, at.row, at.first + j));
+template <bool kWeighted>
+__device__ inline Extremes extremes_of(const Weights<kWeighted>& w, const SpanPlace& at, int lane) {
+  Extremes seen(at.size > 0 ? w.weight(at.row, at.first) : 0.0f);
+  for (int64_t j = lane; j < at.size; j += kLanes) seen.add(w.weight(at.row, at.first + j));
   seen.meet_lanes();
   return seen;
 }
@@ -61,36 +60,33 @@ __device__ inline ScaleAndZero whole_range(const DeviceEncoding& e, const Extrem
   return chosen;
 }
 
+template <bool kWeighted>
 __global__ void __launch_bounds__(kThreads)
-    round_spans(const MatrixView w, const Spans spans,
+    round_spans(const MatrixView w, const Spans spans, const Counts counts,
                 const __grid_constant__ DeviceEncoding encoding, float* __restrict__ scale,
                 float* __restrict__ zero) {
-  const int lane = threadIdx.x % kLanes;
-  const int64_t count = spans.count(), stride = int64_t{gridDim.x} * kThreads / kLanes;
-  // Whole warps walk on together: both of their halves, or neither.
-  for (int64_t base = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32 * 2; base < count;
-       base += stride) {
-    const int64_t span = base + threadIdx.x % 32 / kLanes;
-    const Extremes seen = extremes_of(w, place_of(spans, w.cols, span), lane);
-    if (lane != 0 || span >= count) continue;
+  const Weights<kWeighted> source{w, counts};
+  each_span(spans.count(), [&](int64_t span, int lane) {
+    const Extremes seen = extremes_of(source, place_of(spans, w.cols, span), lane);
+    if (lane != 0 || span >= spans.count()) return;
     const ScaleAndZero chosen = whole_range(encoding, seen);
     scale[span] = chosen.scale;
     zero[span] = chosen.zero;
-  }
+  });
 }
 
+template <bool kWeighted>
 __global__ void __launch_bounds__(kThreads)
-    extremes_of_rows(const MatrixView w, float* __restrict__ low, float* __restrict__ high) {
+    extremes_of_rows(const MatrixView w, const Counts counts, float* __restrict__ low,
+                     float* __restrict__ high) {
+  const Weights<kWeighted> source{w, counts};
   const Spans rows{1, w.cols, w.rows};
-  const int lane = threadIdx.x % kLanes;
-  for (int64_t base = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32 * 2; base < w.rows;
-       base += int64_t{gridDim.x} * kThreads / kLanes) {
-    const int64_t row = base + threadIdx.x % 32 / kLanes;
-    const Extremes seen = extremes_of(w, place_of(rows, w.cols, row), lane);
-    if (lane != 0 || row >= w.rows) continue;
+  each_span(w.rows, [&](int64_t row, int lane) {
+    const Extremes seen = extremes_of(source, place_of(rows, w.cols, row), lane);
+    if (lane != 0 || row >= w.rows) return;
     low[row] = seen.poison == 0.0f ? seen.low : seen.poison;
     high[row] = seen.high;
-  }
+  });
 }
 
 // A block: the extremes of all rows.
@@ -121,9 +117,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // A span as the search sees it: errors and sums of the codes that a choice leads to.
-template <bool kBook>
+template <bool kBook, bool kWeighted>
 struct Probe {
-  const MatrixView& w;
+  const Weights<kWeighted>& w;
   const SpanPlace& at;
   const Bin* bins;
   const float* levels;
@@ -139,9 +135,13 @@ struct Probe {
     const float inverse = 1.0f / greater(choice.scale, 1e-38f);
     float sum = 0.0f;
     for (int64_t j = lane; j < at.size; j += kLanes) {
-      const float v = load_weight(w, at.row, at.first + j);
+      const float v = w.weight(at.row, at.first + j);
       const float off = v - unit(v, inverse, choice.zero) * choice.scale;
-      sum = sum + off * off;
+      if constexpr (kWeighted) {
+        sum = sum + off * off * w.importance(at.row, at.first + j);
+      } else {
+        sum = sum + off * off;
+      }
     }
     sum = add_lanes(sum);
     return is_possible(choice) ? sum : __int_as_float(0x7f800000);
@@ -150,23 +150,38 @@ struct Probe {
     const float inverse = inverse_scale(choice.scale);
     FitSums sums{};
     for (int64_t j = lane; j < at.size; j += kLanes) {
-      const float v = load_weight(w, at.row, at.first + j);
+      const float v = w.weight(at.row, at.first + j);
       const float d = unit(v, inverse, choice.zero);
       const float off = v - d * choice.scale;
-      sums.error = sums.error + off * off;
-      sums.wd = sums.wd + v * d;
-      sums.dd = sums.dd + d * d;
-      sums.w = sums.w + v;
-      sums.d = sums.d + d;
+      float of_v = v, of_d = d, of_off = off;
+      if constexpr (kWeighted) {
+        const float h = w.importance(at.row, at.first + j);
+        of_v = v * h;
+        of_d = d * h;
+        of_off = off * h;
+      }
+      sums.error = sums.error + off * of_off;
+      sums.wd = sums.wd + v * of_d;
+      sums.dd = sums.dd + d * of_d;
+      sums.w = sums.w + of_v;
+      sums.d = sums.d + of_d;
     }
     return {add_lanes(sums.error), add_lanes(sums.wd), add_lanes(sums.dd), add_lanes(sums.w),
             add_lanes(sums.d)};
   }
+  // What the weights count together; wanted only where there are real zero points.
+  __device__ double total(Zero zero_kind) const {
+    if (!kWeighted || zero_kind != Zero::kFloat) return static_cast<double>(at.size);
+    double sum = 0.0;
+    for (int64_t j = lane; j < at.size; j += kLanes)
+      sum = sum + static_cast<double>(w.importance(at.row, at.first + j));
+    return add_lanes(sum);
+  }
 };
 
-template <bool kBook>
+template <bool kBook, bool kWeighted>
 __global__ void __launch_bounds__(kThreads, kThreeBlocks)
-    search_spans(const MatrixView w, const Spans spans,
+    search_spans(const MatrixView w, const Spans spans, const Counts counts,
                  const __grid_constant__ DeviceEncoding encoding,
                  const __grid_constant__ Shrinks shrinks, float* __restrict__ scale,
                  float* __restrict__ zero) {
@@ -177,37 +192,37 @@ __global__ void __launch_bounds__(kThreads, kThreeBlocks)
     if (threadIdx.x < kMaxLevels) levels[threadIdx.x] = encoding.levels[threadIdx.x];
     __syncthreads();
   }
-  const int lane = threadIdx.x % kLanes;
-  const int64_t count = spans.count();
-  for (int64_t base = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / 32 * 2; base < count;
-       base += int64_t{gridDim.x} * kThreads / kLanes) {
-    const int64_t span = base + threadIdx.x % 32 / kLanes;
+  const Weights<kWeighted> source{w, counts};
+  each_span(spans.count(), [&](int64_t span, int lane) {
     const SpanPlace at = place_of(spans, w.cols, span);
-    const Extremes seen = extremes_of(w, at, lane);
-    const Probe<kBook> probe{w,   at, bins, levels, static_cast<float>((1 << encoding.bits) - 1),
-                             lane};
-    ScaleAndZero chosen = search_scale(encoding, shrinks, probe, seen.low, seen.high, at.size);
+    const Extremes seen = extremes_of(source, at, lane);
+    const Probe<kBook, kWeighted> probe{
+        source, at, bins, levels, static_cast<float>((1 << encoding.bits) - 1), lane};
+    ScaleAndZero chosen =
+        search_scale(encoding, shrinks, probe, seen.low, seen.high, probe.total(encoding.zero));
     if (!(seen.poison == 0.0f)) chosen.scale = __int_as_float(0x7fc00000);
-    if (lane != 0 || span >= count) continue;
+    if (lane != 0 || span >= spans.count()) return;
     scale[span] = chosen.scale;
     zero[span] = chosen.zero;
-  }
+  });
 }
 
 }  // namespace
 
 Status round_scales(const MatrixView& w, const Spans& spans, const DeviceEncoding& encoding,
-                    float* scale, float* zero, cudaStream_t stream) {
+                    const Counts& counts, float* scale, float* zero, cudaStream_t stream) {
   Launch launch;
   if (Status status = plan_items(spans.count() * kLanes, &launch); !status.ok()) return status;
-  return run("round_spans", round_spans, launch, 0, stream, w, spans, encoding, scale, zero);
+  const auto kernel = counts.importance ? round_spans<true> : round_spans<false>;
+  return run("round_spans", kernel, launch, 0, stream, w, spans, counts, encoding, scale, zero);
 }
 
-Status round_tensor_scale(const MatrixView& w, const DeviceEncoding& encoding, float* low,
-                          float* high, float* scale, float* zero, cudaStream_t stream) {
+Status round_tensor_scale(const MatrixView& w, const DeviceEncoding& encoding, const Counts& counts,
+                          float* low, float* high, float* scale, float* zero, cudaStream_t stream) {
   Launch launch;
   if (Status status = plan_items(w.rows * kLanes, &launch); !status.ok()) return status;
-  if (Status status = run("extremes_of_rows", extremes_of_rows, launch, 0, stream, w, low, high);
+  const auto kernel = counts.importance ? extremes_of_rows<true> : extremes_of_rows<false>;
+  if (Status status = run("extremes_of_rows", kernel, launch, 0, stream, w, counts, low, high);
       !status.ok())
     return status;
   return run("round_tensor", round_tensor, blocks(1), 0, stream, low, high, w.rows, encoding, scale,
@@ -215,11 +230,16 @@ Status round_tensor_scale(const MatrixView& w, const DeviceEncoding& encoding, f
 }
 
 Status search_scales(const MatrixView& w, const Spans& spans, const DeviceEncoding& encoding,
-                     const Shrinks& shrinks, float* scale, float* zero, cudaStream_t stream) {
+                     const Counts& counts, float* scale, float* zero, cudaStream_t stream) {
   Launch launch;
   if (Status status = plan_items(spans.count() * kLanes, &launch); !status.ok()) return status;
-  const auto kernel = encoding.book ? search_spans<true> : search_spans<false>;
-  return run("search_spans", kernel, launch, 0, stream, w, spans, encoding, shrinks, scale, zero);
+  const bool asymmetric = encoding.zero == Zero::kInt || encoding.zero == Zero::kFloat;
+  const Shrinks shrinks = shrinks_for(encoding.bits, asymmetric);
+  const auto kernel =
+      counts.importance ? (encoding.book ? search_spans<true, true> : search_spans<false, true>)
+                        : (encoding.book ? search_spans<true, false> : search_spans<false, false>);
+  return run("search_spans", kernel, launch, 0, stream, w, spans, counts, encoding, shrinks, scale,
+             zero);
 }
 
 }  // namespace bitfold::cuda

@@ -9,12 +9,12 @@ namespace bitfold::cuda {
 
 // As solvers/scale_search.cc: shrunken ranges, then least squares and new codes in turn, never
 // accepting a larger error. probe.error(choice) and probe.fit(choice) are the sums over the group,
-// of `size` weights between low and high. On a GPU all lanes that share a group hold the same
-// numbers and branch alike.
+// whose weights lie between low and high and count `total` together. On a GPU all lanes that share
+// a group hold the same numbers and branch alike.
 template <class Probe>
 BITFOLD_HOST_DEVICE inline ScaleAndZero search_scale(const DeviceEncoding& e,
                                                      const Shrinks& shrinks, const Probe& probe,
-                                                     float low, float high, int64_t size) {
+                                                     float low, float high, double total) {
   ScaleAndZero best{};
   float least = 0.0f, whole = 0.0f;
   for (int c = 0; c < shrinks.count; ++c) {
@@ -30,7 +30,7 @@ BITFOLD_HOST_DEVICE inline ScaleAndZero search_scale(const DeviceEncoding& e,
   bool active = whole > 0.0f;  // else all weights are zero, or too small for the range of a float
   FitSums sums = probe.fit(best);
   for (int step = 0; step < kRefinements; ++step) {
-    ScaleAndZero next = fitted_scale(e.zero, size, sums, best.zero);
+    ScaleAndZero next = fitted_scale(e.zero, total, sums, best.zero);
     active = active && next.scale > 0.0f && !(next.scale > kLargestFloat) &&
              fabsf(next.zero) <= kFarthestZero;
     if (!active) next = best;

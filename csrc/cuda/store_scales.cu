@@ -49,10 +49,15 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     write_halves(const ScalePart* __restrict__ parts, int64_t n, float* __restrict__ scale,
                  uint16_t* __restrict__ halves, int8_t* exponent) {
-  const ScalePart all = whole(parts, n);
-  const int e = exponent_of_range(all.largest, all.smallest);
+  int e;
+  if (parts) {
+    const ScalePart all = whole(parts, n);
+    e = exponent_of_range(all.largest, all.smallest);
+    if (blockIdx.x == 0 && threadIdx.x == 0) *exponent = static_cast<int8_t>(e);
+  } else {
+    e = *exponent;
+  }
   const float down = power_of_two(-e), up = power_of_two(e);
-  if (blockIdx.x == 0 && threadIdx.x == 0) *exponent = static_cast<int8_t>(e);
   for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n;
        i += int64_t{gridDim.x} * kThreads) {
     const uint16_t half = to_half(scale[i] * down);
@@ -120,6 +125,22 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+__global__ void __launch_bounds__(kThreads)
+    write_exponent(const ScalePart* __restrict__ parts, int64_t n, float finest, int8_t* exponent) {
+  const ScalePart all = whole(parts, n);
+  if (threadIdx.x == 0)
+    *exponent = static_cast<int8_t>(exponent_of_range(all.largest, all.smallest * finest));
+}
+
+__global__ void __launch_bounds__(kThreads)
+    round_parameters(const StoredRounding rounding, const int8_t* exponent, int64_t n,
+                     float* __restrict__ scale, float* __restrict__ zero) {
+  const int e = exponent ? *exponent : 0;
+  for (int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x; i < n;
+       i += int64_t{gridDim.x} * kThreads)
+    rounding.apply(e, scale + i, zero + i);
+}
+
 // Integers are their own codes; eight of a row of groups a thread.
 template <int kBits>
 __global__ void __launch_bounds__(kThreads)
@@ -164,6 +185,19 @@ Status store_double_quantized(const ScalePart* parts, int64_t n, int bits, const
   if (Status status = plan_items(n, &launch); !status.ok() || launch.empty()) return status;
   return run("double_quantize_blocks", double_quantize_blocks, launch, 0, stream, steps, n, bits,
              scale, stored_scale, zero, codes, absmax, offset);
+}
+
+Status find_exponent(const ScalePart* parts, int64_t n, float finest, int8_t* exponent,
+                     cudaStream_t stream) {
+  return run("write_exponent", write_exponent, blocks(1), 0, stream, parts, n, finest, exponent);
+}
+
+Status round_as_stored(const StoredRounding& rounding, const int8_t* exponent, int64_t n,
+                       float* scale, float* zero, cudaStream_t stream) {
+  Launch launch;
+  if (Status status = plan_items(n, &launch); !status.ok()) return status;
+  return run("round_parameters", round_parameters, launch, 0, stream, rounding, exponent, n, scale,
+             zero);
 }
 
 Status store_zeros(const Spans& spans, const DeviceEncoding& encoding, float* zero, void* stored,

@@ -1,10 +1,10 @@
 #include <algorithm>
 #include <cmath>
-#include <string>
 
 #include "core/scale_coding.h"
 #include "solvers/awq.h"
 #include "solvers/factor.h"
+#include "solvers/options.h"
 #include "solvers/panel_scales.h"
 #include "solvers/scale_search.h"
 
@@ -219,29 +219,12 @@ class ClipSearch {
   std::vector<float> error_, product_;  // [columns of a section, stride]
 };
 
-Status check(const Format& format, const MatrixView& w) {
-  const auto invalid = [](const std::string& message) {
-    return Status::error(StatusCode::kInvalidArgument, message);
-  };
-  if (format.outliers > 0)
-    return invalid(format.to_string() + " has outliers; solve for its dense part");
-  if (format.grouping == Grouping::kTensor || format.family() == Family::kLearnedCodebook) {
-    return invalid("format " + format.to_string() +
-                   " has no ranges of groups or rows to clip; fold it by quantize()");
-  }
-  if (w.rows <= 0 || w.cols <= 0) {
-    return invalid("weight must have at least one row and one column, got [" +
-                   std::to_string(w.rows) + ", " + std::to_string(w.cols) + "]");
-  }
-  return Status::success();
-}
-
 }  // namespace
 
 Status awq_clip(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
                 Method method, const MatrixView& w, const float* hessian, const uint8_t* exact,
                 void* const* buffers, const Parallel& parallel, AwqClip* found) {
-  Status status = check(format, w);
+  Status status = check_awq_clip(format, w);
   if (status.ok()) status = HessianView{hessian, false, w.cols}.check_finite(parallel);
   if (!status.ok()) return status;
   *found = {};

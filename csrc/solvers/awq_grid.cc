@@ -14,36 +14,8 @@ constexpr int kSteps = 20;            // of alpha, from 0 to 0.95
 constexpr int64_t kSumRows = 64;      // summed by one thread
 constexpr float kLeastShare = 1e-4f;  // of the mean input, and of weights
 
-Status error_in(size_t reader, const Status& status) {
-  return Status::error(status.code, "reader " + std::to_string(reader) + ": " + status.message);
-}
-
 Status invalid(const std::string& message) {
   return Status::error(StatusCode::kInvalidArgument, message);
-}
-
-Status check(const AwqReader& reader, int64_t channels, const Parallel& parallel) {
-  const int64_t n = reader.weight.cols;
-  if (reader.weight.rows <= 0 || n <= 0) {
-    return invalid("weight must have at least one row and one column, got [" +
-                   std::to_string(reader.weight.rows) + ", " + std::to_string(n) + "]");
-  }
-  if (reader.tokens < 0) {
-    return invalid("tokens must be the number of inputs that the Hessian is the mean of, got " +
-                   std::to_string(reader.tokens));
-  }
-  for (int64_t c = 0; c < n; ++c) {
-    if (reader.channel[c] < -1 || reader.channel[c] >= channels) {
-      return invalid("channel[" + std::to_string(c) + "] must be -1 or below " +
-                     std::to_string(channels) + ", the number of channels, got " +
-                     std::to_string(reader.channel[c]));
-    }
-    if (!(reader.magnitude[c] >= 0.0f && std::isfinite(reader.magnitude[c]))) {
-      return invalid("mean_abs[" + std::to_string(c) + "] must be finite and not negative, got " +
-                     std::to_string(reader.magnitude[c]));
-    }
-  }
-  return HessianView{reader.hessian, false, n}.check_finite(parallel);
 }
 
 // shares [cols]: mean over rows of |w| / max |w| of its group. Fails on NaN and infinity.
@@ -87,33 +59,6 @@ Status relative_magnitudes(const KernelTable& k, const AwqReader& reader, const 
   return Status::success();
 }
 
-// Mean over all columns that carry a channel, weighted by tokens; 1 where there is none.
-class ChannelMean {
- public:
-  explicit ChannelMean(int64_t channels)
-      : sum_(static_cast<size_t>(channels), 0.0), count_(sum_.size(), 0.0) {}
-
-  template <class Values>
-  void add(const AwqReader& reader, const Values& values) {
-    const auto tokens = static_cast<double>(reader.tokens);
-    for (int64_t c = 0; c < reader.weight.cols; ++c) {
-      if (reader.channel[c] < 0) continue;
-      const auto at = static_cast<size_t>(reader.channel[c]);
-      sum_[at] += static_cast<double>(values[static_cast<size_t>(c)]) * tokens;
-      count_[at] += tokens;
-    }
-  }
-  std::vector<double> finish() const {
-    std::vector<double> mean(sum_.size(), 1.0);
-    for (size_t i = 0; i < mean.size(); ++i)
-      if (count_[i] > 0.0) mean[i] = sum_[i] / count_[i];
-    return mean;
-  }
-
- private:
-  std::vector<double> sum_, count_;
-};
-
 // A scale of 1 first, then the grid without those that are not positive and finite.
 std::vector<ScaleCandidate> candidates(std::vector<double> inputs, std::vector<double> weights) {
   double mean = 0.0;
@@ -143,23 +88,91 @@ std::vector<ScaleCandidate> candidates(std::vector<double> inputs, std::vector<d
 
 }  // namespace
 
+Status in_reader(size_t reader, const Status& status) {
+  return Status::error(status.code, "reader " + std::to_string(reader) + ": " + status.message);
+}
+
+Status check_grid(size_t readers, int64_t channels) {
+  if (readers == 0) return invalid("there must be at least one reader of the scaled channels");
+  if (channels >= 1) return Status::success();
+  return invalid("channels must be at least 1, got " + std::to_string(channels));
+}
+
+Status check_reader(const AwqReader& reader, int64_t channels) {
+  const int64_t n = reader.weight.cols;
+  if (reader.weight.rows <= 0 || n <= 0) {
+    return invalid("weight must have at least one row and one column, got [" +
+                   std::to_string(reader.weight.rows) + ", " + std::to_string(n) + "]");
+  }
+  if (reader.tokens < 0) {
+    return invalid("tokens must be the number of inputs that the Hessian is the mean of, got " +
+                   std::to_string(reader.tokens));
+  }
+  for (int64_t c = 0; c < n; ++c) {
+    if (reader.channel[c] < -1 || reader.channel[c] >= channels) {
+      return invalid("channel[" + std::to_string(c) + "] must be -1 or below " +
+                     std::to_string(channels) + ", the number of channels, got " +
+                     std::to_string(reader.channel[c]));
+    }
+    if (!(reader.magnitude[c] >= 0.0f && std::isfinite(reader.magnitude[c]))) {
+      return invalid("mean_abs[" + std::to_string(c) + "] must be finite and not negative, got " +
+                     std::to_string(reader.magnitude[c]));
+    }
+  }
+  return Status::success();
+}
+
+ScaleGrid::ScaleGrid(int64_t channels)
+    : inputs_(static_cast<size_t>(channels)), weights_(inputs_.size()) {}
+
+void ScaleGrid::add(const AwqReader& reader, const std::vector<double>& shares) {
+  for (int64_t c = 0; c < reader.weight.cols; ++c) {
+    if (reader.channel[c] < 0) continue;
+    const auto at = static_cast<size_t>(reader.channel[c]);
+    inputs_[at].add(reader.magnitude[c], reader.tokens);
+    weights_[at].add(shares[static_cast<size_t>(c)], reader.tokens);
+  }
+}
+
+std::vector<ScaleCandidate> ScaleGrid::finish() const {
+  const auto means_of = [](const std::vector<Mean>& all) {
+    std::vector<double> means;
+    for (const Mean& mean : all) means.push_back(mean.get());
+    return means;
+  };
+  return candidates(means_of(inputs_), means_of(weights_));
+}
+
+int64_t judged_rows(const MatrixView& weight) {
+  constexpr int64_t kWork = int64_t{1} << 31;  // multiplications per candidate
+  constexpr int64_t kLeastRows = 64;           // where there are as many
+  return std::min(weight.rows, std::max(kLeastRows, kWork / (weight.cols * weight.cols)));
+}
+
+const ScaleCandidate& best_of(const std::vector<ScaleCandidate>& all,
+                              const std::vector<double>& losses, AwqScale* found) {
+  const auto best =
+      static_cast<size_t>(std::min_element(losses.begin(), losses.end()) - losses.begin());
+  *found = {best > 0, all[best].alpha, all[best].by_weight, losses[0], losses[best]};
+  return all[best];
+}
+
 Status scale_candidates(const KernelTable& k, const std::vector<AwqReader>& readers,
                         int64_t channels, const Parallel& parallel,
                         std::vector<ScaleCandidate>* all) {
-  if (readers.empty()) return invalid("there must be at least one reader of the scaled channels");
-  if (channels < 1) {
-    return invalid("channels must be at least 1, got " + std::to_string(channels));
-  }
-  ChannelMean inputs(channels), weights(channels);
+  if (Status status = check_grid(readers.size(), channels); !status.ok()) return status;
+  ScaleGrid grid(channels);
   for (size_t i = 0; i < readers.size(); ++i) {
+    const AwqReader& reader = readers[i];
     std::vector<double> shares;
-    Status status = check(readers[i], channels, parallel);
-    if (status.ok()) status = relative_magnitudes(k, readers[i], parallel, &shares);
-    if (!status.ok()) return error_in(i, status);
-    inputs.add(readers[i], readers[i].magnitude);
-    weights.add(readers[i], shares);
+    Status status = check_reader(reader, channels);
+    if (status.ok())
+      status = HessianView{reader.hessian, false, reader.weight.cols}.check_finite(parallel);
+    if (status.ok()) status = relative_magnitudes(k, reader, parallel, &shares);
+    if (!status.ok()) return in_reader(i, status);
+    grid.add(reader, shares);
   }
-  *all = candidates(inputs.finish(), weights.finish());
+  *all = grid.finish();
   return Status::success();
 }
 

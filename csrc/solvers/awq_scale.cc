@@ -11,8 +11,6 @@
 namespace bitfold {
 namespace {
 
-constexpr int64_t kWork = int64_t{1} << 31;    // multiplications per candidate
-constexpr int64_t kLeastRows = 64;             // judged, where there are as many
 constexpr int64_t kAtOnce = int64_t{1} << 22;  // errors that are multiplied at a time
 constexpr int64_t kProductColumns = 512;       // products of as many run at full speed
 
@@ -40,7 +38,7 @@ class Judge {
         reader_(reader),
         parallel_(parallel),
         n_(reader.weight.cols),
-        rows_(std::min(reader.weight.rows, std::max(kLeastRows, kWork / (n_ * n_)))),
+        rows_(judged_rows(reader.weight)),
         size_(rows_ * n_),
         weight_(static_cast<size_t>(size_)),
         scaled_(weight_.size()),
@@ -163,10 +161,8 @@ Status awq_scale(const KernelTable& k, const LinearAlgebra& algebra,
     const Status judged = Judge(k, algebra, readers[i], parallel).run(all, &losses);
     if (!judged.ok()) return judged;
   }
-  const auto best =
-      static_cast<size_t>(std::min_element(losses.begin(), losses.end()) - losses.begin());
-  std::copy(all[best].scale.begin(), all[best].scale.end(), scale);
-  *found = {best > 0, all[best].alpha, all[best].by_weight, losses[0], losses[best]};
+  const ScaleCandidate& best = best_of(all, losses, found);
+  std::copy(best.scale.begin(), best.scale.end(), scale);
   return Status::success();
 }
 

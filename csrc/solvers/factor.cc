@@ -56,10 +56,13 @@ Status HessianView::check_finite(const Parallel& parallel, const char* name) con
   if (bad_row == n) return Status::success();
   int64_t j = 0;
   while (std::isfinite(at(bad_row, j))) ++j;
+  return non_finite_entry(name, bad_row, j, std::isnan(at(bad_row, j)));
+}
+
+Status non_finite_entry(const char* name, int64_t i, int64_t j, bool is_nan) {
   return Status::error(StatusCode::kNonFinite,
-                       std::string(name) + "[" + std::to_string(bad_row) + ", " +
-                           std::to_string(j) + "] is " +
-                           (std::isnan(at(bad_row, j)) ? "NaN" : "infinite") +
+                       std::string(name) + "[" + std::to_string(i) + ", " + std::to_string(j) +
+                           "] is " + (is_nan ? "NaN" : "infinite") +
                            "; look for non-finite or huge activations in the calibration data");
 }
 
@@ -86,45 +89,64 @@ std::vector<int32_t> order_columns(ColumnOrder order, const std::vector<double>&
   return columns;
 }
 
+Status not_positive_definite() {
+  return Status::error(StatusCode::kInvalidArgument,
+                       "hessian is not positive definite, even with " +
+                           std::to_string(kMostDamping) + " of its mean diagonal added");
+}
+
+Factorization begin_factorization(const std::vector<double>& diagonal, std::vector<int32_t> order) {
+  Factorization f;
+  f.column.assign(order.rbegin(), order.rend());
+  for (double own : diagonal) {
+    f.dead.push_back(own == 0.0);
+    f.dead_count += f.dead.back();
+  }
+  return f;
+}
+
+void climb_damping(const std::vector<double>& diagonal, double lambda,
+                   const std::function<bool(bool fp64)>& attempt, Factorization* f) {
+  const auto alive = static_cast<int64_t>(diagonal.size()) - f->dead_count;
+  const double sum = std::accumulate(diagonal.begin(), diagonal.end(), 0.0);
+  const double mean = alive > 0 ? sum / static_cast<double>(alive) : 1.0;
+  f->damping = lambda;
+  for (double step = kFirstStep;; step *= 2) {
+    f->added = f->damping * mean;
+    f->fp64 = false;
+    f->found = attempt(false);
+    if (f->found) return;
+    f->fp64 = f->found = attempt(true);
+    if (f->found || f->damping >= kMostDamping) return;
+    f->damping = std::min(kMostDamping, f->damping + step);
+  }
+}
+
 Factorization factorize(const HessianView& h, std::vector<int32_t> order, double lambda,
                         bool keep_hessian, const LinearAlgebra& algebra, const Parallel& parallel) {
   const auto n = static_cast<size_t>(h.n);
-  Factorization f;
-  f.column.assign(order.rbegin(), order.rend());
-  f.dead.resize(n);
-  double sum = 0.0;
-  for (size_t i = 0; i < n; ++i) {
-    const double own = h.at(static_cast<int64_t>(i), static_cast<int64_t>(i));
-    f.dead[i] = own == 0.0;
-    f.dead_count += f.dead[i];
-    sum += own;
-  }
-  const auto alive = static_cast<int64_t>(n) - f.dead_count;
-  const double mean = alive > 0 ? sum / static_cast<double>(alive) : 1.0;
-
+  const std::vector<double> diagonal = h.diagonal();
+  Factorization f = begin_factorization(diagonal, std::move(order));
   f.lower.reset(new float[n * n]);
   if (keep_hessian) f.hessian.reset(new float[n * n]);
-  f.damping = lambda;
-  for (double step = kFirstStep;; step *= 2) {
-    f.added = f.damping * mean;
-    arrange(h, f, parallel, f.lower.get());
-    if (keep_hessian) std::copy_n(f.lower.get(), n * n, f.hessian.get());
-    f.fp64 = false;
-    f.found = algebra.cholesky(h.n, f.lower.get());
-    if (f.found) return f;
+  const auto attempt = [&](bool fp64) {
+    if (!fp64) {
+      arrange(h, f, parallel, f.lower.get());
+      if (keep_hessian) std::copy_n(f.lower.get(), n * n, f.hessian.get());
+      return algebra.cholesky(h.n, f.lower.get());
+    }
     std::unique_ptr<double[]> wide(new double[n * n]);
     arrange(h, f, parallel, wide.get());
-    f.fp64 = f.found = algebra.cholesky64(h.n, wide.get());
+    if (!algebra.cholesky64(h.n, wide.get())) return false;
     // In float32 the factor must stay one: no diagonal may vanish.
-    for (size_t i = 0; i < n && f.found; ++i) f.found = static_cast<float>(wide[i * n + i]) > 0.0f;
-    if (f.found) {
-      std::transform(wide.get(), wide.get() + n * n, f.lower.get(),
-                     [](double v) { return static_cast<float>(v); });
-      return f;
-    }
-    if (f.damping >= kMostDamping) return f;
-    f.damping = std::min(kMostDamping, f.damping + step);
-  }
+    for (size_t i = 0; i < n; ++i)
+      if (!(static_cast<float>(wide[i * n + i]) > 0.0f)) return false;
+    std::transform(wide.get(), wide.get() + n * n, f.lower.get(),
+                   [](double v) { return static_cast<float>(v); });
+    return true;
+  };
+  climb_damping(diagonal, lambda, attempt, &f);
+  return f;
 }
 
 }  // namespace bitfold

@@ -9,6 +9,7 @@
 // which counts columns backwards: the k-th to be rounded is at n - 1 - k.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -32,6 +33,9 @@ struct HessianView {
   // Fails on NaN and infinity, naming the place.
   Status check_finite(const Parallel& parallel, const char* name = "hessian") const;
 };
+
+// What is said of a NaN or an infinity in a matrix of statistics.
+Status non_finite_entry(const char* name, int64_t i, int64_t j, bool is_nan);
 
 enum class ColumnOrder {
   kGiven,       // first to last
@@ -57,6 +61,18 @@ struct Factorization {
 };
 
 inline constexpr double kMostDamping = 0.5;
+
+// What is said where a solver cannot do without a factor.
+Status not_positive_definite();
+
+// What follows from the diagonal of H: order and dead inputs.
+Factorization begin_factorization(const std::vector<double>& diagonal, std::vector<int32_t> order);
+
+// Tries lambda in float32, then in float64, then raised step by step up to kMostDamping: until
+// attempt(fp64), which arranges H with f->added on its diagonal and factors it, says that it was
+// positive definite.
+void climb_damping(const std::vector<double>& diagonal, double lambda,
+                   const std::function<bool(bool fp64)>& attempt, Factorization* f);
 
 // H + lambda * mean(diagonal) I, a dead input's diagonal replaced by 1. Tried in float32, then in
 // float64, then with lambda raised step by step up to kMostDamping.

@@ -7,8 +7,6 @@
 namespace bitfold {
 namespace {
 
-constexpr int64_t kSectionColumns = 512;  // products of a few hundred columns run at full speed
-
 class Clock {
  public:
   explicit Clock(double* sum) : sum_(sum), start_(std::chrono::steady_clock::now()) {}
@@ -48,37 +46,6 @@ bool Feedback::is_dead(int64_t position) const {
 
 double Feedback::total_loss() const {
   return std::accumulate(loss_.begin(), loss_.begin() + w_.rows, 0.0);
-}
-
-// From the last position, which is rounded first, to the first.
-std::vector<Feedback::Section> Feedback::sections(bool by_group) const {
-  std::vector<Section> all;
-  if (!by_group) {
-    for (int64_t high = n_; high > 0; high = all.back().low) {
-      all.push_back({std::max<int64_t>(0, high - kSectionColumns), high, {}});
-      for (int64_t end = high; end > all.back().low; end = all.back().blocks.back().low)
-        all.back().blocks.push_back({std::max(all.back().low, end - kFeedbackColumns), end, -1});
-    }
-    return all;
-  }
-  const auto group_at = [&](int64_t position) {
-    return f_.column[static_cast<size_t>(position)] / w_.group_size;
-  };
-  for (int64_t high = n_; high > 0;) {
-    int64_t low = high - 1;
-    while (low > 0 && group_at(low - 1) == group_at(high - 1)) --low;
-    const bool joins =
-        !all.empty() && high - low <= kFeedbackColumns && all.back().high - low <= kSectionColumns;
-    if (!joins) all.push_back({low, high, {}});
-    Section& section = all.back();
-    section.low = low;
-    for (int64_t end = high; end > low; end = section.blocks.back().low) {
-      section.blocks.push_back(
-          {std::max(low, end - kFeedbackColumns), end, end == high ? low : -1});
-    }
-    high = low;
-  }
-  return all;
 }
 
 // What the errors of all finished columns (of all columns, if again) add up to for a section.
@@ -189,15 +156,16 @@ void Feedback::pass(const float* matrix, bool again, const std::vector<Section>&
 
 void Feedback::solve() {
   std::fill(loss_.begin(), loss_.end(), 0.0);
-  pass(f_.lower.get(), /*again=*/false, sections(/*by_group=*/false), nullptr, {});
+  pass(f_.lower.get(), /*again=*/false, plan_sections(n_), nullptr, {});
 }
 
 void Feedback::solve(const ChooseScales& choose, const std::vector<float>& importance) {
   std::fill(loss_.begin(), loss_.end(), 0.0);
-  pass(f_.lower.get(), /*again=*/false, sections(/*by_group=*/true), choose, importance);
+  pass(f_.lower.get(), /*again=*/false, plan_sections_by_group(f_.column, w_.group_size), choose,
+       importance);
 }
 
-void Feedback::sweep() { pass(f_.hessian.get(), /*again=*/true, sections(false), nullptr, {}); }
+void Feedback::sweep() { pass(f_.hessian.get(), /*again=*/true, plan_sections(n_), nullptr, {}); }
 
 void Feedback::measure() {
   parallel_(w_.panels, 1, [&](int64_t begin, int64_t end) {

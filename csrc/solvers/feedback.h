@@ -8,13 +8,11 @@
 #include <vector>
 
 #include "solvers/factor.h"
+#include "solvers/options.h"
 #include "solvers/panels.h"
+#include "solvers/sections.h"
 
 namespace bitfold {
-
-struct Seconds {
-  double factor = 0.0, scales = 0.0, products = 0.0, columns = 0.0;
-};
 
 class Feedback {
  public:
@@ -48,15 +46,6 @@ class Feedback {
   Seconds seconds;
 
  private:
-  struct Block {  // of positions [low, high)
-    int64_t low, high;
-    int64_t group_low;  // where the group begins that starts with this block, else -1
-  };
-  struct Section {  // whose correction is one product
-    int64_t low, high;
-    std::vector<Block> blocks;
-  };
-  std::vector<Section> sections(bool by_group) const;
   void pass(const float* matrix, bool again, const std::vector<Section>& all,
             const ChooseScales& choose, const std::vector<float>& importance);
   void correct(const float* matrix, bool again, const Section& section);

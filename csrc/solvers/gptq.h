@@ -3,48 +3,9 @@
 #pragma once
 
 #include "solvers/feedback.h"
+#include "solvers/options.h"
 
 namespace bitfold {
-
-enum class ScaleChoice {
-  kRange,     // extremes of each group
-  kDiagonal,  // least squared error, weighted by the diagonal of the damped Hessian
-  kFactor,    // weighted by a mean of that and R_kk^2 (solvers/factor.h)
-};
-
-struct GptqOptions {
-  ColumnOrder order = ColumnOrder::kGiven;
-  double damping = 0.01;  // lambda of factorize()
-  ScaleChoice scales = ScaleChoice::kDiagonal;
-  bool dynamic = false;  // scales of a group from its columns as they are when it is due
-  int sweeps = 0;        // of coordinate descent after the column pass
-  int refits = 0;        // rounds of refit_scales (two sweeps) and, if sweeps > 0, one more sweep
-  const float* cross = nullptr;  // [n, n] E[(x_float - x) x^T]: moves the target of rounding, below
-  double alpha = 1.0;            // how far
-  const uint8_t* exact = nullptr;  // [out, in]: not 0 where a weight is stored elsewhere
-  int64_t measured_rows = 64;      // for the report's direct measurements; all if negative
-};
-
-// Losses are sums over rows of e H e^T, H damped unless said otherwise; dead inputs count nothing.
-struct GptqReport {
-  double loss = 0.0;      // of what is stored, H undamped
-  double damped = 0.0;    // of what is stored
-  double feedback = 0.0;  // sum of squares that the column pass adds up
-  double predicted =
-      0.0;             // of the column pass, from the errors of plain rounding: sum R_kk^2 e_k^2
-  double plain = 0.0;  // rounding without feedback, same scales, H undamped
-  double plain_damped = 0.0;
-  double measured = 0.0;  // `damped` once more, as tr(E H E^T), of the measured rows
-  double tracked = 0.0;   // `damped` of the same rows
-  double damping = 0.0;   // lambda used
-  double dead = 0.0;      // inputs that are always zero
-  double fp64 = 0.0;      // 1 if the factorization took float64
-  double fallback = 0.0;  // 1 if H was not positive definite at any lambda: plain rounding
-  double measured_rows = 0.0;
-  double refitted = 0.0;  // scales that a refit changed
-  Seconds seconds;
-};
-// predicted, plain, plain_damped are of the measured rows, times rows / measured rows.
 
 // `buffers` as in quantize(). With `cross` the matrix that is rounded is W + alpha W C H^-1, the
 // least-squares answer to min ||W x_float - Q x||^2 over real Q; losses are then around it.

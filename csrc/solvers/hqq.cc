@@ -15,31 +15,6 @@ namespace {
 
 constexpr float kFarthestZero = 2048.0f;  // where fp16 ceases to resolve whole codes
 
-Status check(const Format& format, const HqqOptions& options) {
-  if (format.zero != Zero::kFloat || format.grouping == Grouping::kTensor) {
-    Format usable{format.code, Grouping::kGroup, 64, Zero::kFloat, format.double_quant};
-    if (format.grouping != Grouping::kTensor) {
-      usable.grouping = format.grouping;
-      usable.group_size = format.group_size;
-    }
-    const std::string better = usable.is_possible() ? usable.to_string() : "int4-g64-fz";
-    return Status::error(StatusCode::kInvalidArgument,
-                         "format " + format.to_string() +
-                             " has no real zero points of groups or rows to solve for; use " +
-                             better + ", or method search");
-  }
-  const bool fits = options.p > 0.0f && options.p <= 1.0f && options.beta > 0.0f &&
-                    options.beta <= 1e6f && options.kappa >= 1.0f && options.kappa <= 2.0f &&
-                    options.iterations >= 1 && options.iterations <= 100;
-  if (fits) return Status::success();
-  return Status::error(StatusCode::kInvalidArgument,
-                       "p must be in (0, 1], beta in (0, 1e6], kappa in [1, 2] and iterations in "
-                       "[1, 100], got " +
-                           std::to_string(options.p) + ", " + std::to_string(options.beta) + ", " +
-                           std::to_string(options.kappa) + " and " +
-                           std::to_string(options.iterations));
-}
-
 void round_to_halves(const KernelTable& k, const float* values, float* rounded) {
   uint16_t halves[kSpanLanes];
   k.from_float(values, kSpanLanes, FloatType::kFloat16, halves);
@@ -128,7 +103,7 @@ class RowSolver {
 
 Status hqq_solve(const KernelTable& k, const Format& format, const HqqOptions& options,
                  const MatrixView& w, void* const* buffers, const Parallel& parallel) {
-  Status status = check(format, options);
+  Status status = check_hqq(format, options);
   if (status.ok()) status = quantize(k, format, Method::kSearch, w, buffers, parallel);
   if (!status.ok()) return status;
   const std::vector<const void*> read(buffers, buffers + format.buffers(w.rows, w.cols).size());

@@ -5,15 +5,9 @@
 #include "core/parallel.h"
 #include "core/view.h"
 #include "cpu/kernel_table.h"
+#include "solvers/options.h"
 
 namespace bitfold {
-
-struct HqqOptions {
-  float p = 0.7f;      // of the norm, above 0 and at most 1
-  float beta = 10.0f;  // how tightly the auxiliary error follows the residual, in steps of the grid
-  float kappa = 1.01f;  // beta grows by this factor each iteration
-  int iterations = 10;  // at most; twenty lower the mean |r| by another 0.1 %
-};
 
 // As quantize() with Method::kSearch, whose scales stay; then, group by group,
 //   r = w / s + z - code,  e = sign(r) max(|r| - |r|^(p-1) / beta, 0),  z <- mean(code - w / s + e)

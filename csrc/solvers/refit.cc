@@ -2,34 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
+
+#include "core/scale_refit.h"
 
 namespace bitfold {
 namespace {
 
-// Sums over a group, of one row or of all: d the unit decode, o ones, e the errors.
-struct Sums {
-  double de = 0.0, oe = 0.0, dd = 0.0, d_o = 0.0, oo = 0.0;  // d H e, o H e, d H d, d H o, o H o
-
-  void add(const Sums& other) {
-    de += other.de, oe += other.oe, dd += other.dd, d_o += other.d_o, oo += other.oo;
-  }
-  // Of the loss, when the decoded weights grow by scale * d + shift.
-  double change(double scale, double shift) const {
-    return -2.0 * (scale * de + shift * oe) + scale * scale * dd + 2.0 * scale * shift * d_o +
-           shift * shift * oo;
-  }
-};
-
-struct Choice {
-  float scale, zero;
-  double change;  // of the loss
-};
-
-// Groups are taken some hundred columns at a time: H times the errors is one product for all of
+// Groups are taken a section of columns at a time: H times the errors is one product for all of
 // them, and what changes on the way is added as it comes.
-constexpr int64_t kSectionColumns = 512;
-
 class Refit {
  public:
   Refit(PanelMatrix* w, Feedback* feedback, const Factorization& f, int exponent,
@@ -119,8 +99,8 @@ class Refit {
   // A shift of all weights of a group would move the exact ones, too.
   bool moves_zero() const { return w_.format.zero == Zero::kFloat && !w_.exact; }
 
-  void sums_of(int64_t p, Sums* lanes) {
-    std::fill_n(lanes, kPanelLanes, Sums{});
+  void sums_of(int64_t p, RefitSums* lanes) {
+    std::fill_n(lanes, kPanelLanes, RefitSums{});
     for (int64_t j = 0; j < n_; ++j) {
       if (is_dead(column(j))) continue;
       const int64_t row = p * kPanelLanes;
@@ -136,39 +116,14 @@ class Refit {
     }
   }
 
-  // What (scale, zero) become when they move by least squares and are stored.
-  void consider(const Sums& s, float scale, float zero, double by, double shift,
-                Choice* best) const {
-    Choice next{static_cast<float>(scale + by), zero, 0.0};
-    if (!(next.scale > 0.0f) || !std::isfinite(next.scale)) return;
-    if (shift != 0.0) next.zero = static_cast<float>(zero - shift / next.scale);
-    if (!(std::fabs(next.zero) <= 2048.0f)) return;
-    storage_.round(exponent_, 1, &next.scale, &next.zero);
-    next.change = s.change(by_of(next, scale), shift_of(next, zero));
-    if (next.change < best->change) *best = next;
-  }
-  static double by_of(const Choice& next, float scale) {
-    return static_cast<double>(next.scale) - scale;
-  }
-  static double shift_of(const Choice& next, float zero) {
-    return static_cast<double>(next.scale) * (static_cast<double>(zero) - next.zero);
-  }
-
-  Choice choose(const Sums& s, float scale, float zero) const {
-    Choice best{scale, zero, 0.0};
-    if (!(scale > 0.0f) || !(s.dd > 0.0)) return best;
-    consider(s, scale, zero, s.de / s.dd, 0.0, &best);
-    const double determinant = s.dd * s.oo - s.d_o * s.d_o;
-    if (moves_zero() && determinant > 1e-6 * s.dd * s.oo) {
-      const double by = (s.de * s.oo - s.oe * s.d_o) / determinant;
-      const double shift = (s.oe * s.dd - s.de * s.d_o) / determinant;
-      consider(s, scale, zero, by, shift, &best);
-    }
-    return best;
+  RefitChoice choose(const RefitSums& s, float scale, float zero) const {
+    return choose_refit(s, scale, zero, moves_zero(), [&](float* new_scale, float* new_zero) {
+      storage_.round(exponent_, 1, new_scale, new_zero);
+    });
   }
 
   // Takes over the choices [16] of panel p, and the errors that go with them.
-  void apply(int64_t g, int64_t p, const Choice* choices) {
+  void apply(int64_t g, int64_t p, const RefitChoice* choices) {
     float* scale = w_.scale_of(p) + g * kPanelLanes;
     float* zero = w_.zero_of(p) + g * kPanelLanes;
     for (int64_t j = 0; j < n_; ++j) {
@@ -194,8 +149,8 @@ class Refit {
     std::atomic<int64_t> changed = 0;
     parallel_(w_.panels, 1, [&](int64_t begin, int64_t end) {
       for (int64_t p = begin; p < end; ++p) {
-        Sums sums[kPanelLanes];
-        Choice choices[kPanelLanes];
+        RefitSums sums[kPanelLanes];
+        RefitChoice choices[kPanelLanes];
         sums_of(p, sums);
         for (int64_t i = 0; i < kPanelLanes; ++i) {
           const int64_t of_lane = g * kPanelLanes + i;
@@ -210,17 +165,17 @@ class Refit {
   }
 
   int64_t update_tensor() {
-    std::vector<Sums> sums(static_cast<size_t>(w_.width()));
+    std::vector<RefitSums> sums(static_cast<size_t>(w_.width()));
     for (int64_t p = 0; p < w_.panels; ++p) sums_of(p, sums.data() + p * kPanelLanes);
-    Sums all;
+    RefitSums all{};
     for (int64_t r = 0; r < w_.rows; ++r) all.add(sums[static_cast<size_t>(r)]);
     const float scale = w_.scale[0], zero = w_.zero[0];
-    Choice choices[kPanelLanes];
+    RefitChoice choices[kPanelLanes];
     std::fill_n(choices, kPanelLanes, choose(all, scale, zero));
     if (!(choices[0].change < 0.0)) return 0;
     for (int64_t p = 0; p < w_.panels; ++p) apply(0, p, choices);
     for (size_t r = 0; r < sums.size(); ++r)
-      feedback_.loss()[r] += sums[r].change(by_of(choices[0], scale), shift_of(choices[0], zero));
+      feedback_.loss()[r] += sums[r].change(choices[0].by(scale), choices[0].shift(zero));
     return 1;
   }
 

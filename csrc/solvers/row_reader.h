@@ -46,16 +46,20 @@ class RowReader {
   std::vector<uint16_t> gathered_;
 };
 
-// Names the first weight of a row that is NaN or infinite.
+// What is said of a weight that is NaN or infinite.
+inline Status non_finite_weight(int64_t row, int64_t col, bool is_nan) {
+  return Status::error(StatusCode::kNonFinite,
+                       "weight[" + std::to_string(row) + ", " + std::to_string(col) + "] is " +
+                           (is_nan ? "NaN" : "infinite") + "; every weight must be finite");
+}
+
+// Names the first one of a row.
 inline Status non_finite_row(const KernelTable& k, const MatrixView& w, int64_t r) {
   RowReader reader(k, w);
   const float* row = reader(r);
   const int64_t col =
       std::find_if(row, row + w.cols, [](float v) { return !std::isfinite(v); }) - row;
-  return Status::error(StatusCode::kNonFinite, "weight[" + std::to_string(r) + ", " +
-                                                   std::to_string(col) + "] is " +
-                                                   (std::isnan(row[col]) ? "NaN" : "infinite") +
-                                                   "; every weight must be finite");
+  return non_finite_weight(r, col, std::isnan(row[col]));
 }
 
 }  // namespace bitfold

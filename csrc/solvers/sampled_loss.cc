@@ -7,15 +7,6 @@ namespace {
 
 constexpr int64_t kPanelsAtOnce = 16;
 
-// Panels spread evenly over the rows.
-std::vector<int64_t> sample(const PanelMatrix& w, int64_t most_rows) {
-  int64_t count = w.panels;
-  if (most_rows >= 0) count = std::min(count, (most_rows + kPanelLanes - 1) / kPanelLanes);
-  std::vector<int64_t> chosen;
-  for (int64_t i = 0; i < count; ++i) chosen.push_back(i * w.panels / count);
-  return chosen;
-}
-
 // R_kk^2 by column.
 std::vector<double> costs_of(const Factorization& f, int64_t n) {
   std::vector<double> costs(static_cast<size_t>(n));
@@ -66,7 +57,7 @@ std::vector<double> times_hessian(const HessianView& h, const std::vector<float>
 SampledLoss sample_loss(PanelMatrix* w, const Factorization& f, const HessianView& h,
                         int64_t most_rows, Feedback* feedback, const LinearAlgebra& algebra,
                         const Parallel& parallel) {
-  const std::vector<int64_t> panels = sample(*w, most_rows);
+  const std::vector<int64_t> panels = measured_panels(w->panels, most_rows);
   const std::vector<double> costs = costs_of(f, w->cols);
   SampledLoss sum;
   for (size_t first = 0; first < panels.size(); first += kPanelsAtOnce) {

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "cpu/mixed_product.h"
+
 namespace bitfold::binding {
 
 void fail(const char* op, const std::string& message) {
@@ -94,11 +96,13 @@ ScalarType scalar_type(DType dtype) {
                                   : ScalarType::Int;
 }
 
-MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op) {
-  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols || !weight.is_cpu()) {
-    fail(op, "weight must be a CPU tensor [out, in] = [" + std::to_string(rows) + ", " +
-                 std::to_string(cols) + "], got " + shape_of(weight) +
-                 (weight.is_cpu() ? "" : " on another device"));
+MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op,
+                     const Tensor* on_gpu) {
+  const bool here = on_gpu ? is_on_device_of(weight, *on_gpu) : weight.is_cpu();
+  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols || !here) {
+    fail(op, std::string("weight must be a ") + (on_gpu ? "CUDA" : "CPU") +
+                 " tensor [out, in] = [" + std::to_string(rows) + ", " + std::to_string(cols) +
+                 "], got " + shape_of(weight) + (here ? "" : " on another device"));
   }
   return {weight.const_data_ptr(),
           float_type(weight.scalar_type(), op, "weight"),
@@ -106,6 +110,34 @@ MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const cha
           cols,
           weight.stride(0),
           weight.stride(1)};
+}
+
+void check_mixed(const Format& format, int64_t cols, double threshold,
+                 const std::optional<std::vector<int64_t>>& columns, const char* op) {
+  if (!suits_mixed_product(format)) {
+    fail(op,
+         "format must be int8-row, int8-row-dq or int8-tensor (codes of 8 bits, one scale for a "
+         "row), got " +
+             format.to_string());
+  }
+  if (!(threshold >= 0.0))
+    fail(op, "threshold must not be negative, got " + std::to_string(threshold));
+  int64_t last = -1;
+  for (int64_t column : columns.value_or(std::vector<int64_t>())) {
+    if (column <= last || column >= cols) {
+      fail(op, "columns must ascend within [0, " + std::to_string(cols) + "), got " +
+                   std::to_string(column) + " after " + std::to_string(last));
+    }
+    last = column;
+  }
+}
+
+Tensor cpu_tensor(const double* values, size_t count) {
+  Tensor tensor =
+      torch::stable::empty({static_cast<int64_t>(count)}, ScalarType::Double, std::nullopt,
+                           torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  std::copy_n(values, count, static_cast<double*>(tensor.mutable_data_ptr()));
+  return tensor;
 }
 
 std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int64_t rows,

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -48,8 +49,17 @@ FloatType float_type(ScalarType dtype, const char* op, const char* argument);
 ScalarType scalar_type(FloatType dtype);
 ScalarType scalar_type(DType dtype);
 
-// The weight as [rows, cols] of floats; fails on another shape, dtype or device.
-MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op);
+// The weight as [rows, cols] of floats; fails on another shape or dtype, or where it is not on the
+// CPU or, if that is given, the GPU of `on_gpu`.
+MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op,
+                     const Tensor* on_gpu = nullptr);
+
+// What linear_mixed is given beside tensors.
+void check_mixed(const Format& format, int64_t cols, double threshold,
+                 const std::optional<std::vector<int64_t>>& columns, const char* op);
+
+// float64 [count] on the CPU: what a report says.
+Tensor cpu_tensor(const double* values, size_t count);
 
 // Fresh tensors for the buffers of a weight, from number `first` on, on the device of `like`; where
 // their data lies is added to `data`.

@@ -1,8 +1,6 @@
 #include "solvers/hqq.h"
 
-#include <algorithm>
-
-#include "torch/checks.h"
+#include "torch/solver_arguments.h"
 
 namespace bitfold::binding {
 namespace {
@@ -16,10 +14,8 @@ std::vector<Tensor> hqq_solve(Tensor weight, std::vector<int64_t> spec, double p
   const MatrixView view = matrix_of(weight, rows, cols, kOp);
   std::vector<void*> data;
   std::vector<Tensor> packed = empty_buffers(weight, format, rows, cols, &data);
-  const HqqOptions options{static_cast<float>(p), static_cast<float>(beta),
-                           static_cast<float>(kappa),
-                           static_cast<int>(std::clamp<int64_t>(iterations, 0, 1000))};
-  check(bitfold::hqq_solve(kernels(kOp), format, options, view, data.data(), torch_parallel()),
+  check(bitfold::hqq_solve(kernels(kOp), format, hqq_options(p, beta, kappa, iterations), view,
+                           data.data(), torch_parallel()),
         kOp);
   return packed;
 }

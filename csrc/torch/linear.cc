@@ -62,28 +62,13 @@ Tensor linear_mixed(const Tensor& x, const std::vector<Tensor>& packed,
                     double threshold, const std::optional<std::vector<int64_t>>& columns) {
   constexpr const char* kOp = "linear_mixed";
   const Packed w = unpack(packed, spec, kOp);
-  if (!suits_mixed_product(w.format)) {
-    fail(kOp,
-         "format must be int8-row, int8-row-dq or int8-tensor (codes of 8 bits, one scale for a "
-         "row), got " +
-             w.format.to_string());
-  }
   const FloatType dtype = float_type(x.scalar_type(), kOp, "x");
   check_last_dim(x, w.cols, kOp, "x", "in_features");
-  if (!(threshold >= 0.0))
-    fail(kOp, "threshold must not be negative, got " + std::to_string(threshold));
+  check_mixed(w.format, w.cols, threshold, columns, kOp);
   MixedColumns chosen{static_cast<float>(threshold), columns.has_value(), nullptr, 0};
   if (columns.has_value()) {
     chosen.columns = columns->data();
     chosen.count = static_cast<int64_t>(columns->size());
-    int64_t last = -1;
-    for (int64_t column : *columns) {
-      if (column <= last || column >= w.cols) {
-        fail(kOp, "columns must ascend within [0, " + std::to_string(w.cols) + "), got " +
-                      std::to_string(column) + " after " + std::to_string(last));
-      }
-      last = column;
-    }
   }
   const std::optional<Tensor> row = bias_row(bias, x, w.rows, kOp);
   const Tensor rows = as_contiguous(x);

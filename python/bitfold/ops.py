@@ -77,7 +77,7 @@ def quantize(weight: Tensor, fmt: Format | str, method: str | None = None) -> li
     if weight.is_cuda:
         if not folds_on_gpu(fmt, method):
             return [tensor.to(weight.device) for tensor in quantize(weight.cpu(), fmt, method)]
-        _check_finite(weight)
+        check_finite_on_gpu(weight)
     try:
         return _ops.quantize(weight, fmt.spec((weight.shape[0], weight.shape[1])), METHODS[method])
     except RuntimeError as error:
@@ -104,7 +104,7 @@ def _waits_for_gpu(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
-def _check_finite(weight: Tensor) -> None:
+def check_finite_on_gpu(weight: Tensor, op: str = "quantize") -> None:
     """What the CPU's op looks for itself. A kernel can neither raise nor be waited for in a graph: the ops
     for GPUs let such a group decode to NaN, and the question is asked here, at the price of one more reading.
     """
@@ -115,7 +115,7 @@ def _check_finite(weight: Tensor) -> None:
         return
     row, col = (~torch.isfinite(weight)).nonzero()[0].tolist()
     kind = "NaN" if bool(weight[row, col].isnan()) else "infinite"
-    msg = f"bitfold::quantize: weight[{row}, {col}] is {kind}; every weight must be finite"
+    msg = f"bitfold::{op}: weight[{row}, {col}] is {kind}; every weight must be finite"
     raise WeightError(msg)
 
 

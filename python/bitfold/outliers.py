@@ -6,6 +6,8 @@ make sense.
     mask = choose_outliers(weight, fmt, importance)        # which weights
     packed = …                                             # fill fmt.dense from set_aside(weight, fmt, mask)
     packed = fill_outliers(packed, fmt, weight, mask)      # what the codes left of the marked weights
+
+On a GPU these steps are taken by the CPU, which costs the way there and back.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from bitfold.errors import WeightError
 from bitfold.formats import Format, as_format
 from bitfold.ops import METHODS
+from bitfold.solvers._checks import through_cpu
 
 __all__ = ["choose_outliers", "fill_outliers", "outlier_problem", "set_aside"]
 
@@ -58,7 +61,14 @@ def choose_outliers(
         importance = importance.detach().float()
     method = fmt.default_method if method is None else method
     try:
-        return _ops.choose_outliers(weight.detach(), _spec(fmt, weight), METHODS[method], importance)
+        return through_cpu(
+            _ops.choose_outliers,
+            weight.device,
+            weight.detach(),
+            _spec(fmt, weight),
+            METHODS[method],
+            importance,
+        )
     except RuntimeError as error:
         if "every weight must be finite" in str(error):
             raise WeightError(str(error).splitlines()[0]) from None
@@ -82,7 +92,7 @@ def set_aside(weight: Tensor, fmt: Format | str, mask: Tensor) -> Tensor:
         1.0
     """
     fmt = as_format(fmt)
-    return _ops.set_aside_outliers(weight.detach(), _spec(fmt, weight), mask)
+    return through_cpu(_ops.set_aside_outliers, weight.device, weight.detach(), _spec(fmt, weight), mask)
 
 
 def fill_outliers(packed: Sequence[Tensor], fmt: Format | str, weight: Tensor, mask: Tensor) -> list[Tensor]:
@@ -107,7 +117,7 @@ def fill_outliers(packed: Sequence[Tensor], fmt: Format | str, weight: Tensor, m
     fmt = as_format(fmt)
     spec = _spec(fmt, weight)
     dense = list(packed[: len(fmt.dense.buffers((weight.shape[0], weight.shape[1])))])
-    return dense + _ops.fill_outliers(dense, spec, weight.detach(), mask)
+    return dense + through_cpu(_ops.fill_outliers, weight.device, dense, spec, weight.detach(), mask)
 
 
 def _spec(fmt: Format, weight: Tensor) -> list[int]:

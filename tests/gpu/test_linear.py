@@ -166,6 +166,51 @@ def test_gradient(fmt: str, dtype: torch.dtype) -> None:
             assert_near(found, exact_product(grad, weight.T), 2.0 * PROMISED[dtype])
 
 
+@pytest.mark.parametrize("fmt", ["int8-row", "int8-row-dq", "int8-tensor"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [None, [], [0, 5, 100]])
+def test_mixed(fmt: str, dtype: torch.dtype, columns: list[int] | None) -> None:
+    """The same integers as on the CPU; only the sum over outlier columns may be rounded otherwise."""
+    for shape in ((80, 640), (33, 384), (5, 197)):
+        packed, spec = folded(fmt, shape), Format(fmt).spec(shape)
+        for m in (1, 17, 100):
+            x = torch.randn(m, shape[1])
+            x[:, 3 :: shape[1] // 4] *= 20.0
+            x, bias = x.to(dtype), torch.randn(shape[0])
+            expected = ops.linear_mixed(x, packed, spec, bias, columns=columns).double()
+            y = ops.linear_mixed(x.cuda(), [t.cuda() for t in packed], spec, bias.cuda(), columns=columns)
+            assert y.dtype == dtype
+            last = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+            assert float((y.cpu().double() - expected).abs().max()) <= last * float(expected.abs().max())
+
+
+def test_mixed_in_a_graph_and_what_does_not_fit() -> None:
+    fmt, shape = "int8-row", (24, 128)
+    packed, spec = [t.cuda() for t in folded(fmt, shape)], Format(fmt).spec(shape)
+    x = torch.randn(4, 128, device="cuda")
+    x[:, 7] = 30.0
+    for columns in (None, [7]):
+        ops.linear_mixed(x, packed, spec, columns=columns)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = ops.linear_mixed(x, packed, spec, columns=columns)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, ops.linear_mixed(x, packed, spec, columns=columns))
+    x[1, 3] = float("nan")
+    y = ops.linear_mixed(x, packed, spec, columns=[7])
+    assert y[1].isnan().all()
+    assert not y[0].isnan().any()
+    with pytest.raises(RuntimeError, match=r"columns must ascend within \[0, 128\), got 128 after 7"):
+        ops.linear_mixed(x, packed, spec, columns=[7, 128])
+    with pytest.raises(RuntimeError, match="threshold must not be negative"):
+        ops.linear_mixed(x, packed, spec, threshold=-1.0)
+    nf4 = [t.cuda() for t in folded("nf4", shape)]
+    with pytest.raises(RuntimeError, match="format must be int8-row"):
+        ops.linear_mixed(x, nf4, Format("nf4").spec(shape))
+
+
 def test_autograd() -> None:
     fmt, shape = "nf4", (64, 256)
     packed = folded(fmt, shape)

@@ -21,7 +21,7 @@ SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".c
 MAY_INCLUDE = {
     "core": {"core"},
     "cpu": {"core", "cpu"},
-    "solvers": {"core", "cpu", "solvers"},
+    "solvers": {"core", "cpu", "cuda", "solvers"},
     "cuda": {"core", "cuda"},
     "torch": {"core", "cpu", "cuda", "solvers", "torch"},
     "python": {"core", "cpu"},

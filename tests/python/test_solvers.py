@@ -359,3 +359,38 @@ def test_formats_with_outliers_are_refused() -> None:
     weight, hessian = torch.randn(4, 64), torch.eye(64)
     with pytest.raises(FormatError, match="exact=mask"):
         solvers.gptq_quantize(weight, "int4-g64-outliers", hessian)
+
+
+@pytest.mark.parametrize("way", ["set_float32_matmul_precision", "fp32_precision"])
+def test_products_on_a_gpu_lose_tf32_for_a_while(way: str) -> None:
+    """The two settings that torch has, of which neither may be read where the other was used."""
+    from types import SimpleNamespace
+
+    from bitfold.solvers._checks import exact_products
+
+    matmul = torch.backends.cuda.matmul
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+
+    def within() -> str:
+        with exact_products(on_gpu):
+            assert not matmul.allow_tf32  # which raises where the settings contradict each other
+            return matmul.fp32_precision
+
+    before = matmul.fp32_precision
+    assert within() == before
+    try:
+        if way == "fp32_precision":
+            matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert within() == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        with pytest.raises(KeyError), exact_products(on_gpu):
+            raise KeyError
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        if way == "fp32_precision":
+            matmul.fp32_precision = before
+        else:
+            torch.set_float32_matmul_precision("highest")
+            matmul.fp32_precision = before

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "cuda/kernels.h"
+#include "cuda/linear_mixed.h"
 #include "cuda/plan_cache.h"
 #include "torch/cuda/dense_product.h"
 
@@ -146,6 +147,30 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vec
   return y;
 }
 
+Tensor linear_mixed(const Tensor& x, const std::vector<Tensor>& packed,
+                    const std::vector<int64_t>& spec, const std::optional<Tensor>& bias,
+                    double threshold, const std::optional<std::vector<int64_t>>& columns) {
+  constexpr const char* kOp = "linear_mixed";
+  const DevicePacked w = unpack_cuda(packed, spec, kOp);
+  const FloatType dtype = float_type(x.scalar_type(), kOp, "x");
+  check_last_dim(x, w.cols, packed[0], kOp, "x", "in_features");
+  check_mixed(w.format, w.cols, threshold, columns, kOp);
+  const CudaContext context(packed[0], kOp);
+  const std::optional<Tensor> row = bias_row(bias, x, w.rows, kOp);
+  const Tensor rows = as_contiguous(x);
+  Tensor y = empty_with_last(x, w.rows);
+  const int64_t m = y.numel() / std::max<int64_t>(1, w.rows);
+  const Tensor memory = scratch(x, cuda::linear_mixed_scratch_bytes(m, w.cols), ScalarType::Char);
+  check(
+      cuda::linear_mixed(
+          w.weight, rows.const_data_ptr(), m, row ? row->const_data_ptr() : nullptr, dtype,
+          {static_cast<float>(threshold), columns.has_value(), columns ? columns->data() : nullptr,
+           columns ? static_cast<int64_t>(columns->size()) : 0},
+          memory.mutable_data_ptr(), y.mutable_data_ptr(), context.stream()),
+      kOp);
+  return y;
+}
+
 Tensor linear_grad_input(const Tensor& grad, const std::vector<Tensor>& packed,
                          const std::vector<int64_t>& spec) {
   constexpr const char* kOp = "linear_grad_input";
@@ -166,6 +191,7 @@ Tensor linear_grad_input(const Tensor& grad, const std::vector<Tensor>& packed,
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) {
   m.impl("linear", TORCH_BOX(&linear));
   m.impl("linear_nograd", TORCH_BOX(&linear));
+  m.impl("linear_mixed", TORCH_BOX(&linear_mixed));
   m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
 }
 

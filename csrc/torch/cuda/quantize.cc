@@ -18,7 +18,7 @@ std::vector<Tensor> quantize(Tensor weight, std::vector<int64_t> spec, int64_t m
   if (method != 0 && method != 1) {
     fail(kOp, "method must be 0 (round) or 1 (search), got " + std::to_string(method));
   }
-  const MatrixView view = matrix_of(weight, rows, cols, kOp);
+  const MatrixView view = matrix_of(weight, rows, cols, kOp, &weight);
   if (!cuda::can_quantize(format, static_cast<Method>(method))) {
     fail(kOp, "format " + format.to_string() +
                   (method == 0 ? " with absmax or min-max scales" : " with searched scales") +

@@ -15,7 +15,7 @@ model. What counts is ``||(W - Q) x||²`` summed over the tokens, which is ``tok
 """
 
 from bitfold.solvers.awq import AwqReader, awq_clip, awq_scale
-from bitfold.solvers.gptq import GPTQ_REPORT, ORDERS, SCALES, gptq_quantize, refit_scales
+from bitfold.solvers.gptq import GPTQ_REPORT, ORDERS, SCALES, gptq_quantize, refit_scales, solves_on_gpu
 from bitfold.solvers.hessian import cross_update, hessian_finish, hessian_update
 from bitfold.solvers.hqq import hqq_solve
 
@@ -32,4 +32,5 @@ __all__ = [
     "hessian_update",
     "hqq_solve",
     "refit_scales",
+    "solves_on_gpu",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,3 +43,47 @@ def empty_packed(weight: Tensor, spec: Sequence[int]) -> list[Tensor]:
     """What fake kernels return for a folded matrix."""
     buffers = _C.buffers_of_spec(list(spec))
     return [weight.new_empty(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in buffers]
+
+
+def report_like(count: int) -> Tensor:
+    """What fake kernels return for a report, which is on the CPU wherever the matrix is."""
+    return torch.empty((count,), dtype=torch.float64, device="cpu")
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """Tensors, and lists and tuples of them, on a device; all else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(part, device) for part in value)
+    return value
+
+
+def through_cpu(solve: Callable[..., Any], device: torch.device, *arguments: Any) -> Any:
+    """What a GPU has no form of: solved on the CPU, the way there and back included."""
+    if device.type != "cuda":
+        return solve(*arguments)
+    return moved(solve(*moved(arguments, "cpu")), device)
+
+
+@contextmanager
+def exact_products(tensor: Tensor) -> Iterator[None]:
+    """Products in fp32 as such on a GPU, whatever torch has been told: TF32 in the feedback changes codes."""
+    matmul = torch.backends.cuda.matmul
+    if not tensor.is_cuda or matmul.fp32_precision != "tf32":
+        yield
+        return
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # set through fp32_precision, of which the older setting must not know
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = "tf32"
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

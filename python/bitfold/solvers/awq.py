@@ -11,8 +11,16 @@ from torch import Tensor
 
 from bitfold.errors import FormatError
 from bitfold.formats import Format, as_format
-from bitfold.ops import METHODS
-from bitfold.solvers._checks import check_weight, dense, empty_packed, weight_error
+from bitfold.ops import METHODS, folds_on_gpu
+from bitfold.solvers._checks import (
+    check_weight,
+    dense,
+    empty_packed,
+    exact_products,
+    report_like,
+    through_cpu,
+    weight_error,
+)
 
 _ops = torch.ops.bitfold
 
@@ -76,21 +84,28 @@ def awq_scale(readers: Sequence[AwqReader], channels: int) -> tuple[Tensor | Non
     formats = [as_format(reader.format) for reader in readers]
     for reader in readers:
         check_weight("awq_scale", reader.weight)
+    specs = [
+        number
+        for reader, fmt in zip(readers, formats, strict=True)
+        for number in fmt.spec((reader.weight.shape[0], reader.weight.shape[1]))
+    ]
+    arguments = (
+        [reader.weight.detach() for reader in readers],
+        specs,
+        [METHODS[fmt.default_method] for fmt in formats],
+        [reader.hessian.float().contiguous() for reader in readers],
+        [reader.channel.contiguous() for reader in readers],
+        [reader.mean_abs.float().contiguous() for reader in readers],
+        [reader.tokens for reader in readers],
+        channels,
+    )
+    weight = readers[0].weight
     try:
-        scale, report = _ops.awq_scale(
-            [reader.weight.detach() for reader in readers],
-            [
-                number
-                for reader, fmt in zip(readers, formats, strict=True)
-                for number in fmt.spec((reader.weight.shape[0], reader.weight.shape[1]))
-            ],
-            [METHODS[fmt.default_method] for fmt in formats],
-            [reader.hessian.float().contiguous() for reader in readers],
-            [reader.channel.contiguous() for reader in readers],
-            [reader.mean_abs.float().contiguous() for reader in readers],
-            [reader.tokens for reader in readers],
-            channels,
-        )
+        with exact_products(weight):
+            if all(folds_on_gpu(fmt) for fmt in formats):
+                scale, report = _ops.awq_scale(*arguments)
+            else:
+                scale, report = through_cpu(_ops.awq_scale, weight.device, *arguments)
     except RuntimeError as error:
         raise weight_error(error) from None
     better, alpha, by_weight, before, after = report.tolist()
@@ -137,13 +152,14 @@ def awq_clip(
         msg = f"awq_clip(): {fmt} has no ranges of groups or rows to clip; fold it by ops.quantize"
         raise FormatError(msg)
     try:
-        packed, report = _ops.awq_clip(
-            weight.detach(),
-            hessian.float().contiguous(),
-            fmt.spec((weight.shape[0], weight.shape[1])),
-            METHODS[fmt.default_method],
-            None if exact is None else exact.to(torch.uint8).contiguous(),
-        )
+        with exact_products(weight):
+            packed, report = _ops.awq_clip(
+                weight.detach(),
+                hessian.float().contiguous(),
+                fmt.spec((weight.shape[0], weight.shape[1])),
+                METHODS[fmt.default_method],
+                None if exact is None else exact.to(torch.uint8).contiguous(),
+            )
     except RuntimeError as error:
         raise weight_error(error) from None
     groups, clipped, before, after = report.tolist()
@@ -158,9 +174,7 @@ def can_clip(fmt: Format) -> bool:
 @torch.library.register_fake("bitfold::awq_scale")
 def _(weights: Sequence[Tensor], *options: Any) -> tuple[Tensor, Tensor]:
     channels = options[-1]
-    return weights[0].new_empty((channels,), dtype=torch.float32), weights[0].new_empty(
-        (5,), dtype=torch.float64
-    )
+    return weights[0].new_empty((channels,), dtype=torch.float32), report_like(5)
 
 
 @torch.library.register_fake("bitfold::awq_clip")
@@ -170,4 +184,4 @@ def _(
     spec: Sequence[int],
     *_options: Any,
 ) -> tuple[list[Tensor], Tensor]:
-    return empty_packed(weight, spec), weight.new_empty((4,), dtype=torch.float64)
+    return empty_packed(weight, spec), report_like(4)

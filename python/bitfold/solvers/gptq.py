@@ -8,8 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitfold.formats import Format
-from bitfold.solvers._checks import check_weight, dense, empty_packed, weight_error
+from bitfold.formats import Format, as_format
+from bitfold.solvers._checks import (
+    check_weight,
+    dense,
+    empty_packed,
+    exact_products,
+    report_like,
+    through_cpu,
+    weight_error,
+)
 
 _ops = torch.ops.bitfold
 
@@ -66,7 +74,9 @@ def gptq_quantize(
     ``sum_k R_kk² (that - q_k)²``, and ``tr(E H Eᵀ)`` at the same time.
 
     Args:
-        weight: ``[out, in]``, float32, float16 or bfloat16, any strides.
+        weight: ``[out, in]``, float32, float16 or bfloat16, any strides. The other tensors are on its device.
+            What a GPU has no form of (`solves_on_gpu`) is solved by the CPU, which costs the way there and
+            back; on a GPU the loss is that of the CPU to 1e-3, not every code.
         fmt: any format without outliers. Learned codebooks (kmeans) are weighted by the diagonal of H.
         hessian: ``[in, in]`` mean of ``x xᵀ``, both halves filled, float32 or float64.
         cross: ``[in, in]`` from `cross_update`, or None. Given, the matrix that is rounded is
@@ -124,14 +134,15 @@ def gptq_quantize(
     """
     fmt = dense("gptq_quantize", fmt)
     check_weight("gptq_quantize", weight)
-    try:
-        packed, report = _ops.gptq_quantize(
-            weight.detach(),
-            hessian,
-            fmt.spec((weight.shape[0], weight.shape[1])),
-            _choice("gptq_quantize", "order", order, ORDERS),
+    by_order = _choice("gptq_quantize", "order", order, ORDERS)
+    by_scales = _choice("gptq_quantize", "scales", scales, SCALES)
+    spec = fmt.spec((weight.shape[0], weight.shape[1]))
+
+    def solve(weight: Tensor, hessian: Tensor, cross: Tensor | None, exact: Tensor | None) -> Any:
+        options = (
+            by_order,
             damping,
-            _choice("gptq_quantize", "scales", scales, SCALES),
+            by_scales,
             dynamic,
             sweeps,
             refit,
@@ -141,6 +152,15 @@ def gptq_quantize(
             measured_rows,
             timed,
         )
+        return _ops.gptq_quantize(weight, hessian, spec, *options)
+
+    tensors = weight.detach(), hessian, cross, exact
+    try:
+        with exact_products(weight):
+            if weight.is_cuda and not solves_on_gpu(fmt, scales, refit):
+                packed, report = through_cpu(solve, weight.device, *tensors)
+            else:
+                packed, report = solve(*tensors)
     except RuntimeError as error:
         raise weight_error(error) from None
     values: dict[str, Any] = dict(zip(GPTQ_REPORT, report.tolist(), strict=True))
@@ -187,11 +207,28 @@ def refit_scales(
     fmt = dense("refit_scales", fmt)
     check_weight("refit_scales", weight)
     spec = fmt.spec((weight.shape[0], weight.shape[1]))
+    arguments = list(packed), spec, weight.detach(), hessian, damping, sweeps
     try:
-        refitted, report = _ops.refit_scales(list(packed), spec, weight.detach(), hessian, damping, sweeps)
+        with exact_products(weight):
+            if weight.is_cuda and not solves_on_gpu(fmt, "range", refit=1):
+                refitted, report = through_cpu(_ops.refit_scales, weight.device, *arguments)
+            else:
+                refitted, report = _ops.refit_scales(*arguments)
     except RuntimeError as error:
         raise weight_error(error) from None
     return refitted, dict(zip(("before", "after"), report.tolist(), strict=True))
+
+
+def solves_on_gpu(fmt: Format | str, scales: str = "search-factor", refit: int = 0) -> bool:
+    """Whether `gptq_quantize` solves a matrix that lies on a GPU there.
+
+    Example:
+        >>> solves_on_gpu("int4-g64"), solves_on_gpu("kmeans4-row"), solves_on_gpu("int8-tensor")
+        (True, False, False)
+    """
+    fmt = as_format(fmt)
+    chosen_for_tensor = fmt.grouping == "tensor" and (scales != "range" or refit > 0)
+    return not fmt.code.startswith("kmeans") and not chosen_for_tensor
 
 
 def _choice(op: str, argument: str, value: str, known: dict[str, int]) -> int:
@@ -203,16 +240,9 @@ def _choice(op: str, argument: str, value: str, known: dict[str, int]) -> int:
 
 @torch.library.register_fake("bitfold::gptq_quantize")
 def _(weight: Tensor, hessian: Tensor, spec: Sequence[int], *_options: Any) -> tuple[list[Tensor], Tensor]:  # noqa: ARG001
-    return empty_packed(weight, spec), weight.new_empty((len(GPTQ_REPORT),), dtype=torch.float64)
+    return empty_packed(weight, spec), report_like(len(GPTQ_REPORT))
 
 
 @torch.library.register_fake("bitfold::refit_scales")
-def _(
-    packed: Sequence[Tensor],
-    spec: Sequence[int],  # noqa: ARG001
-    weight: Tensor,
-    hessian: Tensor,  # noqa: ARG001
-    damping: float,  # noqa: ARG001
-    sweeps: int,  # noqa: ARG001
-) -> tuple[list[Tensor], Tensor]:
-    return [torch.empty_like(p) for p in packed], weight.new_empty((2,), dtype=torch.float64)
+def _(packed: Sequence[Tensor], spec: Sequence[int], *_options: Any) -> tuple[list[Tensor], Tensor]:  # noqa: ARG001
+    return [torch.empty_like(p) for p in packed], report_like(2)

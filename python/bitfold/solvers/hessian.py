@@ -21,7 +21,8 @@ def hessian_update(
         hessian: ``[in, in]``, float32 or float64, contiguous; updated in place. With ``tokens=0`` what it
             holds is not read. Sums are made in its dtype. Only what lies on and below the diagonal (and some
             more) is kept up to date: `hessian_finish` fills in the rest once all batches are in.
-        x: ``[..., in]``, float32, float16 or bfloat16.
+        x: ``[..., in]``, float32, float16 or bfloat16, on the same device; on a GPU products are as exact
+            as torch has been told (``torch.set_float32_matmul_precision``).
         mask: bool or uint8, one entry per row of x: rows where it is 0 (padding) are passed over. None counts
             all.
         tokens: how many rows the mean stands for so far, i.e. the sum of what earlier calls counted.

@@ -63,6 +63,13 @@ T __shfl_xor_sync(unsigned /*mask*/, T value, int lane_xor, int /*width*/ = 32) 
   return emulator::shuffle(value, static_cast<unsigned>(lane_xor));
 }
 
+// lane may be another one for each thread.
+template <class T>
+T __shfl_sync(unsigned /*mask*/, T value, int lane, int /*width*/ = 32) {
+  const unsigned me = threadIdx.y * blockDim.x + threadIdx.x;
+  return emulator::shuffle(value, (me % 32) ^ static_cast<unsigned>(lane));
+}
+
 inline void __syncwarp() { emulator::exchange(0, 0); }
 
 template <class T>
@@ -72,12 +79,19 @@ T __ldg(const T* p) {
 inline uint32_t __umulhi(uint32_t a, uint32_t b) {
   return static_cast<uint32_t>(uint64_t{a} * b >> 32);
 }
+inline int __dp4a(int a, int b, int c) {
+  for (int i = 0; i < 32; i += 8) c += static_cast<int8_t>(a >> i) * static_cast<int8_t>(b >> i);
+  return c;
+}
 inline int __clz(int v) { return __builtin_clz(static_cast<unsigned>(v)); }
 struct float2 {
   float x, y;
 };
 struct uint2 {
   uint32_t x, y;
+};
+struct float4 {
+  float x, y, z, w;
 };
 struct uint4 {
   uint32_t x, y, z, w;
@@ -104,4 +118,16 @@ T max(T a, T b) {
 template <class T>
 T min(T a, T b) {
   return b < a ? b : a;
+}
+
+// One thread runs at a time.
+inline unsigned long long atomicMin(unsigned long long* at, unsigned long long value) {
+  const unsigned long long old = *at;
+  if (value < old) *at = value;
+  return old;
+}
+inline unsigned long long atomicAdd(unsigned long long* at, unsigned long long value) {
+  const unsigned long long old = *at;
+  *at += value;
+  return old;
 }

@@ -240,7 +240,7 @@ TEST(CudaSearch, FindsTheScalesOfTheCpu) {
           const float* span = w.data() + r * cols + first;
           const auto [low, high] = std::minmax_element(span, span + n);
           const ScaleAndZero found =
-              search_scale(e, shrinks, HostProbe{e, span, n}, *low, *high, n);
+              search_scale(e, shrinks, HostProbe{e, span, n}, *low, *high, static_cast<double>(n));
           // As it is stored: fp32 as it is, else through fp16 (no power of two at this size).
           const float stored = e.book ? found.scale : half_to_float(float_to_half(found.scale));
           ASSERT_EQ(stored, scale_of(view, r, g)) << name << " row " << r << " group " << g;

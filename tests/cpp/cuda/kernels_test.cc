@@ -12,6 +12,7 @@
 // What nvcc compiles, here as C++.
 #include "cuda/dequantize.cu"
 #include "cuda/encode.cu"
+#include "cuda/hqq.cu"
 #include "cuda/pack.cu"
 #include "cuda/scales.cu"
 #include "cuda/store_scales.cu"

@@ -1,0 +1,54 @@
+#include "torch/cuda/linear_algebra.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
+
+#include "cuda/copy.h"
+#include "torch/dense.h"
+
+namespace bitfold::binding {
+namespace {
+
+template <class T>
+LinearAlgebra::Gemm<T> gemm_on(const Device& device) {
+  return [device](bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, T alpha,
+                  const T* a, int64_t lda, const T* b, int64_t ldb, T beta, T* c, int64_t ldc) {
+    const Tensor left =
+        transpose_a ? borrow(a, device, m, k, 1, lda) : borrow(a, device, m, k, lda, 1);
+    const Tensor right =
+        transpose_b ? borrow(b, device, k, n, 1, ldb) : borrow(b, device, k, n, ldb, 1);
+    const Tensor out = borrow(c, device, m, n, ldc, 1);
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cuda_addmm_out(out.get(), out.get(), left.get(), right.get(), beta, alpha));
+  };
+}
+
+// Waits, since a solver goes on in one way or another.
+template <class T>
+LinearAlgebra::Cholesky<T> cholesky_on(const Device& device, cudaStream_t stream) {
+  return [device, stream](int64_t n, T* a) {
+    const torch::headeronly::IntHeaderOnlyArrayRef none;  // a scalar has no sizes
+    const Tensor status = torch::stable::empty(none, ScalarType::Int, std::nullopt, device);
+    factor_in_place(borrow(a, device, n, n, 1, n), status);
+    int32_t info = 0;
+    check(cuda::copy_to_host(&info, status.const_data_ptr(), sizeof info, stream), "cholesky");
+    return info == 0;
+  };
+}
+
+}  // namespace
+
+TorchGpu::TorchGpu(const Tensor& like, const CudaContext& context)
+    : gpu_{context.stream(), algebra_, [this, like](int64_t bytes) {
+             memory_.push_back(torch::stable::new_empty(like, {bytes}, ScalarType::Char));
+             return memory_.back().mutable_data_ptr();
+           }} {
+  const Device device(torch::headeronly::DeviceType::CUDA, like.get_device_index());
+  algebra_ = {gemm_on<float>(device), gemm_on<double>(device),
+              cholesky_on<float>(device, context.stream()),
+              cholesky_on<double>(device, context.stream()),
+              [device](int64_t n, const float* l, int64_t m, float* b, int64_t ldb) {
+                solve_with_factor(l, device, n, m, b, ldb);
+              }};
+}
+
+}  // namespace bitfold::binding

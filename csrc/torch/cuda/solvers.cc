@@ -1,0 +1,200 @@
+#include <tuple>
+
+#include "cuda/kernels.h"
+#include "cuda/statistics.h"
+#include "solvers/cuda/awq.h"
+#include "solvers/cuda/gptq.h"
+#include "solvers/cuda/hessian.h"
+#include "torch/cuda/linear_algebra.h"
+#include "torch/solver_arguments.h"
+
+namespace bitfold::binding {
+namespace {
+
+// The op came here since one of the two is on a GPU: that is where both must be.
+const Tensor& on_gpu(const Tensor& a, const Tensor& b) { return a.is_cuda() ? a : b; }
+
+std::tuple<int64_t, int64_t> hessian_update(Tensor hessian, Tensor x, std::optional<Tensor> mask,
+                                            int64_t tokens) {
+  constexpr const char* kOp = "hessian_update";
+  const Tensor& like = on_gpu(hessian, x);
+  Tensor kept;
+  std::optional<Tensor> kept_mask;
+  const CudaContext context(like, kOp);
+  const MatrixView rows = rows_of(x, kOp, "x", &kept, &like);
+  check_mean(hessian, rows.cols, kOp, "hessian", &like);
+  check_tokens(tokens, kOp);
+  const uint8_t* counted = bytes_of_mask(mask, rows.rows, kOp, &kept_mask, &like);
+  const TorchGpu gpu(like, context);
+  Counts counts;
+  check(with_data(hessian,
+                  [&](auto* data) {
+                    return update_hessian(gpu.get(), rows, counted, tokens, data, &counts);
+                  }),
+        kOp);
+  return {counts.counted, counts.dropped};
+}
+
+void hessian_finish(Tensor hessian) {
+  constexpr const char* kOp = "hessian_finish";
+  const int64_t n = hessian.dim() > 0 ? hessian.size(0) : 0;
+  check_mean(hessian, n, kOp, "hessian", &hessian);
+  const CudaContext context(hessian, kOp);
+  check(cuda::mirror({hessian.mutable_data_ptr(), hessian.scalar_type() == ScalarType::Double, n},
+                     context.stream()),
+        kOp);
+}
+
+std::tuple<int64_t, int64_t> cross_update(Tensor cross, Tensor x_float, Tensor x,
+                                          std::optional<Tensor> mask, int64_t tokens) {
+  constexpr const char* kOp = "cross_update";
+  const Tensor& like = on_gpu(cross, on_gpu(x, x_float));
+  std::optional<Tensor> kept_mask;
+  const CudaContext context(like, kOp);
+  const CrossRows rows = cross_rows(x_float, x, kOp, &like);
+  check_mean(cross, rows.x.cols, kOp, "cross", &like);
+  check_tokens(tokens, kOp);
+  const uint8_t* counted = bytes_of_mask(mask, rows.x.rows, kOp, &kept_mask, &like);
+  const TorchGpu gpu(like, context);
+  Counts counts;
+  check(with_data(cross,
+                  [&](auto* data) {
+                    return update_cross(gpu.get(), rows.x_float, rows.x, counted, tokens, data,
+                                        &counts);
+                  }),
+        kOp);
+  return {counts.counted, counts.dropped};
+}
+
+std::tuple<std::vector<Tensor>, Tensor> gptq_quantize(
+    Tensor weight, Tensor hessian, std::vector<int64_t> spec, int64_t order, double damping,
+    int64_t scales, bool dynamic, int64_t sweeps, int64_t refits, std::optional<Tensor> cross,
+    double alpha, std::optional<Tensor> exact, int64_t measured_rows, bool timed) {
+  constexpr const char* kOp = "gptq_quantize";
+  const Tensor& like = on_gpu(weight, hessian);
+  const CudaContext context(like, kOp);
+  const Layer layer = layer_of(weight, hessian, spec, kOp, &like);
+  GptqOptions options =
+      gptq_options(kOp, order, damping, scales, dynamic, sweeps, refits, alpha, measured_rows);
+  std::vector<Tensor> kept;
+  add_tensors(layer, cross, exact, kOp, &options, &kept, &like);
+  std::vector<void*> buffers;
+  std::vector<Tensor> packed =
+      empty_buffers(weight, layer.format, layer.rows, layer.cols, &buffers);
+  const TorchGpu gpu(like, context);
+  GptqReport report;
+  check(bitfold::gptq_quantize(gpu.get(), layer.format, layer.weight, layer.hessian, options, timed,
+                               buffers.data(), &report),
+        kOp);
+  if (!timed) report.seconds = {};
+  return {packed, report_of(report)};
+}
+
+std::tuple<std::vector<Tensor>, Tensor> refit_scales(std::vector<Tensor> packed,
+                                                     std::vector<int64_t> spec, Tensor weight,
+                                                     Tensor hessian, double damping,
+                                                     int64_t sweeps) {
+  constexpr const char* kOp = "refit_scales";
+  const Tensor& like = on_gpu(weight, on_gpu(hessian, packed.empty() ? weight : packed[0]));
+  const CudaContext context(like, kOp);
+  unpack_buffers(packed, spec, kOp, &like);
+  const Layer layer = layer_of(weight, hessian, spec, kOp, &like);
+  std::vector<Tensor> refitted;
+  std::vector<void*> buffers;
+  for (const Tensor& buffer : packed) {
+    refitted.push_back(torch::stable::clone(buffer));
+    buffers.push_back(refitted.back().mutable_data_ptr());
+  }
+  const TorchGpu gpu(like, context);
+  double losses[2];
+  check(refit_packed(gpu.get(), layer.format, layer.weight, layer.hessian,
+                     in_range(damping, kMostDamping, kOp, "damping"),
+                     static_cast<int>(in_range(sweeps, kMostRounds, kOp, "sweeps")), buffers.data(),
+                     &losses[0], &losses[1]),
+        kOp);
+  return {refitted, cpu_tensor(losses, std::size(losses))};
+}
+
+std::vector<Tensor> hqq_solve(Tensor weight, std::vector<int64_t> spec, double p, double beta,
+                              double kappa, int64_t iterations) {
+  constexpr const char* kOp = "hqq_solve";
+  Format format;
+  int64_t rows = 0, cols = 0;
+  check(parse_spec(spec, &format, &rows, &cols), kOp);
+  const CudaContext context(weight, kOp);
+  const MatrixView view = matrix_of(weight, rows, cols, kOp, &weight);
+  const HqqOptions options = hqq_options(p, beta, kappa, iterations);
+  check(check_hqq(format, options), kOp);
+  std::vector<void*> data;
+  std::vector<Tensor> packed = empty_buffers(weight, format, rows, cols, &data);
+  const TorchGpu gpu(weight, context);
+  check(cuda::hqq(format, {options.p, options.beta, options.kappa, options.iterations}, view,
+                  data.data(), gpu.get().allocate(cuda::quantize_scratch_bytes(format, rows, cols)),
+                  context.stream()),
+        kOp);
+  return packed;
+}
+
+std::tuple<Tensor, Tensor> awq_scale(std::vector<Tensor> weights, std::vector<int64_t> specs,
+                                     std::vector<int64_t> methods, std::vector<Tensor> hessians,
+                                     std::vector<Tensor> channels, std::vector<Tensor> magnitudes,
+                                     std::vector<int64_t> tokens, int64_t size) {
+  constexpr const char* kOp = "awq_scale";
+  const Tensor* like = nullptr;
+  for (const std::vector<Tensor>* all : {&weights, &hessians, &channels, &magnitudes}) {
+    for (const Tensor& tensor : *all)
+      if (!like && tensor.is_cuda()) like = &tensor;
+  }
+  const CudaContext context(*like, kOp);
+  const std::vector<AwqReader> readers =
+      awq_readers(weights, specs, methods, hessians, channels, magnitudes, tokens, size, kOp, like);
+  Tensor scale = torch::stable::new_empty(*like, {size}, ScalarType::Float);
+  const TorchGpu gpu(*like, context);
+  AwqScale found;
+  check(bitfold::awq_scale(gpu.get(), readers, size, static_cast<float*>(scale.mutable_data_ptr()),
+                           &found),
+        kOp);
+  return {scale, report_of(found)};
+}
+
+std::tuple<std::vector<Tensor>, Tensor> awq_clip(Tensor weight, Tensor hessian,
+                                                 std::vector<int64_t> spec, int64_t method,
+                                                 std::optional<Tensor> exact) {
+  constexpr const char* kOp = "awq_clip";
+  const Tensor& like = on_gpu(weight, hessian);
+  const CudaContext context(like, kOp);
+  Format format;
+  int64_t rows = 0, cols = 0;
+  check(parse_spec(spec, &format, &rows, &cols), kOp);
+  const MatrixView view = matrix_of(weight, rows, cols, kOp, &like);
+  const Tensor& mean = checked(hessian, ScalarType::Float, {cols, cols}, "hessian", kOp, &like);
+  const uint8_t* marked = nullptr;
+  if (exact.has_value()) {
+    checked(*exact, ScalarType::Byte, {rows, cols}, "exact", kOp, &like);
+    marked = static_cast<const uint8_t*>(exact->const_data_ptr());
+  }
+  std::vector<void*> data;
+  std::vector<Tensor> packed = empty_buffers(weight, format, rows, cols, &data);
+  const TorchGpu gpu(like, context);
+  AwqClip found;
+  check(bitfold::awq_clip(gpu.get(), format, method_of(method, kOp), view,
+                          static_cast<const float*>(mean.const_data_ptr()), marked, data.data(),
+                          &found),
+        kOp);
+  return {packed, report_of(found)};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) {
+  m.impl("hessian_update", TORCH_BOX(&hessian_update));
+  m.impl("hessian_finish", TORCH_BOX(&hessian_finish));
+  m.impl("cross_update", TORCH_BOX(&cross_update));
+  m.impl("gptq_quantize", TORCH_BOX(&gptq_quantize));
+  m.impl("refit_scales", TORCH_BOX(&refit_scales));
+  m.impl("hqq_solve", TORCH_BOX(&hqq_solve));
+  m.impl("awq_scale", TORCH_BOX(&awq_scale));
+  m.impl("awq_clip", TORCH_BOX(&awq_clip));
+}
+
+}  // namespace bitfold::binding
