@@ -81,14 +81,16 @@ static inline void ask_for_units(const PackedView& view, int64_t row, int64_t ro
 
 // Of `rows` rows of a weight from `row`: a unit's share of the product is
 //   factor * (integer product) + shift * (sum of its q).
-// factors, shifts (null where none are wanted): [rows][units]; those beyond a row's end are finite.
-// `ranges`: of each row; `decoded`: unit_scratch floats.
+// factors, shifts (null where none are wanted): [rows][units]; zero beyond a row's end, where
+// another row's may be read first, and theirs need not be finite.
+// `ranges`: of each row; `decoded`: decoded_floats of scratch.
 template <int Bits>
 static inline void load_units(const PackedView& view, int64_t row, int64_t rows, int64_t unit,
                               int64_t units, const OperandRange* ranges, float* decoded,
                               float* factors, float* shifts) {
   const int64_t groups = view.groups;
   const int64_t per_group = groups == 1 ? units : view.group_size / unit;
+  const int64_t used = (view.cols + unit - 1) / unit;
   const bool of_tensor = view.scale_row_stride == 0;
   load_scales(view, row * view.scale_row_stride, of_tensor ? 1 : rows * groups, decoded);
   for (int64_t j = 0; j < rows; ++j) {
@@ -100,6 +102,7 @@ static inline void load_units(const PackedView& view, int64_t row, int64_t rows,
       scales = factor;
     }
     for (int64_t u = 0; u < units; u += 16) store(factor + u, mul(load(scales + u), by));
+    for (int64_t u = used; u < units; ++u) factor[u] = 0.0f;
   }
   if (!shifts) return;
   for (int64_t j = 0; j < rows; ++j) {
@@ -116,5 +119,6 @@ static inline void load_units(const PackedView& view, int64_t row, int64_t rows,
     const F offset = set1(-ranges[j].offset);
     for (int64_t u = 0; u < units; u += 16)
       store(shift + u, mul(load(factor + u), sub(offset, load(shift + u))));
+    for (int64_t u = used; u < units; ++u) shift[u] = 0.0f;
   }
 }

@@ -59,6 +59,40 @@ TEST(ExtremeValues, NonFiniteActivationsStayInTheirRow) {
 }
 
 // Rows of one size each, alone and in one batch, from nothing to 1e30.
+// Rows whose units do not fill whole vectors read the scales of the next: these may be anything.
+TEST(ExtremeValues, NonFiniteScalesStayInTheirRow) {
+  const int64_t n = 40, bad = 11;
+  for (const char* text : {"nf4-nodq", "nf4-g32-nodq", "nf2-g16-nodq", "int4-g64", "int8-g16-fz",
+                           "int2-g128", "int3-row"}) {
+    for (int64_t cols : {48, 150, 1200}) {
+      Owned w(format_of(text), n, cols);
+      w.fill_randomly(1);
+      const PackedView view = w.view();
+      const bool wide = view.scale_kind == ScaleKind::kFp32;
+      uint8_t* scales = w.buffer(BufferRole::kScale);
+      for (int64_t group = 0; group < view.groups; ++group) {
+        const int64_t at = bad * view.groups + group;
+        if (wide) {
+          reinterpret_cast<float*>(scales)[at] = NAN;
+        } else {
+          reinterpret_cast<uint16_t*>(scales)[at] = 0x7c00;  // infinity
+        }
+      }
+      for (int64_t m : {1, 3, 5, 14}) {
+        const Values x(FloatType::kFloat32, random_weights(m * cols, 2));
+        for (Accuracy level : testing::kIntegerLevels) {
+          const std::vector<float> y = multiply(active_kernels(), view, x, m, nullptr, level);
+          for (int64_t i = 0; i < m * n; ++i) {
+            if (i % n != bad) {
+              EXPECT_TRUE(std::isfinite(y[static_cast<size_t>(i)])) << text << " row " << i % n;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(ExtremeValues, TinyAndHugeActivations) {
   const int64_t n = 17, cols = 150;
   for (const std::string& text : testing::some_formats()) {
