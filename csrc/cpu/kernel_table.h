@@ -171,19 +171,21 @@ struct KernelTable {
 inline constexpr int64_t kMostWalkedRows = 4;
 inline constexpr int64_t kMostPanelRows = 32;
 inline constexpr int64_t kOutlierLanes = 64;
-inline constexpr int64_t kPanelBlocks = 2;  // vectors of a row that a panel reads at a time
-inline constexpr int64_t kRunRows = 8;      // that the walk over rows prepares at a time
+inline constexpr int64_t kPanelVectors = 2;  // vectors of a row that a panel reads at a time
+inline constexpr int64_t kRunRows = 8;       // that the walk over rows prepares at a time
 
 // Floats of scratch for `rows` rows of a weight: scales as they are decoded, factors or shifts.
 inline int64_t decoded_floats(const PackedView& w, int64_t rows) { return rows * w.groups + 80; }
 inline int64_t unit_floats(const Activations& x, int64_t rows) { return rows * x.units + 16; }
-// Bytes of scratch, which begins with a cache line. Operands of a vector fill at most eight.
+// Bytes of scratch, which begins with a cache line, as rows-inl.h and panels-inl.h cut it up. A
+// vector of codes becomes at most eight of operands; factors are read a vector beyond the last
+// unit.
 inline int64_t rows_scratch_bytes(const PackedView& w, const Activations& x) {
   const int64_t scales = x.blocks * x.rows * 16, sums = kRunRows * x.rows * 16;
   return (scales + sums + 2 * unit_floats(x, kRunRows) + decoded_floats(w, kRunRows)) * 4;
 }
 inline int64_t panel_scratch_bytes(const PackedView& w, const Activations& x) {
-  const int64_t operands = kPanelBlocks * 8 * 64 * kMostPanelRows;
+  const int64_t operands = kPanelVectors * 8 * 64 * kMostPanelRows;
   // Transposed, and sixteen of them by rows.
   const int64_t units = 2 * unit_floats(x, kMostPanelRows) + 2 * unit_floats(x, 16);
   return operands + (units + decoded_floats(w, 16)) * 4;

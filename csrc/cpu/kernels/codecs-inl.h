@@ -140,23 +140,22 @@ struct ByteCodec {
   }
 };
 
-// Sixteen lanes of a row from lane 16 * block, all of them within the row.
+// Vector `at` of a row, all of it within the row.
 template <class Codec>
-static inline Stored load_stored(const PackedView& view, const uint8_t* row, int64_t block) {
-  const I low = load_once(row + 64 * block);
+static inline Stored load_stored(const PackedView& view, const uint8_t* row, int64_t at) {
+  const I low = load_once(row + 64 * at);
   if constexpr (Codec::kBits != 3) return {low, low};
-  return {low, Codec::spread(load_half_i(row + view.plane_bytes + 32 * block))};
+  return {low, Codec::spread(load_half_i(row + view.plane_bytes + 32 * at))};
 }
 
 // The last ones of a row; what lies beyond it reads as zeros.
 template <class Codec>
-static inline Stored load_stored_tail(const PackedView& view, const uint8_t* row, int64_t block) {
+static inline Stored load_stored_tail(const PackedView& view, const uint8_t* row, int64_t at) {
   const int64_t low_bytes = Codec::kBits == 3 ? view.plane_bytes : view.row_bytes;
-  const I low = load_bytes(row + 64 * block, low_bytes - 64 * block);
+  const I low = load_bytes(row + 64 * at, low_bytes - 64 * at);
   if constexpr (Codec::kBits != 3) return {low, low};
-  const int64_t rest = view.row_bytes - view.plane_bytes - 32 * block;
-  return {low,
-          Codec::spread(load_bytes(row + view.plane_bytes + 32 * block, rest < 32 ? rest : 32))};
+  const int64_t rest = view.row_bytes - view.plane_bytes - 32 * at;
+  return {low, Codec::spread(load_bytes(row + view.plane_bytes + 32 * at, rest < 32 ? rest : 32))};
 }
 
 // `kTurned` vectors of lanes are turned inside of 128 bits, so that what shares a lane afterwards
@@ -170,8 +169,8 @@ template <class Codec, int kTurned>
   for (int v = 0; v < kTurned; ++v) codes[v] = {low[v], Codec::kBits == 3 ? high[v] : low[v]};
 }
 
-// Blocks of a row that load_stored may read.
+// Vectors of a row that load_stored may read.
 template <class Codec>
-static inline int64_t whole_blocks(const PackedView& view) {
+static inline int64_t whole_vectors(const PackedView& view) {
   return view.cols / (16 * kColsPerLane<Codec::kBits>);
 }

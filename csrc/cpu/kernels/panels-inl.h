@@ -5,6 +5,7 @@
 // (kExpandingCosts). Included by each target.
 
 constexpr int kTileWidth = 16 * kTilePanels;  // rows of the weight
+static_assert(kTileWidth <= kMostPanelRows && kWalkedRows <= kMostWalkedRows);
 
 // The codes of a panel, lane by lane of its rows: transposed, and expanded as they are used.
 template <class Codec>
@@ -20,16 +21,19 @@ struct PackedPanel {
   template <class Row>
   static inline void place(const Row& row, const Codec*, uint8_t* to) {
     constexpr int kStride = kTilePanels * kLaneBytes;
-    I lanes[16];
+    I lanes[16], third[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) lanes[i] = row(i).low;
+    for (int i = 0; i < 16; ++i) {
+      const Stored codes = row(i);
+      lanes[i] = codes.low;
+      third[i] = codes.high;
+    }
     transpose(lanes);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) store_i(to + kStride * i, lanes[i]);
     if constexpr (kBits == 3) {
-      for (int i = 0; i < 16; ++i) lanes[i] = row(i).high;
-      transpose(lanes);
-      for (int i = 0; i < 16; ++i) store_i(to + kStride * i + 64, lanes[i]);
+      transpose(third);
+      for (int i = 0; i < 16; ++i) store_i(to + kStride * i + 64, third[i]);
     }
   }
   Stored load(const uint8_t* lane) const {
@@ -188,8 +192,8 @@ static inline void multiply_next_tile(const Panel& panel, const Tile& t, int64_t
 template <class Codec, class Panel>
 class PanelReader {
  public:
-  static constexpr int64_t kBlockCols = 16 * kColsPerLane<Codec::kBits>;
-  static constexpr int64_t kCols = kPanelBlocks * kBlockCols;
+  static constexpr int64_t kVectorCols = 16 * kColsPerLane<Codec::kBits>;
+  static constexpr int64_t kCols = kPanelVectors * kVectorCols;
 
   void begin(const PackedView& w, const Activations& x, int64_t row, void* scratch) {
     OperandRange ranges[kTileWidth];
@@ -204,7 +208,7 @@ class PanelReader {
       }
     }
     weights_ = static_cast<uint8_t*>(scratch);
-    factor_ = reinterpret_cast<float*>(weights_ + kTileWidth * kPanelBlocks * Panel::kLaneBytes);
+    factor_ = reinterpret_cast<float*>(weights_ + kTileWidth * kPanelVectors * Panel::kLaneBytes);
     shift_ = factor_ + kTileWidth * x.units;
     shifted_ = has_shift<Codec::kBits>(w, ranges[0].offset);
     for (int64_t j = 0; j < kTileWidth; j += 16) load_panel_units(w, x, row, j, ranges + j);
@@ -212,23 +216,26 @@ class PanelReader {
 
   // Takes the codes of the columns [col, col + kCols).
   void read(const PackedView& w, int64_t col) {
-    const int64_t whole = whole_blocks<Codec>(w);
-    const int64_t blocks = (w.cols + kBlockCols - 1) / kBlockCols;
-    const int64_t first = col / kBlockCols;
-    const int64_t end = first + kPanelBlocks < blocks ? first + kPanelBlocks : blocks;
+    const int64_t whole = whole_vectors<Codec>(w);
+    const int64_t blocks = (w.cols + kVectorCols - 1) / kVectorCols;
+    const int64_t first = col / kVectorCols;
+    const int64_t end = first + kPanelVectors < blocks ? first + kPanelVectors : blocks;
     uint8_t* to = weights_;
     for (int64_t b = first; b < end; ++b, to += 16 * kTilePanels * Panel::kLaneBytes) {
       // What the next turn takes is asked for into the first cache. It need not exist.
-      const int64_t near = b + kPanelBlocks < blocks
-                               ? 64 * (b + kPanelBlocks)
-                               : kTileWidth * w.row_bytes + 64 * (b + kPanelBlocks - blocks);
+      const int64_t near = b + kPanelVectors < blocks
+                               ? 64 * (b + kPanelVectors)
+                               : kTileWidth * w.row_bytes + 64 * (b + kPanelVectors - blocks);
+      const int64_t near_bits =
+          near < w.row_bytes ? near / 2
+                             : kTileWidth * w.row_bytes + (near - kTileWidth * w.row_bytes) / 2;
       for (int j = 0; j < kTilePanels; ++j) {
         const uint8_t* const* rows = rows_ + 16 * j;
         uint8_t* place = to + j * Panel::kLaneBytes;
         if (b < whole) {
           const auto load = [&](int i) {
             prefetch(rows[i] + near);
-            if (Codec::kBits == 3 && b % 2 == 0) prefetch(rows[i] + w.plane_bytes + near / 2);
+            if (Codec::kBits == 3 && b % 2 == 0) prefetch(rows[i] + w.plane_bytes + near_bits);
             return load_stored<Codec>(w, rows[i], b);
           };
           Panel::place(load, codecs_ + 16 * j, place);
@@ -249,7 +256,7 @@ class PanelReader {
     // this turn took, by its first tiles, a few at a time. (All at once would keep other loads
     // waiting.)
     constexpr int64_t kVectorBytes = Codec::kBits == 3 ? 96 : 64;
-    const int64_t vectors = kTileWidth * ((units * x.unit + kBlockCols - 1) / kBlockCols);
+    const int64_t vectors = kTileWidth * ((units * x.unit + kVectorCols - 1) / kVectorCols);
     const int64_t lines = vectors * kVectorBytes / 64;
     const int64_t asking = x.rows < 4 * kTileRows ? x.rows : 4 * kTileRows;
     const int64_t rows = next_tile(x.rows - m);
@@ -268,8 +275,8 @@ class PanelReader {
         .units = units,
         .unit = x.unit,
         .y = y + kTileWidth * m,
-        .ahead =
-            rows_[0] + kTileWidth * (w.row_bytes + col / kBlockCols * kVectorBytes) + 64 * asked(m),
+        .ahead = rows_[0] + kTileWidth * (w.row_bytes + col / kVectorCols * kVectorBytes) +
+                 64 * asked(m),
         .lines = (asked(m + rows) - asked(m) + units - 1) / units,
     };
     multiply_next_tile(Panel{codecs_[0]}, t, rows);

@@ -1,5 +1,5 @@
-// Scales and zero points per unit of columns, for sixteen rows of a weight at a time: their scales
-// are stored one after the other, so they are decoded in one run. Included by each target.
+// Scales and zero points per unit of columns, for some rows of a weight at a time: their scales are
+// stored one after the other, and decoded so. Included by each target.
 
 // Whether operands with this offset leave anything to subtract.
 template <int Bits>
@@ -10,7 +10,7 @@ static inline bool has_shift(const PackedView& view, float offset) {
   return point[0] + offset != 0.0f;
 }
 
-// out[i] = the scale at + i, i < count, and zeros up to a whole vector and three more.
+// out[i] = the scale at + i, i < count, and 64 zeros after them.
 static inline void load_scales(const PackedView& view, int64_t at, int64_t count, float* out) {
   int64_t i = 0;
   if (view.scale_kind == ScaleKind::kDoubleQuant && count >= 32) {
@@ -35,10 +35,11 @@ static inline void load_scales(const PackedView& view, int64_t at, int64_t count
       }
     }
   }
-  for (; i < count; i += 16)
-    store_part(out + i, scales_of(view, at + i, static_cast<int>(count - i < 16 ? count - i : 16)),
-               static_cast<int>(count - i < 16 ? count - i : 16));
-  for (int64_t end = count + 64; count < end; count += 16) store(out + count, zero());
+  for (; i < count; i += 16) {
+    const int n = static_cast<int>(count - i < 16 ? count - i : 16);
+    store_part(out + i, scales_of(view, at + i, n), n);
+  }
+  for (i = 0; i < 64; i += 16) store(out + count + i, zero());
 }
 
 // to[u] = of[u / per_group] for the units [0, units) of a row, in whole vectors; per_group above 1.
@@ -63,7 +64,7 @@ static inline void spread_over_units(const float* of, int64_t per_group, int64_t
 
 // Has what load_units will read of the rows from `row` on brought near, far ahead of that.
 static inline void ask_for_units(const PackedView& view, int64_t row, int64_t rows) {
-  if (view.scale_row_stride == 0 || row >= view.rows) return;
+  if (view.scale_row_stride == 0 || view.scale_kind == ScaleKind::kNone || row >= view.rows) return;
   const auto ask = [](const void* from, int64_t begin, int64_t bytes) {
     const uint8_t* first = static_cast<const uint8_t*>(from) + begin;
     for (int64_t at = 0; at < bytes; at += 64) prefetch_far(first + at);

@@ -89,11 +89,11 @@ template <bool kOfWords, bool kSmall>
   I a = *sum0, b = *sum1, x;  // operands in memory would stay there
   if constexpr (kOfWords) {
     __asm__("vmovdqu64 %5, %2\n\tvpdpwssd %2, %3, %0\n\tvpdpwssd %2, %4, %1"
-            : "+v"(a), "+v"(b), "=&v"(x)
+            : "+&v"(a), "+&v"(b), "=&v"(x)
             : "v"(w0), "v"(w1), "m"(*static_cast<const __m512i_u*>(p)));
   } else {
     __asm__("vmovdqu64 %5, %2\n\tvpdpbusd %2, %3, %0\n\tvpdpbusd %2, %4, %1"
-            : "+v"(a), "+v"(b), "=&v"(x)
+            : "+&v"(a), "+&v"(b), "=&v"(x)
             : "v"(w0), "v"(w1), "m"(*static_cast<const __m512i_u*>(p)));
   }
   *sum0 = a;
@@ -111,11 +111,11 @@ template <bool kOfWords, bool kSmall>
   I a = *sum0, b = *sum1, x;
   if constexpr (kOfWords) {
     __asm__("vpbroadcastd %5, %2\n\tvpdpwssd %2, %3, %0\n\tvpdpwssd %2, %4, %1"
-            : "+v"(a), "+v"(b), "=&v"(x)
+            : "+&v"(a), "+&v"(b), "=&v"(x)
             : "v"(w0), "v"(w1), "m"(*static_cast<const int32_t*>(p)));
   } else {
     __asm__("vpbroadcastd %5, %2\n\tvpdpbusd %2, %3, %0\n\tvpdpbusd %2, %4, %1"
-            : "+v"(a), "+v"(b), "=&v"(x)
+            : "+&v"(a), "+&v"(b), "=&v"(x)
             : "v"(w0), "v"(w1), "m"(*static_cast<const int32_t*>(p)));
   }
   *sum0 = a;

@@ -58,7 +58,6 @@ TEST(ExtremeValues, NonFiniteActivationsStayInTheirRow) {
   }
 }
 
-// Rows of one size each, alone and in one batch, from nothing to 1e30.
 // Rows whose units do not fill whole vectors read the scales of the next: these may be anything.
 TEST(ExtremeValues, NonFiniteScalesStayInTheirRow) {
   const int64_t n = 40, bad = 11;
@@ -93,6 +92,7 @@ TEST(ExtremeValues, NonFiniteScalesStayInTheirRow) {
   }
 }
 
+// Rows of one size each, alone and in one batch, from nothing to 1e30.
 TEST(ExtremeValues, TinyAndHugeActivations) {
   const int64_t n = 17, cols = 150;
   for (const std::string& text : testing::some_formats()) {
