@@ -99,6 +99,9 @@ well = attempt()
 assert not isinstance(well, str), well
 torch.save(well.state_dict(), f"{{directory}}/well-{{rank}}.pt")
 print(json.dumps(told))
+# Or gloo's threads may still run while the interpreter goes, which aborts now and then.
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
 """
 
 
