@@ -34,7 +34,7 @@ from torch import nn
 
 import bitfold
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 FORMATS = ["nf4", "int4-g64", "int8-row"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COSINE = 0.5  # to fp32, at least: random weights are harsh, this tells a broken model from a folded one
