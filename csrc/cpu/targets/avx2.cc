@@ -16,6 +16,8 @@ namespace bitfold::avx2 {
 
 #include "cpu/vec/avx2_dot.h"
 
+#include "cpu/vec/plain_dot.h"
+
 #include "cpu/kernels/all-inl.h"
 
 }  // namespace bitfold::avx2

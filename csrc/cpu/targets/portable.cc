@@ -10,6 +10,8 @@ namespace bitfold::portable {
 #include "cpu/vec/portable.h"
 #include "cpu/vec/portable_dot.h"
 
+#include "cpu/vec/plain_dot.h"
+
 #include "cpu/kernels/all-inl.h"
 
 }  // namespace bitfold::portable

@@ -201,27 +201,6 @@ static inline F pick(const float* table, const uint8_t* at) {
   BITFOLD_LANES r.lane[i] = table[at[i]];
   return r;
 }
-// 32 entries of a table of 256.
-struct WideTable {
-  const float* entries;
-};
-static inline WideTable wide_table(const float* entries) { return {entries}; }
-static inline void lookup_wide(const WideTable& table, const uint8_t* at, F* out) {
-  out[0] = pick(table.entries, at);
-  out[1] = pick(table.entries, at + 16);
-}
-
-// out[i] = q[order[i]], i < 64, as 16-bit words or as bytes; the order of bytes leaves none of its
-// sixteen.
-static inline void place_words(const int32_t* q, const uint8_t* order, uint8_t* out) {
-  for (int i = 0; i < 64; ++i) {
-    const int16_t word = static_cast<int16_t>(q[order[i]]);
-    memcpy(out + 2 * i, &word, sizeof word);
-  }
-}
-static inline void place_bytes(const int32_t* q, const uint8_t* order, uint8_t* out) {
-  for (int i = 0; i < 64; ++i) out[i] = static_cast<uint8_t>(q[order[i]]);
-}
 
 #undef BITFOLD_LANES
 #undef BITFOLD_WORDS
