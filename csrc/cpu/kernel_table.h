@@ -172,10 +172,13 @@ inline constexpr int64_t kMostWalkedRows = 4;
 inline constexpr int64_t kMostPanelRows = 32;
 inline constexpr int64_t kOutlierLanes = 64;
 inline constexpr int64_t kPanelVectors = 2;  // vectors of a row that a panel reads at a time
-inline constexpr int64_t kRunRows = 8;       // that the walk over rows prepares at a time
+inline constexpr int64_t kRunRows = 16;      // that the walk over rows prepares at a time
 
-// Floats of scratch for `rows` rows of a weight: scales as they are decoded, factors or shifts.
-inline int64_t decoded_floats(const PackedView& w, int64_t rows) { return rows * w.groups + 80; }
+// Floats of scratch for `rows` rows of a weight: scales as they are decoded and the zero points of
+// one row, factors or shifts.
+inline int64_t decoded_floats(const PackedView& w, int64_t rows) {
+  return (rows + 1) * w.groups + 96;
+}
 inline int64_t unit_floats(const Activations& x, int64_t rows) { return rows * x.units + 16; }
 // Bytes of scratch, which begins with a cache line, as rows-inl.h and panels-inl.h cut it up. A
 // vector of codes becomes at most eight of operands; factors are read a vector beyond the last

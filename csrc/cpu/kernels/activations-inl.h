@@ -13,9 +13,15 @@ static inline F join_lanes(const float* rows, int64_t live, const Join& join) {
   transpose(lanes);
   float turned[16 * 16];
   for (int i = 0; i < 16; ++i) store_i(turned + 16 * i, lanes[i]);
-  F all = load(turned);
-  for (int i = 1; i < 16; ++i) all = join(all, load(turned + 16 * i));
-  return all;
+  F all[16];
+  for (int i = 0; i < 16; ++i) all[i] = load(turned + 16 * i);
+  // In the order of reduce_add.
+  for (int step = 8; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) all[i] = join(all[i], all[i + step]);
+  return all[0];
+}
+static inline F add_lanes(const float* rows) {
+  return join_lanes(rows, 16, [](F a, F b) { return add(a, b); });
 }
 
 // The first `live` of sixteen units: q[0, live * unit), and for all sixteen scales and sums of the

@@ -64,20 +64,34 @@ static inline F scales_of(const PackedView& view, int64_t at, int n) {
   return set1(1.0f);
 }
 
-// Zero points of up to sixteen groups of a row from `group`, a multiple of 16.
+// Bytes from a row of zero points that sixteen from `group` on reach to, `plane` the bytes of the
+// first plane of 3-bit ones.
+template <int Bits>
+static inline int64_t zeros_end(int64_t plane, int64_t group) {
+  if constexpr (Bits != 3) return (group + 16) * Bits / 8;
+  const int64_t low = (group + 16) / 4, third = plane + (group + 16) / 8;
+  return low > third ? low : third;
+}
+
+// Zero points of up to sixteen groups of a row from `group`, a multiple of 16. Those of a short end
+// are loaded like others where rows follow; lanes beyond it hold anything.
 template <int Bits>
 static inline F zeros_of(const PackedView& view, int64_t row, int64_t group, int n) {
   constexpr float kMiddle = static_cast<float>(1 << (Bits - 1));
   if (view.family != Family::kInteger) return zero();
   switch (view.zero_kind) {
-    case Zero::kFloat:
+    case Zero::kFloat: {
+      const bool whole = (view.rows - row) * view.scale_row_stride >= group + 16;
       return halves_at(
-          static_cast<const uint16_t*>(view.zero) + row * view.scale_row_stride + group, n);
+          static_cast<const uint16_t*>(view.zero) + row * view.scale_row_stride + group,
+          whole ? 16 : n);
+    }
     case Zero::kInt: {
       const uint8_t* packed = static_cast<const uint8_t*>(view.zero) + row * view.zero_row_bytes;
       const int64_t plane = Bits == 3 ? (view.groups + 3) / 4 : 0;
-      const I code = n == 16 ? codes_at<Bits>(packed, plane, group)
-                             : codes_at_tail<Bits>(packed, plane, group, n);
+      const bool whole = (view.rows - row) * view.zero_row_bytes >= zeros_end<Bits>(plane, group);
+      const I code = whole ? codes_at<Bits>(packed, plane, group)
+                           : codes_at_tail<Bits>(packed, plane, group, n);
       return Bits == 8 ? to_float(code) : lookup(load(kCodes), code);
     }
     case Zero::kMidrise:

@@ -11,11 +11,12 @@ template <class Codec, Operand kOperand, int kTurned, int kX, int kW>
                                                          const Stored (*codes)[kTurned],
                                                          const uint8_t* x, I (*sum)[kX]) {
   constexpr bool kTwo = kOperand == Operand::kTwoBytes;
-  // A product takes four cycles: few sums would wait for themselves. Two bytes have two anyway.
-  constexpr int kChains = kTwo || kX <= 2 ? 2 : 1;
+  // A product takes four cycles: few sums would wait for themselves, and short rows for them. Two
+  // planes of bytes have two anyway.
+  constexpr int kChains = kTwo || kX == 2 ? 2 : kX == 1 ? 4 : 1;
   constexpr int kPart = kPartBytes<kOperand>;
   I sums[kChains][kW][kX];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int c = 0; c < kChains; ++c)
     for (int j = 0; j < kW; ++j)
       for (int i = 0; i < kX; ++i) sums[c][j][i] = zero_i();
@@ -49,7 +50,9 @@ template <class Codec, Operand kOperand, int kTurned, int kX, int kW>
 #pragma GCC unroll 4
     for (int i = 0; i < kX; ++i) {
       const I first = kTwo ? shift_left_i(sums[0][j][i], 8) : sums[0][j][i];
-      sum[j][i] = kChains == 1 ? first : add_i(first, sums[kChains - 1][j][i]);
+      sum[j][i] = first;
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) sum[j][i] = add_i(sum[j][i], sums[c][j][i]);
     }
   }
 }
@@ -59,14 +62,19 @@ template <class Codec, Operand kOperand, int kTurned, int kX, int kW>
 template <int kX>
 constexpr int kRowsAtOnce = kX == 1 ? 1 : kRowsTogether;
 
-// How far ahead of a row codes are asked for: some two pages, in time for the page table to be
-// walked, and whole steps of the rows that go together, so that every line is asked for once. The
-// CPU does not see by itself that two rows are streams, and not beyond the end of a page.
+// How far ahead of its walk a row asks for codes, in bytes and then in vectors of the row.
+struct Ahead {
+  int64_t bytes, vectors;
+};
+// The walk goes down the rows of a run chunk by chunk, and run by run. About two pages ahead of it
+// are in time for the page table to be walked, and are whole steps of the rows that go together,
+// so that every line is asked for once. The CPU does not see by itself that two rows are streams,
+// and not beyond the end of a page, nor where a chunk ends.
 template <int kW>
-static inline int64_t bytes_ahead(const PackedView& w) {
+static inline int64_t rows_ahead(int64_t chunk_bytes, bool in_chunks) {
   constexpr int64_t kFar = 8192;
-  const int64_t step = kW * w.row_bytes;
-  return kW == 1 ? kFar : step >= kFar ? step : kFar / step * step;
+  const int64_t rows = chunk_bytes < kFar / kW ? kFar / (chunk_bytes * kW) * kW : kW;
+  return in_chunks && rows > kRunRows ? kRunRows : rows;
 }
 // One stream into the second cache (measured: a fifth faster when both cores wait for memory), two
 // into the first, where lines are needed at once.
@@ -83,15 +91,15 @@ template <int kW>
 template <class Codec, int kTurned, int kW>
 [[gnu::always_inline]] static inline void load_block(const PackedView& w,
                                                      const uint8_t* const* rows, int64_t first,
-                                                     int64_t ahead, Stored (*codes)[kTurned]) {
+                                                     const Ahead& ahead, Stored (*codes)[kTurned]) {
 #pragma GCC unroll 2
   for (int j = 0; j < kW; ++j) {
 #pragma GCC unroll 4
     for (int v = 0; v < kTurned; ++v) {
-      const int64_t vector = first + v;
-      ask_for<kW>(rows[j] + ahead + 64 * vector);
+      const int64_t vector = first + v, wanted = vector + ahead.vectors;
+      ask_for<kW>(rows[j] + ahead.bytes + 64 * wanted);
       if (Codec::kBits == 3 && vector % 2 == 0)
-        ask_for<kW>(rows[j] + ahead + w.plane_bytes + 32 * vector);
+        ask_for<kW>(rows[j] + ahead.bytes + w.plane_bytes + 32 * wanted);
       codes[j][v] = load_stored<Codec>(w, rows[j], vector);
     }
     turn<Codec, kTurned>(codes[j]);
@@ -118,7 +126,7 @@ static inline void load_last_block(const PackedView& w, const uint8_t* const* ro
 struct RowWalk {
   I unit_of_lane;  // within a block
   float* x_scale;  // [blocks][rows of x][16], by lanes
-  float* sums;     // [kRunRows][rows of x][16]
+  float* sums;     // [rows of x][kRunRows][16]
   float* factors;  // [kRunRows][units]
   float* shifts;   // likewise, or null
   float* decoded;
@@ -132,10 +140,12 @@ template <class Codec, Operand kOperand, int kTurned, int kX>
   constexpr int kW = kRowsAtOnce<kX>;
   static_assert(kRunRows % kW == 0);
   constexpr int kBlockBytes = kTurned * Codec::kParts * kPartBytes<kOperand>;
-  // So many blocks at a time that activations stay in the first cache while the run passes.
-  constexpr int64_t kCache = 32768;
+  // So many blocks at a time that activations stay in the first cache while the run passes, even as
+  // two streams come and go (measured: with twice as many, a quarter slower).
+  constexpr int64_t kCache = kX == 1 ? 32768 : 16384;
   constexpr int64_t kChunk = kCache / (kX * kBlockBytes);
-  const int64_t ahead = bytes_ahead<kW>(w);
+  const float* x_scale = walk.x_scale;
+  const I unit_of_lane = walk.unit_of_lane;
   const int64_t units_per_block = x.layout->block_cols / x.unit;
   const int64_t whole = whole_vectors<Codec>(w) / kTurned;
   for (int64_t r = 0; r < kRunRows; ++r) {
@@ -144,9 +154,11 @@ template <class Codec, Operand kOperand, int kTurned, int kX>
       for (int64_t u = 0; walk.shifts && r < n && u < x.units; u += 16) {
         sum = fma(load(walk.shifts + r * x.units + u), load(x.sum + i * x.units + u), sum);
       }
-      store(walk.sums + (r * kX + i) * 16, sum);
+      store(walk.sums + (i * kRunRows + r) * 16, sum);
     }
   }
+  const bool in_chunks = kChunk < x.blocks;
+  const int64_t far = rows_ahead<kW>(64 * kTurned * (in_chunks ? kChunk : x.blocks), in_chunks);
   for (int64_t chunk = 0; chunk < x.blocks; chunk += kChunk) {
     const int64_t end = chunk + kChunk < x.blocks ? chunk + kChunk : x.blocks;
     for (int64_t r = 0; r < n; r += kW) {
@@ -159,7 +171,13 @@ template <class Codec, Operand kOperand, int kTurned, int kX>
         of_rows[j] = codecs + (has_own_levels(w) ? at : 0);
         rows[j] = w.codes + (row + at) * w.row_bytes;
         factors[j] = walk.factors + at * x.units;
-        sums[j] = walk.sums + (r + j) * kX * 16;  // of a row that is not there too
+        sums[j] = walk.sums + (r + j) * 16;  // of a row that is not there too
+      }
+      // In this chunk, in the next one, or in the next run.
+      Ahead ahead{far * w.row_bytes, 0};
+      if (r + far >= kRunRows) {
+        ahead.vectors = end == x.blocks ? -chunk * kTurned : kChunk * kTurned;
+        if (end != x.blocks) ahead.bytes -= kRunRows * w.row_bytes;
       }
       for (int64_t b = chunk; b < end; ++b) {
         Stored codes[kW][kTurned];
@@ -173,18 +191,22 @@ template <class Codec, Operand kOperand, int kTurned, int kX>
                                                          x.data + b * kX * kBlockBytes, products);
 #pragma GCC unroll 2
         for (int j = 0; j < kW; ++j) {
-          const F scale = lookup(load(factors[j] + b * units_per_block), walk.unit_of_lane);
+          const F scale = lookup(load(factors[j] + b * units_per_block), unit_of_lane);
 #pragma GCC unroll 4
           for (int i = 0; i < kX; ++i) {
-            const F both = mul(scale, load(walk.x_scale + (b * kX + i) * 16));
-            store(sums[j] + 16 * i, fma(to_float(products[j][i]), both, load(sums[j] + 16 * i)));
+            const F both = mul(scale, load(x_scale + (b * kX + i) * 16));
+            float* to = sums[j] + i * kRunRows * 16;
+            store(to, fma(to_float(products[j][i]), both, load(to)));
           }
         }
       }
     }
   }
-  for (int64_t r = 0; r < n; ++r)
-    for (int i = 0; i < kX; ++i) y[i * ldy + r] += reduce_add(load(walk.sums + (r * kX + i) * 16));
+  for (int i = 0; i < kX; ++i) {
+    float* to = y + i * ldy;
+    const F all = add_lanes(walk.sums + i * kRunRows * 16);
+    store_part(to, add(load_part(to, static_cast<int>(n)), all), static_cast<int>(n));
+  }
 }
 
 // y[i * ldy + r - begin] += for the rows [begin, end) of w.

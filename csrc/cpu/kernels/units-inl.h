@@ -42,25 +42,28 @@ static inline void load_scales(const PackedView& view, int64_t at, int64_t count
   for (i = 0; i < 64; i += 16) store(out + count + i, zero());
 }
 
-// to[u] = of[u / per_group] for the units [0, units) of a row, in whole vectors; per_group above 1.
-static inline void spread_over_units(const float* of, int64_t per_group, int64_t groups,
-                                     int64_t units, float* to) {
-  if (groups == 1) {
-    for (int64_t u = 0; u < units; u += 16) store(to + u, set1(of[0]));
-    return;
+// Values of groups for sixteen units at a time, `per_group` of which share one.
+struct Spread {
+  int64_t per_group, groups;
+  F middle, inverse;
+
+  Spread(int64_t per_group, int64_t groups) : per_group(per_group), groups(groups) {
+    float middles[16];
+    for (int i = 0; i < 16; ++i) middles[i] = static_cast<float>(i) + 0.5f;
+    middle = load(middles);
+    inverse = set1(1.0f / static_cast<float>(per_group));
   }
-  // (u + 0.5) / per_group, rounded down, is the group of a unit; the half keeps rounding away from
-  // the edges.
-  float halves[16];
-  for (int i = 0; i < 16; ++i) halves[i] = static_cast<float>(i) + 0.5f;
-  const F iota = load(halves), inverse = set1(1.0f / static_cast<float>(per_group));
-  for (int64_t u = 0; u < units; u += 16) {
+  // of[(u + lane) / per_group]; sixteen beyond the last group are read.
+  F at(const float* of, int64_t u) const {
+    if (per_group == 1) return load(of + u);
+    if (groups == 1) return set1(of[0]);
+    // (u + 0.5) / per_group, rounded down, is the group of a unit; the half keeps rounding away
+    // from the edges.
     const int64_t group = u / per_group;
     const F past = set1(static_cast<float>(u - group * per_group));
-    const I at = to_int(mul(add(iota, past), inverse));
-    store(to + u, lookup(load(of + (group < groups ? group : 0)), at));
+    return lookup(load(of + (group < groups ? group : 0)), to_int(mul(add(middle, past), inverse)));
   }
-}
+};
 
 // Has what load_units will read of the rows from `row` on brought near, far ahead of that.
 static inline void ask_for_units(const PackedView& view, int64_t row, int64_t rows) {
@@ -89,37 +92,37 @@ template <int Bits>
 static inline void load_units(const PackedView& view, int64_t row, int64_t rows, int64_t unit,
                               int64_t units, const OperandRange* ranges, float* decoded,
                               float* factors, float* shifts) {
-  const int64_t groups = view.groups;
-  const int64_t per_group = groups == 1 ? units : view.group_size / unit;
-  const int64_t used = (view.cols + unit - 1) / unit;
+  const int64_t groups = view.groups, used = (view.cols + unit - 1) / unit;
   const bool of_tensor = view.scale_row_stride == 0;
-  load_scales(view, row * view.scale_row_stride, of_tensor ? 1 : rows * groups, decoded);
+  const Spread spread(groups == 1 ? units : view.group_size / unit, groups);
+  const int64_t count = of_tensor ? 1 : rows * groups;
+  load_scales(view, row * view.scale_row_stride, count, decoded);
+  float* zeros = decoded + count + 64;
+  // Lanes beyond the row become zeros, whatever they were.
+  const auto used_of = [used](int64_t u, F v) {
+    const int64_t left = used - u;
+    return left >= 16 ? v : select_lanes((1 << left) - 1, v, zero());
+  };
   for (int64_t j = 0; j < rows; ++j) {
+    const F by = set1(ranges[j].factor), offset = set1(-ranges[j].offset);
     const float* scales = decoded + (of_tensor ? 0 : j * groups);
-    float* factor = factors + j * units;
-    const F by = set1(ranges[j].factor);
-    if (per_group > 1) {
-      spread_over_units(scales, per_group, groups, units, factor);
-      scales = factor;
-    }
-    for (int64_t u = 0; u < units; u += 16) store(factor + u, mul(load(scales + u), by));
-    for (int64_t u = used; u < units; ++u) factor[u] = 0.0f;
-  }
-  if (!shifts) return;
-  for (int64_t j = 0; j < rows; ++j) {
-    float *factor = factors + j * units, *shift = shifts + j * units;
-    float* zeros = per_group == 1 ? shift : decoded;
-    for (int64_t group = 0; group < groups; group += 16) {
+    const auto zeros_at = [&](int64_t group) {
       const int64_t left = groups - group;
-      store(zeros + group,
-            zeros_of<Bits>(view, row + j, group, static_cast<int>(left < 16 ? left : 16)));
+      return zeros_of<Bits>(view, row + j, group, static_cast<int>(left < 16 ? left : 16));
+    };
+    if (shifts && spread.per_group > 1)
+      for (int64_t group = 0; group < groups; group += 16) store(zeros + group, zeros_at(group));
+    for (int64_t u = 0; u < units; u += 16) {
+      F factor = zero(), shift = zero();
+      if (u < used) {
+        factor = used_of(u, mul(spread.at(scales, u), by));
+        if (shifts) {
+          const F point = spread.per_group > 1 ? spread.at(zeros, u) : zeros_at(u);
+          shift = mul(factor, used_of(u, sub(offset, point)));
+        }
+      }
+      store(factors + j * units + u, factor);
+      if (shifts) store(shifts + j * units + u, shift);
     }
-    const int64_t filled = (groups + 15) / 16 * 16, wanted = per_group == 1 ? units : groups + 16;
-    for (int64_t group = filled; group < wanted; group += 16) store(zeros + group, zero());
-    if (per_group > 1) spread_over_units(decoded, per_group, groups, units, shift);
-    const F offset = set1(-ranges[j].offset);
-    for (int64_t u = 0; u < units; u += 16)
-      store(shift + u, mul(load(factor + u), sub(offset, load(shift + u))));
-    for (int64_t u = used; u < units; ++u) shift[u] = 0.0f;
   }
 }
