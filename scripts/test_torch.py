@@ -3,7 +3,7 @@
 Each torch is unpacked without its requirements into a cache outside the repository and put in front of the
 interpreter's own, so the binaries under test are the very same files. torch from the index is a CUDA build
 that wants a dozen NVIDIA libraries at import, GPU or not; they are fetched one by one as the loader names
-them, into one folder that all torches share.
+them, each version once: torches share those that they state alike or not at all.
 
 The interpreter that runs this must have bitfold and pytest (bitfold installed, or PYTHONPATH=python after
 `make dev`).
@@ -53,8 +53,10 @@ for text in ("nf4", "nf4-nodq", "int8-row", "int4-g64"):
     packed = ops.quantize(weight, fmt)
     dense = ops.dequantize(packed, fmt, weight.shape)
     y = ops.linear(x, packed, fmt.spec(tuple(weight.shape)))
-    assert torch.allclose(y, x @ dense.T, rtol=1e-4, atol=1e-3), text
-    print(f"  {text:10s} ok, rms error {float((dense - weight).square().mean().sqrt()):.4f}")
+    exact = x.double() @ dense.double().T
+    error = float((y - exact).norm() / exact.norm())
+    assert error < 2e-4, f"{text}: relative error {error:.1e}"  # the bound of docs/kernels.md for float32
+    print(f"  {text:10s} ok, relative error {error:.1e}")
 """
 
 
@@ -79,7 +81,8 @@ def environment(folder: Path | None, nvidia: Path) -> dict[str, str]:
     env = dict(os.environ)
     if folder is not None:
         env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), env.get("PYTHONPATH")]))
-        libraries = [str(path) for path in sorted(nvidia.glob("*/nvidia/*/lib"))]
+        packages = sorted({nvidia / required_version(folder, name) for name in NVIDIA_PACKAGES.values()})
+        libraries = [str(path) for package in packages for path in sorted(package.glob("nvidia/*/lib"))]
         env["LD_LIBRARY_PATH"] = os.pathsep.join([*libraries, *filter(None, [env.get("LD_LIBRARY_PATH")])])
     return env
 
@@ -124,7 +127,7 @@ def prepare(version: str, cache: Path) -> Path | None:
             flush=True,
         )
         # A folder each, because --target does not merge namespace packages.
-        pip_install(nvidia / package, requirement)
+        pip_install(nvidia / requirement, requirement)
     return folder
 
 

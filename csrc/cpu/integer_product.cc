@@ -60,7 +60,8 @@ bool levels_fit(const KernelTable& k, const PackedView& w) {
     int64_t small = 0;
     for (int64_t i = 0; i < count; ++i) small += levels[i] < largest / 4;
     const bool finite_and_not_tiny = sum * w.factor > 1e-25f && sum * w.factor < 1e30f;
-    if (largest > 0.0f && !(finite_and_not_tiny && small <= count / 2)) return false;
+    // Zeros fit, and NaN, which is not above zero either, does not.
+    if (sum != 0.0f && !(finite_and_not_tiny && small <= count / 2)) return false;
   }
   return true;
 }
@@ -103,7 +104,7 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
   };
   if (walk == Walk::kRows) {
     parallel(w.rows, grain(m * w.cols, kGrainWork), [&](int64_t begin, int64_t end) {
-      const int64_t scratch_bytes = rows_scratch_bytes(w, xs);
+      const int64_t scratch_bytes = k.rows_scratch_bytes(w, xs);
       const int64_t n = end - begin;
       const Scratch scratch(scratch_bytes + m * n * 4);
       float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
@@ -117,7 +118,7 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
   const int64_t width = k.panel_rows;
   parallel((w.rows + width - 1) / width, grain(m * width * w.cols, kGrainWork),
            [&](int64_t begin, int64_t end) {
-             const int64_t scratch_bytes = panel_scratch_bytes(w, xs);
+             const int64_t scratch_bytes = k.panel_scratch_bytes(w, xs);
              const Scratch scratch(scratch_bytes + m * width * 4);
              float* sums = reinterpret_cast<float*>(scratch.data() + scratch_bytes);
              for (int64_t panel = begin; panel < end; ++panel) {

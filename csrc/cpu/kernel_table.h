@@ -150,11 +150,14 @@ struct KernelTable {
   // Walk::kRows, of at most walked_rows rows, and of one where its operand is kTwoBytes.
   void (*multiply_rows)(const PackedView& w, const Activations& x, int64_t begin, int64_t end,
                         void* scratch, float* y, int64_t ldy);
+  // Bytes of scratch, which begins with a cache line.
+  int64_t (*rows_scratch_bytes)(const PackedView& w, const Activations& x);
   // y[m, r] += x[m] . w[row + r], as far as such rows exist; y is [rows of x, panel_rows], x laid
   // out for Walk::kPanels.
   int64_t panel_rows;
   void (*multiply_panel)(const PackedView& w, const Activations& x, int64_t row, void* scratch,
                          float* y);
+  int64_t (*panel_scratch_bytes)(const PackedView& w, const Activations& x);
 
   // y[i * ldy] += sum over the outliers [begin, end) of value * x[column * ldx + i], i < m; x is
   // transposed, [cols, ldx], readable to its end: ldx is 1, 16, or a multiple of kOutlierLanes.
@@ -169,30 +172,7 @@ struct KernelTable {
 };
 
 inline constexpr int64_t kMostWalkedRows = 4;
-inline constexpr int64_t kMostPanelRows = 32;
 inline constexpr int64_t kOutlierLanes = 64;
-inline constexpr int64_t kPanelVectors = 2;  // vectors of a row that a panel reads at a time
-inline constexpr int64_t kRunRows = 16;      // that the walk over rows prepares at a time
-
-// Floats of scratch for `rows` rows of a weight: scales as they are decoded and the zero points of
-// one row, factors or shifts.
-inline int64_t decoded_floats(const PackedView& w, int64_t rows) {
-  return (rows + 1) * w.groups + 96;
-}
-inline int64_t unit_floats(const Activations& x, int64_t rows) { return rows * x.units + 16; }
-// Bytes of scratch, which begins with a cache line, as rows-inl.h and panels-inl.h cut it up. A
-// vector of codes becomes at most eight of operands; factors are read a vector beyond the last
-// unit.
-inline int64_t rows_scratch_bytes(const PackedView& w, const Activations& x) {
-  const int64_t scales = x.blocks * x.rows * 16, sums = kRunRows * x.rows * 16;
-  return (scales + sums + 2 * unit_floats(x, kRunRows) + decoded_floats(w, kRunRows)) * 4;
-}
-inline int64_t panel_scratch_bytes(const PackedView& w, const Activations& x) {
-  const int64_t operands = kPanelVectors * 8 * 64 * kMostPanelRows;
-  // Transposed, and sixteen of them by rows.
-  const int64_t units = 2 * unit_floats(x, kMostPanelRows) + 2 * unit_floats(x, 16);
-  return operands + (units + decoded_floats(w, 16)) * 4;
-}
 
 namespace portable {
 extern const KernelTable table;

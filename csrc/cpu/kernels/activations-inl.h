@@ -5,23 +5,12 @@
 // ends of what a float can hold. They, and infinite or NaN ones, are left to fp32 arithmetic.
 constexpr float kLeastActivation = 1e-25f, kMostActivation = 1e30f;
 
-// Lane u is the sum (or the largest) of the lanes of rows[u], u < live, else zero.
-template <class Join>
-static inline F join_lanes(const float* rows, int64_t live, const Join& join) {
-  I lanes[16];
-  for (int i = 0; i < 16; ++i) lanes[i] = i < live ? load_i(rows + 16 * i) : zero_i();
-  transpose(lanes);
-  float turned[16 * 16];
-  for (int i = 0; i < 16; ++i) store_i(turned + 16 * i, lanes[i]);
-  F all[16];
-  for (int i = 0; i < 16; ++i) all[i] = load(turned + 16 * i);
-  // In the order of reduce_add.
-  for (int step = 8; step > 0; step /= 2)
-    for (int i = 0; i < step; ++i) all[i] = join(all[i], all[i + step]);
-  return all[0];
-}
+// Lane i is the sum of the lanes of rows[i], sixteen rows; or the largest of them.
 static inline F add_lanes(const float* rows) {
-  return join_lanes(rows, 16, [](F a, F b) { return add(a, b); });
+  return join_lanes(rows, [](F a, F b) { return add(a, b); });
+}
+static inline F max_lanes(const float* rows) {
+  return join_lanes(rows, [](F a, F b) { return max(a, b); });
 }
 
 // The first `live` of sixteen units: q[0, live * unit), and for all sixteen scales and sums of the
@@ -30,7 +19,12 @@ static inline F add_lanes(const float* rows) {
 template <int kUnit>
 static inline bool quantize_units(const float* x, int64_t live, float limit, float sum_limit,
                                   int32_t* q, float* scale, float* sum) {
-  alignas(64) float largest[16 * 16], totals[16 * 16];
+  alignas(64) float largest[16 * 16], totals[16 * 16], integers[16 * 16];
+  for (int64_t u = live; u < 16; ++u) {
+    store(largest + 16 * u, zero());
+    store(totals + 16 * u, zero());
+    store(integers + 16 * u, zero());
+  }
   for (int64_t u = 0; u < live; ++u) {
     F most = zero(), total = zero();
 #pragma GCC unroll 4
@@ -42,8 +36,7 @@ static inline bool quantize_units(const float* x, int64_t live, float limit, flo
     store(largest + 16 * u, most);
     store(totals + 16 * u, total);
   }
-  const F absmax = join_lanes(largest, live, [](F a, F b) { return max(a, b); });
-  const F abssum = join_lanes(totals, live, [](F a, F b) { return add(a, b); });
+  const F absmax = max_lanes(largest), abssum = add_lanes(totals);
   float most[16], total[16];
   store(most, absmax);
   store(total, abssum);
@@ -56,7 +49,6 @@ static inline bool quantize_units(const float* x, int64_t live, float limit, flo
   float inverse[16];
   store(inverse, div(set1(1.0f), select_above(abssum, zero(), step, set1(1.0f))));
   store(scale, step);
-  alignas(64) float integers[16 * 16];
   for (int64_t u = 0; u < live; ++u) {
     const F by = set1(inverse[u]);
     F all = zero();
@@ -68,7 +60,7 @@ static inline bool quantize_units(const float* x, int64_t live, float limit, flo
     }
     store(integers + 16 * u, all);
   }
-  store(sum, mul(step, join_lanes(integers, live, [](F a, F b) { return add(a, b); })));
+  store(sum, mul(step, add_lanes(integers)));
   return true;
 }
 

@@ -14,6 +14,7 @@
 
 #include "cpu/kernels/activations-inl.h"
 #include "cpu/kernels/codecs-inl.h"
+#include "cpu/kernels/scratch-inl.h"
 #include "cpu/kernels/units-inl.h"
 
 #include "cpu/kernels/panels-inl.h"

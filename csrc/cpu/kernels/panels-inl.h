@@ -5,7 +5,7 @@
 // (kExpandingCosts). Included by each target.
 
 constexpr int kTileWidth = 16 * kTilePanels;  // rows of the weight
-static_assert(kTileWidth <= kMostPanelRows && kWalkedRows <= kMostWalkedRows);
+constexpr int64_t kPanelVectors = 2;          // of a row that are read at a time
 
 // The codes of a panel, lane by lane of its rows: transposed, and expanded as they are used.
 template <class Codec>
@@ -141,7 +141,7 @@ static void multiply_tile(const Panel& panel, const Tile& from) {
 #pragma GCC unroll 2
     for (int j = 0; j < kTilePanels; ++j) {
       factor[j] = load(t.factor + u * kTileWidth + 16 * j);
-      if (t.shift) shift[j] = load(t.shift + u * kTileWidth + 16 * j);
+      shift[j] = t.shift ? load(t.shift + u * kTileWidth + 16 * j) : zero();
     }
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {
@@ -188,6 +188,29 @@ static inline void multiply_next_tile(const Panel& panel, const Tile& t, int64_t
   multiply_tile<Panel, 1>(panel, t);
 }
 
+// Scratch of a panel. A vector of codes becomes at most eight of operands.
+struct PanelScratch {
+  uint8_t* weights;
+  float *factor, *shift;    // [units][kTileWidth]
+  float *factors, *shifts;  // [16][units], before they are transposed
+  float* decoded;
+};
+static inline int64_t cut_panel(const PackedView& w, const Activations& x, void* scratch,
+                                PanelScratch* to) {
+  Cutter cut(scratch);
+  to->weights = cut.bytes(kTileWidth * kPanelVectors * 8 * 64);
+  to->factor = cut.floats(unit_floats(x, kTileWidth));
+  to->shift = cut.floats(unit_floats(x, kTileWidth));
+  to->factors = cut.floats(unit_floats(x, 16));
+  to->shifts = cut.floats(unit_floats(x, 16));
+  to->decoded = cut.floats(decoded_floats(w, 16));
+  return cut.cut();
+}
+static int64_t panel_scratch_bytes(const PackedView& w, const Activations& x) {
+  PanelScratch pieces;
+  return cut_panel(w, x, nullptr, &pieces);
+}
+
 // kTileWidth rows of the weight on their way through the columns.
 template <class Codec, class Panel>
 class PanelReader {
@@ -207,9 +230,7 @@ class PanelReader {
         ranges[i] = ranges[0];
       }
     }
-    weights_ = static_cast<uint8_t*>(scratch);
-    factor_ = reinterpret_cast<float*>(weights_ + kTileWidth * kPanelVectors * Panel::kLaneBytes);
-    shift_ = factor_ + kTileWidth * x.units;
+    cut_panel(w, x, scratch, &pieces_);
     shifted_ = has_shift<Codec::kBits>(w, ranges[0].offset);
     for (int64_t j = 0; j < kTileWidth; j += 16) load_panel_units(w, x, row, j, ranges + j);
   }
@@ -220,7 +241,7 @@ class PanelReader {
     const int64_t blocks = (w.cols + kVectorCols - 1) / kVectorCols;
     const int64_t first = col / kVectorCols;
     const int64_t end = first + kPanelVectors < blocks ? first + kPanelVectors : blocks;
-    uint8_t* to = weights_;
+    uint8_t* to = pieces_.weights;
     for (int64_t b = first; b < end; ++b, to += 16 * kTilePanels * Panel::kLaneBytes) {
       // What the next turn takes is asked for into the first cache. It need not exist.
       const int64_t near = b + kPanelVectors < blocks
@@ -264,9 +285,9 @@ class PanelReader {
       return lines * (done < asking ? done : asking) / asking;
     };
     const Tile t = {
-        .weights = weights_,
-        .factor = factor_ + kTileWidth * first,
-        .shift = shifted_ ? shift_ + kTileWidth * first : nullptr,
+        .weights = pieces_.weights,
+        .factor = pieces_.factor + kTileWidth * first,
+        .shift = shifted_ ? pieces_.shift + kTileWidth * first : nullptr,
         .x = x.data + (col / 64 * x.rows + m) * slab_bytes,
         .x_stride = x.rows * slab_bytes,
         .scale = x.scale + m * x.units + first,
@@ -289,10 +310,8 @@ class PanelReader {
                         const OperandRange* ranges) {
     const int64_t units = x.units, left = w.rows - row - j;
     const int64_t n = left < 1 ? 1 : left < 16 ? left : 16;  // rows that do not exist repeat others
-    float* factors = shift_ + kTileWidth * units;            // [16][units]
-    float* shifts = factors + 16 * units;
     load_units<Codec::kBits>(w, left < 1 ? w.rows - 1 : row + j, n, x.unit, units, ranges,
-                             shifts + 16 * units, factors, shifted_ ? shifts : nullptr);
+                             pieces_.decoded, pieces_.factors, shifted_ ? pieces_.shifts : nullptr);
     const auto transpose_to = [&](const float* from, float* to) {
       for (int64_t u = 0; u < units; u += 16) {
         I block[16];
@@ -301,14 +320,13 @@ class PanelReader {
         for (int i = 0; i < 16; ++i) store_i(to + (u + i) * kTileWidth + j, block[i]);
       }
     };
-    transpose_to(factors, factor_);
-    if (shifted_) transpose_to(shifts, shift_);
+    transpose_to(pieces_.factors, pieces_.factor);
+    if (shifted_) transpose_to(pieces_.shifts, pieces_.shift);
   }
 
   Codec codecs_[kTileWidth];
   const uint8_t* rows_[kTileWidth];
-  uint8_t* weights_;
-  float *factor_, *shift_;
+  PanelScratch pieces_;
   bool shifted_;
 };
 

@@ -59,49 +59,50 @@ template <class Codec, Operand kOperand, int kTurned, int kX, int kW>
 
 // Rows of the weight that go together: not for one row of activations, where nothing counts but the
 // stream, and one stream is what the CPU follows best.
+static_assert(kWalkedRows <= kMostWalkedRows);
 template <int kX>
 constexpr int kRowsAtOnce = kX == 1 ? 1 : kRowsTogether;
 
-// How far ahead of its walk a row asks for codes, in bytes and then in vectors of the row.
+// Where codes are asked for: so many bytes beyond the row that is read lies the row that will want
+// them, and so many vectors along it its block. (A vector is 64 bytes of one plane of 3-bit codes
+// and 32 of the other, rows are the same for both.)
 struct Ahead {
-  int64_t bytes, vectors;
+  int64_t row_bytes, vectors;
 };
-// The walk goes down the rows of a run chunk by chunk, and run by run. About two pages ahead of it
-// are in time for the page table to be walked, and are whole steps of the rows that go together,
-// so that every line is asked for once. The CPU does not see by itself that two rows are streams,
-// and not beyond the end of a page, nor where a chunk ends.
-template <int kW>
-static inline int64_t rows_ahead(int64_t chunk_bytes, bool in_chunks) {
-  constexpr int64_t kFar = 8192;
-  const int64_t rows = chunk_bytes < kFar / kW ? kFar / (chunk_bytes * kW) * kW : kW;
-  return in_chunks && rows > kRunRows ? kRunRows : rows;
-}
-// One stream into the second cache (measured: a fifth faster when both cores wait for memory), two
-// into the first, where lines are needed at once.
-template <int kW>
-[[gnu::always_inline]] static inline void ask_for(const uint8_t* p) {
-  if constexpr (kW == 1) {
-    prefetch_far(p);
-  } else {
-    prefetch(p);
-  }
-}
-
-// A block of kW rows of a weight from vector `first` on, turned. What is asked for need not exist.
+// One stream is asked into the second cache (measured: a fifth faster when both cores wait for
+// memory), two into the first, where lines are needed at once. What is asked for need not exist.
 template <class Codec, int kTurned, int kW>
-[[gnu::always_inline]] static inline void load_block(const PackedView& w,
-                                                     const uint8_t* const* rows, int64_t first,
-                                                     const Ahead& ahead, Stored (*codes)[kTurned]) {
+[[gnu::always_inline]] static inline void ask_for_block(const PackedView& w,
+                                                        const uint8_t* const* rows, int64_t first,
+                                                        const Ahead& ahead) {
+  const auto ask = [](const uint8_t* p) {
+    if constexpr (kW == 1) {
+      prefetch_far(p);
+    } else {
+      prefetch(p);
+    }
+  };
 #pragma GCC unroll 2
   for (int j = 0; j < kW; ++j) {
 #pragma GCC unroll 4
     for (int v = 0; v < kTurned; ++v) {
-      const int64_t vector = first + v, wanted = vector + ahead.vectors;
-      ask_for<kW>(rows[j] + ahead.bytes + 64 * wanted);
+      const int64_t vector = first + ahead.vectors + v;
+      ask(rows[j] + ahead.row_bytes + 64 * vector);
       if (Codec::kBits == 3 && vector % 2 == 0)
-        ask_for<kW>(rows[j] + ahead.bytes + w.plane_bytes + 32 * wanted);
-      codes[j][v] = load_stored<Codec>(w, rows[j], vector);
+        ask(rows[j] + ahead.row_bytes + w.plane_bytes + 32 * vector);
     }
+  }
+}
+
+// A block of kW rows of a weight from vector `first` on, turned.
+template <class Codec, int kTurned, int kW>
+[[gnu::always_inline]] static inline void load_block(const PackedView& w,
+                                                     const uint8_t* const* rows, int64_t first,
+                                                     Stored (*codes)[kTurned]) {
+#pragma GCC unroll 2
+  for (int j = 0; j < kW; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kTurned; ++v) codes[j][v] = load_stored<Codec>(w, rows[j], first + v);
     turn<Codec, kTurned>(codes[j]);
   }
 }
@@ -122,6 +123,8 @@ static inline void load_last_block(const PackedView& w, const uint8_t* const* ro
   }
 }
 
+constexpr int64_t kRunRows = 16;  // rows of the weight that are prepared at a time
+
 // What the walk needs besides the weight and the activations, in scratch.
 struct RowWalk {
   I unit_of_lane;  // within a block
@@ -131,6 +134,20 @@ struct RowWalk {
   float* shifts;   // likewise, or null
   float* decoded;
 };
+static inline int64_t cut_rows(const PackedView& w, const Activations& x, void* scratch,
+                               RowWalk* to) {
+  Cutter cut(scratch);
+  to->x_scale = cut.floats(x.blocks * x.rows * 16);
+  to->sums = cut.floats(x.rows * kRunRows * 16);
+  to->factors = cut.floats(unit_floats(x, kRunRows));
+  to->shifts = cut.floats(unit_floats(x, kRunRows));
+  to->decoded = cut.floats(decoded_floats(w, kRunRows));
+  return cut.cut();
+}
+static int64_t rows_scratch_bytes(const PackedView& w, const Activations& x) {
+  RowWalk pieces;
+  return cut_rows(w, x, nullptr, &pieces);
+}
 
 // y[i * ldy + r] += for the `n` rows of w from `row`, r < n, and the kX rows of x.
 template <class Codec, Operand kOperand, int kTurned, int kX>
@@ -141,48 +158,58 @@ template <class Codec, Operand kOperand, int kTurned, int kX>
   static_assert(kRunRows % kW == 0);
   constexpr int kBlockBytes = kTurned * Codec::kParts * kPartBytes<kOperand>;
   // So many blocks at a time that activations stay in the first cache while the run passes, even as
-  // two streams come and go (measured: with twice as many, a quarter slower).
+  // two streams come and go (measured: with twice as many, a quarter slower). All alike, so that
+  // what is asked for is what will be wanted.
   constexpr int64_t kCache = kX == 1 ? 32768 : 16384;
-  constexpr int64_t kChunk = kCache / (kX * kBlockBytes);
-  const float* x_scale = walk.x_scale;
+  constexpr int64_t kMostChunk = kCache / (kX * kBlockBytes);
+  const int64_t chunks = (x.blocks + kMostChunk - 1) / kMostChunk;
+  const int64_t length = (x.blocks + chunks - 1) / chunks;
+  // The walk goes down the rows of a run chunk by chunk, and run by run, and asks for what comes
+  // some two pages later, in time for the page table to be walked. The CPU does not see by itself
+  // that two rows are streams, and not beyond the end of a page or of a chunk.
+  constexpr int64_t kFar = 8192;
+  const int64_t step_bytes = 64 * kTurned * length * kW;
+  int64_t rows_ahead = step_bytes < kFar ? kFar / step_bytes * kW : kW;
+  if (chunks > 1 && rows_ahead > kRunRows) rows_ahead = kRunRows;
+  // Copies: what is stored to sums might else change them.
+  float* const sums = walk.sums;
+  const float *const x_scale = walk.x_scale, *const shifts = walk.shifts;
   const I unit_of_lane = walk.unit_of_lane;
-  const int64_t units_per_block = x.layout->block_cols / x.unit;
+  const int64_t units = x.units, units_per_block = x.layout->block_cols / x.unit;
   const int64_t whole = whole_vectors<Codec>(w) / kTurned;
-  for (int64_t r = 0; r < kRunRows; ++r) {
-    for (int i = 0; i < kX; ++i) {
+  for (int i = 0; i < kX; ++i) {
+    for (int64_t r = 0; r < kRunRows; ++r) {
       F sum = zero();
-      for (int64_t u = 0; walk.shifts && r < n && u < x.units; u += 16) {
-        sum = fma(load(walk.shifts + r * x.units + u), load(x.sum + i * x.units + u), sum);
-      }
-      store(walk.sums + (i * kRunRows + r) * 16, sum);
+      for (int64_t u = 0; shifts && r < n && u < units; u += 16)
+        sum = fma(load(shifts + r * units + u), load(x.sum + i * units + u), sum);
+      store(sums + (i * kRunRows + r) * 16, sum);
     }
   }
-  const bool in_chunks = kChunk < x.blocks;
-  const int64_t far = rows_ahead<kW>(64 * kTurned * (in_chunks ? kChunk : x.blocks), in_chunks);
-  for (int64_t chunk = 0; chunk < x.blocks; chunk += kChunk) {
-    const int64_t end = chunk + kChunk < x.blocks ? chunk + kChunk : x.blocks;
+  for (int64_t chunk = 0; chunk < x.blocks; chunk += length) {
+    const int64_t end = chunk + length < x.blocks ? chunk + length : x.blocks;
     for (int64_t r = 0; r < n; r += kW) {
       const Codec* of_rows[kW];
       const uint8_t* rows[kW];
       const float* factors[kW];
-      float* sums[kW];
+      float* to[kW];
       for (int j = 0; j < kW; ++j) {
         const int64_t at = r + j < n ? r + j : r;
         of_rows[j] = codecs + (has_own_levels(w) ? at : 0);
         rows[j] = w.codes + (row + at) * w.row_bytes;
-        factors[j] = walk.factors + at * x.units;
-        sums[j] = walk.sums + (r + j) * 16;  // of a row that is not there too
+        factors[j] = walk.factors + at * units;
+        to[j] = sums + (r + j) * 16;  // of a row that is not there too
       }
       // In this chunk, in the next one, or in the next run.
-      Ahead ahead{far * w.row_bytes, 0};
-      if (r + far >= kRunRows) {
-        ahead.vectors = end == x.blocks ? -chunk * kTurned : kChunk * kTurned;
-        if (end != x.blocks) ahead.bytes -= kRunRows * w.row_bytes;
+      Ahead ahead{rows_ahead * w.row_bytes, 0};
+      if (r + rows_ahead >= kRunRows) {
+        ahead.vectors = kTurned * (end == x.blocks ? -chunk : length);
+        if (end != x.blocks) ahead.row_bytes -= kRunRows * w.row_bytes;
       }
       for (int64_t b = chunk; b < end; ++b) {
         Stored codes[kW][kTurned];
+        ask_for_block<Codec, kTurned, kW>(w, rows, b * kTurned, ahead);
         if (b < whole) {
-          load_block<Codec, kTurned, kW>(w, rows, b * kTurned, ahead, codes);
+          load_block<Codec, kTurned, kW>(w, rows, b * kTurned, codes);
         } else {
           load_last_block<Codec, kTurned, kW>(w, rows, b * kTurned, codes);
         }
@@ -195,8 +222,8 @@ template <class Codec, Operand kOperand, int kTurned, int kX>
 #pragma GCC unroll 4
           for (int i = 0; i < kX; ++i) {
             const F both = mul(scale, load(x_scale + (b * kX + i) * 16));
-            float* to = sums[j] + i * kRunRows * 16;
-            store(to, fma(to_float(products[j][i]), both, load(to)));
+            float* sum = to[j] + i * kRunRows * 16;
+            store(sum, fma(to_float(products[j][i]), both, load(sum)));
           }
         }
       }
@@ -204,7 +231,7 @@ template <class Codec, Operand kOperand, int kTurned, int kX>
   }
   for (int i = 0; i < kX; ++i) {
     float* to = y + i * ldy;
-    const F all = add_lanes(walk.sums + i * kRunRows * 16);
+    const F all = add_lanes(sums + i * kRunRows * 16);
     store_part(to, add(load_part(to, static_cast<int>(n)), all), static_cast<int>(n));
   }
 }
@@ -218,13 +245,8 @@ static inline void multiply_rows_as(const PackedView& w, const Activations& x, i
   ranges[0] = codecs[0].prepare(w, begin);
   for (int j = 1; j < kRunRows; ++j) ranges[j] = ranges[0];
   RowWalk walk;
-  walk.x_scale = static_cast<float*>(scratch);
-  walk.sums = walk.x_scale + x.blocks * x.rows * 16;
-  walk.factors = walk.sums + kRunRows * x.rows * 16;
-  walk.decoded = walk.factors + 2 * unit_floats(x, kRunRows);
-  walk.shifts = has_shift<Codec::kBits>(w, ranges[0].offset)
-                    ? walk.factors + unit_floats(x, kRunRows)
-                    : nullptr;
+  cut_rows(w, x, scratch, &walk);
+  if (!has_shift<Codec::kBits>(w, ranges[0].offset)) walk.shifts = nullptr;
   int32_t unit_of_lane[16];
   for (int i = 0; i < 16; ++i)
     unit_of_lane[i] = static_cast<int32_t>(x.layout->first_col_of_lane[i] / x.unit);
@@ -248,12 +270,13 @@ static inline void multiply_rows_as(const PackedView& w, const Activations& x, i
       multiply_run<Codec, kOperand, kTurned, decltype(rows)::value>(codecs, w, x, walk, row, n,
                                                                     y + row - begin, ldy);
     };
-    if constexpr (kWalkedRows > 1 && kOperand != Operand::kTwoBytes) {
+    if (x.rows == 1) {
+      multiply(Count<1>());
+    } else if constexpr (kWalkedRows > 1 && kOperand != Operand::kTwoBytes) {
       if (x.rows == 2) multiply(Count<2>());
       if (x.rows == 3) multiply(Count<3>());
       if (x.rows == 4) multiply(Count<4>());
     }
-    if (x.rows == 1) multiply(Count<1>());
   }
 }
 

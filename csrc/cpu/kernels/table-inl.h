@@ -22,7 +22,7 @@ static inline void with_codec(const PackedView& w, Operand operand, const Take& 
     case 2:
       return with_codec_of<2>(w, operand, take);
     default:
-      return;
+      __builtin_trap();
   }
 }
 
@@ -70,8 +70,10 @@ const KernelTable table = {
     .quantize_activations = quantize_activations,
     .walked_rows = kWalkedRows,
     .multiply_rows = multiply_rows,
+    .rows_scratch_bytes = rows_scratch_bytes,
     .panel_rows = kTileWidth,
     .multiply_panel = multiply_panel,
+    .panel_scratch_bytes = panel_scratch_bytes,
     .add_outliers = add_outliers,
     .dot_codes = dot_codes,
 };

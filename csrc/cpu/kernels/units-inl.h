@@ -10,13 +10,14 @@ static inline bool has_shift(const PackedView& view, float offset) {
   return point[0] + offset != 0.0f;
 }
 
-// out[i] = the scale at + i, i < count, and 64 zeros after them.
-static inline void load_scales(const PackedView& view, int64_t at, int64_t count, float* out) {
+// out[i] = the scale at + i times `by`, i < count, and 64 zeros after them.
+static inline void load_scales(const PackedView& view, int64_t at, int64_t count, float by,
+                               float* out) {
   int64_t i = 0;
   if (view.scale_kind == ScaleKind::kDoubleQuant && count >= 32) {
     const WideTable map = wide_table(kDynamicMap);
     const uint8_t* codes = static_cast<const uint8_t*>(view.scale) + at;
-    const F offset = set1(view.scale_offset);
+    const F offset = set1(view.scale_offset), factor = set1(by);
     for (; i + 32 <= count; i += 32) {
       F value[2];
       lookup_wide(map, codes + i, value);
@@ -24,22 +25,29 @@ static inline void load_scales(const PackedView& view, int64_t at, int64_t count
         const int64_t first = at + i + 16 * half, block = first / kDoubleQuantBlock;
         F absmax = set1(view.scale_absmax[block]);
         if ((first + 15) / kDoubleQuantBlock != block) {
-          const float next = view.scale_absmax[block + 1];
           float each[16];
           for (int lane = 0; lane < 16; ++lane)
-            each[lane] =
-                (first + lane) / kDoubleQuantBlock == block ? view.scale_absmax[block] : next;
+            each[lane] = view.scale_absmax[(first + lane) / kDoubleQuantBlock];
           absmax = load(each);
         }
-        store(out + i + 16 * half, add(mul(value[half], absmax), offset));
+        store(out + i + 16 * half, mul(add(mul(value[half], absmax), offset), factor));
       }
     }
   }
   for (; i < count; i += 16) {
     const int n = static_cast<int>(count - i < 16 ? count - i : 16);
-    store_part(out + i, scales_of(view, at + i, n), n);
+    store_part(out + i, mul(scales_of(view, at + i, n), set1(by)), n);
   }
   for (i = 0; i < 64; i += 16) store(out + count + i, zero());
+}
+
+// Floats that load_units decodes into: scales of `rows` rows and the zero points of one.
+static inline int64_t decoded_floats(const PackedView& view, int64_t rows) {
+  return (rows + 1) * view.groups + 96;
+}
+// And those it leaves, as they are read: a vector beyond the last unit.
+static inline int64_t unit_floats(const Activations& x, int64_t rows) {
+  return rows * x.units + 64;
 }
 
 // Values of groups for sixteen units at a time, `per_group` of which share one.
@@ -96,7 +104,12 @@ static inline void load_units(const PackedView& view, int64_t row, int64_t rows,
   const bool of_tensor = view.scale_row_stride == 0;
   const Spread spread(groups == 1 ? units : view.group_size / unit, groups);
   const int64_t count = of_tensor ? 1 : rows * groups;
-  load_scales(view, row * view.scale_row_stride, count, decoded);
+  // Where groups are units and leave no gaps, scales are factors as they lie.
+  const bool as_they_lie =
+      spread.per_group == 1 && units == groups && !of_tensor && !has_own_levels(view);
+  load_scales(view, row * view.scale_row_stride, count, as_they_lie ? ranges[0].factor : 1.0f,
+              as_they_lie ? factors : decoded);
+  if (as_they_lie && !shifts) return;
   float* zeros = decoded + count + 64;
   // Lanes beyond the row become zeros, whatever they were.
   const auto used_of = [used](int64_t u, F v) {
@@ -115,7 +128,8 @@ static inline void load_units(const PackedView& view, int64_t row, int64_t rows,
     for (int64_t u = 0; u < units; u += 16) {
       F factor = zero(), shift = zero();
       if (u < used) {
-        factor = used_of(u, mul(spread.at(scales, u), by));
+        factor =
+            as_they_lie ? load(factors + j * units + u) : used_of(u, mul(spread.at(scales, u), by));
         if (shifts) {
           const F point = spread.per_group > 1 ? spread.at(zeros, u) : zeros_at(u);
           shift = mul(factor, used_of(u, sub(offset, point)));

@@ -182,6 +182,29 @@ template <int kTurned>
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) t[i] = x[i];
 }
+template <class Join>
+static inline F join_lanes(const float* rows, const Join& join) {
+  F x[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = load(rows + 16 * i);
+  // Each step joins halves of two vectors and leaves one, until a lane is a row; rows are paired so
+  // that the last step finds them in order.
+  F y[8], z[4], v[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const F a = x[i % 4 + i / 4 * 8], b = x[i % 4 + i / 4 * 8 + 4];
+    y[i] = join(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    z[i] = join(_mm512_shuffle_f32x4(y[i], y[i + 4], 0x88),
+                _mm512_shuffle_f32x4(y[i], y[i + 4], 0xdd));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    v[i] = join(_mm512_shuffle_ps(z[2 * i], z[2 * i + 1], 0x44),
+                _mm512_shuffle_ps(z[2 * i], z[2 * i + 1], 0xee));
+  return join(_mm512_shuffle_ps(v[0], v[1], 0x88), _mm512_shuffle_ps(v[0], v[1], 0xdd));
+}
 static inline F pick(const float* table, const uint8_t* at) {
   const __m256 low = _mm256_set_m128(pick_four(table, at + 4), pick_four(table, at));
   const __m256 high = _mm256_set_m128(pick_four(table, at + 12), pick_four(table, at + 8));

@@ -23,3 +23,18 @@ static inline void place_words(const int32_t* q, const uint8_t* order, uint8_t* 
 static inline void place_bytes(const int32_t* q, const uint8_t* order, uint8_t* out) {
   for (int i = 0; i < 64; ++i) out[i] = static_cast<uint8_t>(q[order[i]]);
 }
+
+// Lane i is the lanes of rows[i], sixteen rows, joined in the order of reduce_add.
+template <class Join>
+static inline F join_lanes(const float* rows, const Join& join) {
+  I lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = load_i(rows + 16 * i);
+  transpose(lanes);
+  float turned[16 * 16];
+  for (int i = 0; i < 16; ++i) store_i(turned + 16 * i, lanes[i]);
+  F all[16];
+  for (int i = 0; i < 16; ++i) all[i] = load(turned + 16 * i);
+  for (int step = 8; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) all[i] = join(all[i], all[i + step]);
+  return all[0];
+}

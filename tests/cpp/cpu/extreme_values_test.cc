@@ -76,6 +76,8 @@ TEST(ExtremeValues, NonFiniteScalesStayInTheirRow) {
         } else {
           reinterpret_cast<uint16_t*>(scales)[at] = 0x7c00;  // infinity
         }
+        if (view.zero_kind == Zero::kFloat)
+          reinterpret_cast<uint16_t*>(w.buffer(BufferRole::kZero))[at] = 0x7e00;  // NaN
       }
       for (int64_t m : {1, 3, 5, 14}) {
         const Values x(FloatType::kFloat32, random_weights(m * cols, 2));
@@ -89,6 +91,20 @@ TEST(ExtremeValues, NonFiniteScalesStayInTheirRow) {
         }
       }
     }
+  }
+}
+
+// Integers cannot stand for levels that are not finite, even if all others are zero.
+TEST(ExtremeValues, NonFiniteLevels) {
+  const int64_t n = 3, cols = 70;
+  Owned w(format_of("kmeans2-row"), n, cols);  // codes of zeros
+  for (int64_t i = 0; i < 4 * n; ++i)
+    reinterpret_cast<uint16_t*>(w.buffer(BufferRole::kCodebook))[i] = i % 4 ? 0 : 0x7e00;  // NaN
+  for (int64_t m : {1, 3, 5}) {
+    const Values x(FloatType::kFloat32, random_weights(m * cols, 2));
+    for (Accuracy level : kLevels)
+      for (float y : multiply(active_kernels(), w.view(), x, m, nullptr, level))
+        EXPECT_TRUE(std::isnan(y)) << testing::name_of(level);
   }
 }
 

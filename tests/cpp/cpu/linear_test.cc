@@ -61,19 +61,23 @@ void run_backwards(int64_t n, int64_t /*grain*/, const RangeBody& body) {
 
 TEST(Linear, TheSameBitsHoweverWorkIsSplit) {
   const KernelTable& k = active_kernels();
-  for (const std::string& text : testing::some_formats()) {
-    Owned w(format_of(text), 70, 300);
+  std::vector<std::pair<std::string, int64_t>> cases;
+  for (const std::string& text : testing::some_formats()) cases.emplace_back(text, 300);
+  // Groups that fill whole vectors, and are decoded as they lie.
+  for (const char* text : {"nf4", "int4-g64", "int3-g64-dq"}) cases.emplace_back(text, 1024);
+  for (const auto& [text, cols] : cases) {
+    Owned w(format_of(text), 70, cols);
     w.fill_randomly(1);
     for (int64_t m : {1, 2, 5, 13}) {
       for (FloatType dtype : {FloatType::kFloat32, FloatType::kBFloat16}) {
-        const Values x(dtype, random_weights(m * 300, 2)), bias(dtype, random_weights(70, 3));
+        const Values x(dtype, random_weights(m * cols, 2)), bias(dtype, random_weights(70, 3));
         for (Accuracy level : kLevels) {
           const auto y = multiply(k, w.view(), x, m, &bias, level);
           for (const Parallel& parallel :
                {Parallel(testing::run_in_threads), Parallel(run_backwards)}) {
             const auto other = multiply(k, w.view(), x, m, &bias, level, parallel);
             EXPECT_EQ(memcmp(y.data(), other.data(), y.size() * 4), 0)
-                << text << " " << testing::name_of(level) << " m " << m;
+                << text << " " << cols << " " << testing::name_of(level) << " m " << m;
           }
         }
       }

@@ -35,13 +35,13 @@ std::vector<float> product(const PackedView& w, Operand operand, Walk walk, cons
     EXPECT_TRUE(k.quantize_activations(x + i * w.cols, FloatType::kFloat32, i, &xs));
   std::vector<float> y(static_cast<size_t>(m * kRows));
   if (walk == Walk::kRows) {
-    std::vector<Line> scratch = lines(rows_scratch_bytes(w, xs));
+    std::vector<Line> scratch = lines(k.rows_scratch_bytes(w, xs));
     // In two pieces, of which the second does not begin with the first row.
     k.multiply_rows(w, xs, 0, 5, scratch.data(), y.data(), kRows);
     k.multiply_rows(w, xs, 5, kRows, scratch.data(), y.data() + 5, kRows);
     return y;
   }
-  std::vector<Line> scratch = lines(panel_scratch_bytes(w, xs));
+  std::vector<Line> scratch = lines(k.panel_scratch_bytes(w, xs));
   const int64_t width = k.panel_rows;
   for (int64_t r = 0; r < kRows; r += width) {
     std::vector<float> sums(static_cast<size_t>(m * width));
