@@ -36,6 +36,23 @@ Tensor empty_with_last(const Tensor& like, int64_t last) {
   return Tensor(made);
 }
 
+bool is_on(const Tensor& tensor, const Place& place) {
+  return place.on_gpu ? tensor.is_cuda() && tensor.get_device_index() == place.gpu
+                      : tensor.is_cpu();
+}
+
+const char* name_of(const Place& place) { return place.on_gpu ? "CUDA" : "CPU"; }
+
+void look_for_gpu(const Tensor& tensor, Place* found) {
+  if (found->gpu < 0 && tensor.is_cuda()) found->gpu = tensor.get_device_index();
+}
+void look_for_gpu(const std::optional<Tensor>& tensor, Place* found) {
+  if (tensor.has_value()) look_for_gpu(*tensor, found);
+}
+void look_for_gpu(const std::vector<Tensor>& tensors, Place* found) {
+  for (const Tensor& tensor : tensors) look_for_gpu(tensor, found);
+}
+
 std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
   for (int64_t i = 0; i < tensor.dim(); ++i)
@@ -97,12 +114,12 @@ ScalarType scalar_type(DType dtype) {
 }
 
 MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op,
-                     const Tensor* on_gpu) {
-  const bool here = on_gpu ? is_on_device_of(weight, *on_gpu) : weight.is_cpu();
+                     const Place& place) {
+  const bool here = is_on(weight, place);
   if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols || !here) {
-    fail(op, std::string("weight must be a ") + (on_gpu ? "CUDA" : "CPU") +
-                 " tensor [out, in] = [" + std::to_string(rows) + ", " + std::to_string(cols) +
-                 "], got " + shape_of(weight) + (here ? "" : " on another device"));
+    fail(op, std::string("weight must be a ") + name_of(place) + " tensor [out, in] = [" +
+                 std::to_string(rows) + ", " + std::to_string(cols) + "], got " + shape_of(weight) +
+                 (here ? "" : " on another device"));
   }
   return {weight.const_data_ptr(),
           float_type(weight.scalar_type(), op, "weight"),
@@ -169,7 +186,7 @@ namespace {
 }  // namespace
 
 PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
-                             const char* op, const Tensor* on_gpu) {
+                             const char* op, const Place& place) {
   PackedBuffers result;
   check(parse_spec(spec, &result.format, &result.rows, &result.cols), op);
   const BufferTable buffers = result.format.buffers(result.rows, result.cols);
@@ -180,19 +197,14 @@ PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vecto
   for (size_t i = 0; i < buffers.size(); ++i) {
     const BufferSpec& want = buffers[i];
     const Tensor& got = packed[i];
-    const bool here = on_gpu ? is_on_device_of(got, *on_gpu) : got.is_cpu();
+    const bool here = is_on(got, place);
     if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() || !here ||
         !got.is_contiguous()) {
-      fail_buffer(result, want, got, !here, on_gpu ? "CUDA" : "CPU", op);
+      fail_buffer(result, want, got, !here, name_of(place), op);
     }
     result.data.push_back(got.const_data_ptr());
   }
   return result;
-}
-
-bool is_on_device_of(const Tensor& tensor, const Tensor& other) {
-  return tensor.is_cuda() && other.is_cuda() &&
-         tensor.get_device_index() == other.get_device_index();
 }
 
 Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op) {

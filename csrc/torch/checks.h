@@ -35,6 +35,28 @@ Tensor as_contiguous(const Tensor& tensor);
 // has at least one dimension. A third of the instructions of new_empty, which is looked up by name.
 Tensor empty_with_last(const Tensor& like, int64_t last);
 
+// Where the tensors of a call must lie: on the CPU, or all on one GPU.
+struct Place {
+  bool on_gpu = false;
+  int32_t gpu = -1;  // its number; -1 is none, on which nothing lies
+};
+inline constexpr Place kCpu{};
+
+bool is_on(const Tensor& tensor, const Place& place);
+const char* name_of(const Place& place);
+
+// The GPU of the first of these that lies on one: ops come to their CUDA kernels as soon as any
+// argument does.
+void look_for_gpu(const Tensor& tensor, Place* found);
+void look_for_gpu(const std::optional<Tensor>& tensor, Place* found);
+void look_for_gpu(const std::vector<Tensor>& tensors, Place* found);
+template <class... Arguments>
+Place gpu_of(const Arguments&... arguments) {
+  Place found{.on_gpu = true};
+  (look_for_gpu(arguments, &found), ...);
+  return found;
+}
+
 std::string shape_of(const Tensor& tensor);
 const char* name_of(ScalarType dtype);
 
@@ -49,10 +71,9 @@ FloatType float_type(ScalarType dtype, const char* op, const char* argument);
 ScalarType scalar_type(FloatType dtype);
 ScalarType scalar_type(DType dtype);
 
-// The weight as [rows, cols] of floats; fails on another shape or dtype, or where it is not on the
-// CPU or, if that is given, the GPU of `on_gpu`.
+// The weight as [rows, cols] of floats; fails on another shape, dtype or place.
 MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op,
-                     const Tensor* on_gpu = nullptr);
+                     const Place& place = kCpu);
 
 // What linear_mixed is given beside tensors.
 void check_mixed(const Format& format, int64_t cols, double threshold,
@@ -75,12 +96,10 @@ struct Packed : PackedBuffers {
   PackedView view;
 };
 
-bool is_on_device_of(const Tensor& tensor, const Tensor& other);  // one and the same GPU
-
-// Checks number, dtype, device, size and contiguity of every buffer against the spec. They must lie
-// on the CPU, or on the GPU of `on_gpu`.
+// Checks number, dtype, device, size and contiguity of every buffer against the spec. They must
+// lie on `place`.
 PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
-                             const char* op, const Tensor* on_gpu = nullptr);
+                             const char* op, const Place& place = kCpu);
 // The same on the CPU, and looks at the bytes.
 Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op);
 

@@ -12,24 +12,24 @@
 namespace bitfold::binding {
 namespace {
 
-void check_last_dim(const Tensor& x, int64_t want, const Tensor& weight, const char* op,
+void check_last_dim(const Tensor& x, int64_t want, const Place& place, const char* op,
                     const char* argument, const char* meaning) {
   if (x.dim() < 1 || x.size(x.dim() - 1) != want) {
     fail(op, std::string(argument) + " must be [..., " + std::to_string(want) + "] (" + meaning +
                  "), got " + shape_of(x));
   }
-  check_same_gpu(x, weight, op, argument, "the packed weight");
+  check_same_gpu(x, place, op, argument, "the packed weight");
 }
 
 // The bias as contiguous numbers of x's dtype.
 std::optional<Tensor> bias_row(const std::optional<Tensor>& bias, const Tensor& x, int64_t rows,
-                               const char* op) {
+                               const Place& place, const char* op) {
   if (!bias.has_value()) return std::nullopt;
   if (bias->dim() != 1 || bias->numel() != rows) {
     fail(op, "bias must be a tensor [" + std::to_string(rows) + "] (out_features), got " +
                  shape_of(*bias));
   }
-  check_same_gpu(*bias, x, op, "bias", "x");
+  check_same_gpu(*bias, place, op, "bias", "x");
   float_type(bias->scalar_type(), op, "bias");
   return as_contiguous(
       bias->scalar_type() == x.scalar_type() ? *bias : torch::stable::to(*bias, x.scalar_type()));
@@ -106,12 +106,12 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vec
   constexpr const char* kOp = "linear";
   const DevicePacked w = unpack_cuda(packed, spec, kOp);
   const FloatType dtype = float_type(x.scalar_type(), kOp, "x");
-  check_last_dim(x, w.cols, packed[0], kOp, "x", "in_features");
+  check_last_dim(x, w.cols, w.place, kOp, "x", "in_features");
   if (accuracy < 0 || accuracy > 2) {
     fail(kOp, "accuracy must be 0 (auto), 1 (fp32) or 2 (int8), got " + std::to_string(accuracy));
   }
-  const CudaContext context(packed[0], kOp);
-  const std::optional<Tensor> row = bias_row(bias, x, w.rows, kOp);
+  const CudaContext context(w.place, kOp);
+  const std::optional<Tensor> row = bias_row(bias, x, w.rows, w.place, kOp);
   const Tensor rows = as_contiguous(x);
   Tensor y = empty_with_last(x, w.rows);
   const int64_t m = y.numel() / std::max<int64_t>(1, w.rows);
@@ -153,10 +153,10 @@ Tensor linear_mixed(const Tensor& x, const std::vector<Tensor>& packed,
   constexpr const char* kOp = "linear_mixed";
   const DevicePacked w = unpack_cuda(packed, spec, kOp);
   const FloatType dtype = float_type(x.scalar_type(), kOp, "x");
-  check_last_dim(x, w.cols, packed[0], kOp, "x", "in_features");
+  check_last_dim(x, w.cols, w.place, kOp, "x", "in_features");
   check_mixed(w.format, w.cols, threshold, columns, kOp);
-  const CudaContext context(packed[0], kOp);
-  const std::optional<Tensor> row = bias_row(bias, x, w.rows, kOp);
+  const CudaContext context(w.place, kOp);
+  const std::optional<Tensor> row = bias_row(bias, x, w.rows, w.place, kOp);
   const Tensor rows = as_contiguous(x);
   Tensor y = empty_with_last(x, w.rows);
   const int64_t m = y.numel() / std::max<int64_t>(1, w.rows);
@@ -176,8 +176,8 @@ Tensor linear_grad_input(const Tensor& grad, const std::vector<Tensor>& packed,
   constexpr const char* kOp = "linear_grad_input";
   const DevicePacked w = unpack_cuda(packed, spec, kOp);
   const FloatType dtype = float_type(grad.scalar_type(), kOp, "grad");
-  check_last_dim(grad, w.rows, packed[0], kOp, "grad", "out_features");
-  const CudaContext context(packed[0], kOp);
+  check_last_dim(grad, w.rows, w.place, kOp, "grad", "out_features");
+  const CudaContext context(w.place, kOp);
   const Tensor rows = as_contiguous(grad);
   const Tensor gx = empty_with_last(grad, w.cols);
   const int64_t m = gx.numel() / std::max<int64_t>(1, w.cols);

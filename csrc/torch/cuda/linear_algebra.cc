@@ -37,12 +37,13 @@ LinearAlgebra::Cholesky<T> cholesky_on(const Device& device, cudaStream_t stream
 
 }  // namespace
 
-TorchGpu::TorchGpu(const Tensor& like, const CudaContext& context)
-    : gpu_{context.stream(), algebra_, [this, like](int64_t bytes) {
-             memory_.push_back(torch::stable::new_empty(like, {bytes}, ScalarType::Char));
+TorchGpu::TorchGpu(const CudaContext& context)
+    : gpu_{context.stream(), algebra_, [this, device = context.device()](int64_t bytes) {
+             memory_.push_back(
+                 torch::stable::empty({bytes}, ScalarType::Char, std::nullopt, device));
              return memory_.back().mutable_data_ptr();
            }} {
-  const Device device(torch::headeronly::DeviceType::CUDA, like.get_device_index());
+  const Device device = context.device();
   algebra_ = {gemm_on<float>(device), gemm_on<double>(device),
               cholesky_on<float>(device, context.stream()),
               cholesky_on<double>(device, context.stream()),

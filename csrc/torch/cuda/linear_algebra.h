@@ -8,11 +8,11 @@
 
 namespace bitfold::binding {
 
-// On the GPU of `like` and torch's current stream there, while it lives. Products in fp32 are as
+// On a context's GPU and stream, while it lives. Products in fp32 are as
 // exact as torch has been told (bitfold/solvers/ sees to it that feedback has no TF32).
 class TorchGpu {
  public:
-  TorchGpu(const Tensor& like, const CudaContext& context);
+  explicit TorchGpu(const CudaContext& context);
   TorchGpu(const TorchGpu&) = delete;
   const Gpu& get() const { return gpu_; }
 

@@ -18,7 +18,7 @@ Tensor pack_bits(Tensor codes, int64_t bits) {
     fail(kOp, std::string("codes must be a uint8 tensor [rows, cols], got ") +
                   name_of(codes.scalar_type()) + " " + shape_of(codes));
   }
-  const CudaContext context(codes, kOp);
+  const CudaContext context(gpu_of(codes), kOp);
   const Tensor source = as_contiguous(codes);
   const int64_t rows = codes.size(0), cols = codes.size(1);
   const int width = static_cast<int>(bits);
@@ -43,7 +43,7 @@ Tensor unpack_bits(Tensor packed, int64_t bits, int64_t rows, int64_t cols) {
                   std::to_string(bits) + " bits, got " + name_of(packed.scalar_type()) + " " +
                   shape_of(packed));
   }
-  const CudaContext context(packed, kOp);
+  const CudaContext context(gpu_of(packed), kOp);
   const Tensor source = as_contiguous(packed);
   Tensor out = torch::stable::new_empty(packed, {rows, cols}, ScalarType::Byte);
   check(cuda::unpack_bits(static_cast<const uint8_t*>(source.const_data_ptr()), rows, cols, width,

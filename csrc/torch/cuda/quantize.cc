@@ -18,13 +18,14 @@ std::vector<Tensor> quantize(Tensor weight, std::vector<int64_t> spec, int64_t m
   if (method != 0 && method != 1) {
     fail(kOp, "method must be 0 (round) or 1 (search), got " + std::to_string(method));
   }
-  const MatrixView view = matrix_of(weight, rows, cols, kOp, &weight);
+  const Place place = gpu_of(weight);
+  const MatrixView view = matrix_of(weight, rows, cols, kOp, place);
   if (!cuda::can_quantize(format, static_cast<Method>(method))) {
     fail(kOp, "format " + format.to_string() +
                   (method == 0 ? " with absmax or min-max scales" : " with searched scales") +
                   " is folded on the CPU only; move the weight there");
   }
-  const CudaContext context(weight, kOp);
+  const CudaContext context(place, kOp);
   std::vector<void*> data;
   std::vector<Tensor> packed = empty_buffers(weight, format, rows, cols, &data);
   const Tensor memory = scratch(weight, cuda::quantize_scratch_bytes(format, rows, cols));
@@ -39,7 +40,7 @@ std::tuple<Tensor, Tensor, Tensor> double_quantize(Tensor scales) {
   if (scales.scalar_type() != ScalarType::Float) {
     fail(kOp, std::string("scales must be a float32 tensor, got ") + name_of(scales.scalar_type()));
   }
-  const CudaContext context(scales, kOp);
+  const CudaContext context(gpu_of(scales), kOp);
   const Tensor source = as_contiguous(scales);
   const int64_t n = source.numel();
   const std::vector<int64_t> shape(source.sizes().begin(), source.sizes().end());
@@ -64,13 +65,15 @@ Tensor double_dequantize(Tensor codes, Tensor absmax, Tensor offset) {
       offset.scalar_type() != ScalarType::Int) {
     fail(kOp, "codes must be int8, absmax and offset int32 (bits of float32)");
   }
-  check_same_gpu(absmax, codes, kOp, "absmax", "codes");
-  check_same_gpu(offset, codes, kOp, "offset", "codes");
+  const Place place = gpu_of(codes, absmax, offset);
+  check_same_gpu(codes, place, kOp, "codes", "absmax and offset");
+  check_same_gpu(absmax, place, kOp, "absmax", "codes");
+  check_same_gpu(offset, place, kOp, "offset", "codes");
   if (absmax.numel() != (n + kDoubleQuantBlock - 1) / kDoubleQuantBlock || offset.numel() != 1) {
     fail(kOp, "absmax must hold one value per 256 codes and offset one, got " + shape_of(absmax) +
                   " and " + shape_of(offset) + " for codes " + shape_of(codes));
   }
-  const CudaContext context(codes, kOp);
+  const CudaContext context(place, kOp);
   const Tensor from = as_contiguous(codes), blocks = as_contiguous(absmax);
   const std::vector<int64_t> shape(codes.sizes().begin(), codes.sizes().end());
   Tensor out = torch::stable::new_empty(codes, shape, ScalarType::Float);

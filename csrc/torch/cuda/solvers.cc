@@ -11,21 +11,18 @@
 namespace bitfold::binding {
 namespace {
 
-// The op came here since one of the two is on a GPU: that is where both must be.
-const Tensor& on_gpu(const Tensor& a, const Tensor& b) { return a.is_cuda() ? a : b; }
-
 std::tuple<int64_t, int64_t> hessian_update(Tensor hessian, Tensor x, std::optional<Tensor> mask,
                                             int64_t tokens) {
   constexpr const char* kOp = "hessian_update";
-  const Tensor& like = on_gpu(hessian, x);
+  const Place place = gpu_of(hessian, x, mask);
   Tensor kept;
   std::optional<Tensor> kept_mask;
-  const CudaContext context(like, kOp);
-  const MatrixView rows = rows_of(x, kOp, "x", &kept, &like);
-  check_mean(hessian, rows.cols, kOp, "hessian", &like);
+  const MatrixView rows = rows_of(x, kOp, "x", &kept, place);
+  check_mean(hessian, rows.cols, kOp, "hessian", place);
   check_tokens(tokens, kOp);
-  const uint8_t* counted = bytes_of_mask(mask, rows.rows, kOp, &kept_mask, &like);
-  const TorchGpu gpu(like, context);
+  const uint8_t* counted = bytes_of_mask(mask, rows.rows, kOp, &kept_mask, place);
+  const CudaContext context(place, kOp);
+  const TorchGpu gpu(context);
   Counts counts;
   check(with_data(hessian,
                   [&](auto* data) {
@@ -38,8 +35,9 @@ std::tuple<int64_t, int64_t> hessian_update(Tensor hessian, Tensor x, std::optio
 void hessian_finish(Tensor hessian) {
   constexpr const char* kOp = "hessian_finish";
   const int64_t n = hessian.dim() > 0 ? hessian.size(0) : 0;
-  check_mean(hessian, n, kOp, "hessian", &hessian);
-  const CudaContext context(hessian, kOp);
+  const Place place = gpu_of(hessian);
+  check_mean(hessian, n, kOp, "hessian", place);
+  const CudaContext context(place, kOp);
   check(cuda::mirror({hessian.mutable_data_ptr(), hessian.scalar_type() == ScalarType::Double, n},
                      context.stream()),
         kOp);
@@ -48,14 +46,14 @@ void hessian_finish(Tensor hessian) {
 std::tuple<int64_t, int64_t> cross_update(Tensor cross, Tensor x_float, Tensor x,
                                           std::optional<Tensor> mask, int64_t tokens) {
   constexpr const char* kOp = "cross_update";
-  const Tensor& like = on_gpu(cross, on_gpu(x, x_float));
+  const Place place = gpu_of(cross, x_float, x, mask);
   std::optional<Tensor> kept_mask;
-  const CudaContext context(like, kOp);
-  const CrossRows rows = cross_rows(x_float, x, kOp, &like);
-  check_mean(cross, rows.x.cols, kOp, "cross", &like);
+  const CrossRows rows = cross_rows(x_float, x, kOp, place);
+  check_mean(cross, rows.x.cols, kOp, "cross", place);
   check_tokens(tokens, kOp);
-  const uint8_t* counted = bytes_of_mask(mask, rows.x.rows, kOp, &kept_mask, &like);
-  const TorchGpu gpu(like, context);
+  const uint8_t* counted = bytes_of_mask(mask, rows.x.rows, kOp, &kept_mask, place);
+  const CudaContext context(place, kOp);
+  const TorchGpu gpu(context);
   Counts counts;
   check(with_data(cross,
                   [&](auto* data) {
@@ -71,17 +69,17 @@ std::tuple<std::vector<Tensor>, Tensor> gptq_quantize(
     int64_t scales, bool dynamic, int64_t sweeps, int64_t refits, std::optional<Tensor> cross,
     double alpha, std::optional<Tensor> exact, int64_t measured_rows, bool timed) {
   constexpr const char* kOp = "gptq_quantize";
-  const Tensor& like = on_gpu(weight, hessian);
-  const CudaContext context(like, kOp);
-  const Layer layer = layer_of(weight, hessian, spec, kOp, &like);
+  const Place place = gpu_of(weight, hessian, cross, exact);
+  const Layer layer = layer_of(weight, hessian, spec, kOp, place);
   GptqOptions options =
       gptq_options(kOp, order, damping, scales, dynamic, sweeps, refits, alpha, measured_rows);
   std::vector<Tensor> kept;
-  add_tensors(layer, cross, exact, kOp, &options, &kept, &like);
+  add_tensors(layer, cross, exact, kOp, &options, &kept, place);
   std::vector<void*> buffers;
   std::vector<Tensor> packed =
       empty_buffers(weight, layer.format, layer.rows, layer.cols, &buffers);
-  const TorchGpu gpu(like, context);
+  const CudaContext context(place, kOp);
+  const TorchGpu gpu(context);
   GptqReport report;
   check(bitfold::gptq_quantize(gpu.get(), layer.format, layer.weight, layer.hessian, options, timed,
                                buffers.data(), &report),
@@ -95,17 +93,17 @@ std::tuple<std::vector<Tensor>, Tensor> refit_scales(std::vector<Tensor> packed,
                                                      Tensor hessian, double damping,
                                                      int64_t sweeps) {
   constexpr const char* kOp = "refit_scales";
-  const Tensor& like = on_gpu(weight, on_gpu(hessian, packed.empty() ? weight : packed[0]));
-  const CudaContext context(like, kOp);
-  unpack_buffers(packed, spec, kOp, &like);
-  const Layer layer = layer_of(weight, hessian, spec, kOp, &like);
+  const Place place = gpu_of(packed, weight, hessian);
+  unpack_buffers(packed, spec, kOp, place);
+  const Layer layer = layer_of(weight, hessian, spec, kOp, place);
   std::vector<Tensor> refitted;
   std::vector<void*> buffers;
   for (const Tensor& buffer : packed) {
     refitted.push_back(torch::stable::clone(buffer));
     buffers.push_back(refitted.back().mutable_data_ptr());
   }
-  const TorchGpu gpu(like, context);
+  const CudaContext context(place, kOp);
+  const TorchGpu gpu(context);
   double losses[2];
   check(refit_packed(gpu.get(), layer.format, layer.weight, layer.hessian,
                      in_range(damping, kMostDamping, kOp, "damping"),
@@ -121,13 +119,14 @@ std::vector<Tensor> hqq_solve(Tensor weight, std::vector<int64_t> spec, double p
   Format format;
   int64_t rows = 0, cols = 0;
   check(parse_spec(spec, &format, &rows, &cols), kOp);
-  const CudaContext context(weight, kOp);
-  const MatrixView view = matrix_of(weight, rows, cols, kOp, &weight);
+  const Place place = gpu_of(weight);
+  const MatrixView view = matrix_of(weight, rows, cols, kOp, place);
   const HqqOptions options = hqq_options(p, beta, kappa, iterations);
   check(check_hqq(format, options), kOp);
   std::vector<void*> data;
   std::vector<Tensor> packed = empty_buffers(weight, format, rows, cols, &data);
-  const TorchGpu gpu(weight, context);
+  const CudaContext context(place, kOp);
+  const TorchGpu gpu(context);
   check(cuda::hqq(format, {options.p, options.beta, options.kappa, options.iterations}, view,
                   data.data(), gpu.get().allocate(cuda::quantize_scratch_bytes(format, rows, cols)),
                   context.stream()),
@@ -140,16 +139,12 @@ std::tuple<Tensor, Tensor> awq_scale(std::vector<Tensor> weights, std::vector<in
                                      std::vector<Tensor> channels, std::vector<Tensor> magnitudes,
                                      std::vector<int64_t> tokens, int64_t size) {
   constexpr const char* kOp = "awq_scale";
-  const Tensor* like = nullptr;
-  for (const std::vector<Tensor>* all : {&weights, &hessians, &channels, &magnitudes}) {
-    for (const Tensor& tensor : *all)
-      if (!like && tensor.is_cuda()) like = &tensor;
-  }
-  const CudaContext context(*like, kOp);
-  const std::vector<AwqReader> readers =
-      awq_readers(weights, specs, methods, hessians, channels, magnitudes, tokens, size, kOp, like);
-  Tensor scale = torch::stable::new_empty(*like, {size}, ScalarType::Float);
-  const TorchGpu gpu(*like, context);
+  const Place place = gpu_of(weights, hessians, channels, magnitudes);
+  const std::vector<AwqReader> readers = awq_readers(weights, specs, methods, hessians, channels,
+                                                     magnitudes, tokens, size, kOp, place);
+  Tensor scale = torch::stable::new_empty(weights[0], {size}, ScalarType::Float);
+  const CudaContext context(place, kOp);
+  const TorchGpu gpu(context);
   AwqScale found;
   check(bitfold::awq_scale(gpu.get(), readers, size, static_cast<float*>(scale.mutable_data_ptr()),
                            &found),
@@ -161,21 +156,21 @@ std::tuple<std::vector<Tensor>, Tensor> awq_clip(Tensor weight, Tensor hessian,
                                                  std::vector<int64_t> spec, int64_t method,
                                                  std::optional<Tensor> exact) {
   constexpr const char* kOp = "awq_clip";
-  const Tensor& like = on_gpu(weight, hessian);
-  const CudaContext context(like, kOp);
+  const Place place = gpu_of(weight, hessian, exact);
   Format format;
   int64_t rows = 0, cols = 0;
   check(parse_spec(spec, &format, &rows, &cols), kOp);
-  const MatrixView view = matrix_of(weight, rows, cols, kOp, &like);
-  const Tensor& mean = checked(hessian, ScalarType::Float, {cols, cols}, "hessian", kOp, &like);
+  const MatrixView view = matrix_of(weight, rows, cols, kOp, place);
+  const Tensor& mean = checked(hessian, ScalarType::Float, {cols, cols}, "hessian", kOp, place);
   const uint8_t* marked = nullptr;
   if (exact.has_value()) {
-    checked(*exact, ScalarType::Byte, {rows, cols}, "exact", kOp, &like);
+    checked(*exact, ScalarType::Byte, {rows, cols}, "exact", kOp, place);
     marked = static_cast<const uint8_t*>(exact->const_data_ptr());
   }
   std::vector<void*> data;
   std::vector<Tensor> packed = empty_buffers(weight, format, rows, cols, &data);
-  const TorchGpu gpu(like, context);
+  const CudaContext context(place, kOp);
+  const TorchGpu gpu(context);
   AwqClip found;
   check(bitfold::awq_clip(gpu.get(), format, method_of(method, kOp), view,
                           static_cast<const float*>(mean.const_data_ptr()), marked, data.data(),
