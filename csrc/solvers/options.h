@@ -23,6 +23,7 @@ struct GptqOptions {
   double alpha = 1.0;            // how far
   const uint8_t* exact = nullptr;  // [out, in]: not 0 where a weight is stored elsewhere
   int64_t measured_rows = 64;      // for the report's direct measurements; all if negative
+  bool timed = false;              // fills the report's seconds: a GPU is waited for in between
 };
 
 // Losses are sums over rows of e H e^T, H damped unless said otherwise; dead inputs count nothing.

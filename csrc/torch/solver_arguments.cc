@@ -86,7 +86,7 @@ double in_range(double value, double most, const char* op, const char* argument)
 
 GptqOptions gptq_options(const char* op, int64_t order, double damping, int64_t scales,
                          bool dynamic, int64_t sweeps, int64_t refits, double alpha,
-                         int64_t measured_rows) {
+                         int64_t measured_rows, bool timed) {
   GptqOptions options;
   options.order = static_cast<ColumnOrder>(in_range(order, 3, op, "order"));
   options.scales = static_cast<ScaleChoice>(in_range(scales, 3, op, "scales"));
@@ -95,6 +95,7 @@ GptqOptions gptq_options(const char* op, int64_t order, double damping, int64_t 
   options.refits = static_cast<int>(in_range(refits, kMostRounds, op, "refits"));
   options.alpha = in_range(alpha, 1.0, op, "alpha");
   options.measured_rows = measured_rows;
+  options.timed = timed;
   options.damping = in_range(damping, kMostDamping, op, "damping");
   return options;
 }

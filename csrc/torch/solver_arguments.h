@@ -51,7 +51,7 @@ inline constexpr int64_t kMostRounds = 1000;
 // The numbers that gptq_quantize is given.
 GptqOptions gptq_options(const char* op, int64_t order, double damping, int64_t scales,
                          bool dynamic, int64_t sweeps, int64_t refits, double alpha,
-                         int64_t measured_rows);
+                         int64_t measured_rows, bool timed);
 // And the tensors, which `kept` holds.
 void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
                  const std::optional<Tensor>& exact, const char* op, GptqOptions* options,

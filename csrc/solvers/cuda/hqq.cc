@@ -1,0 +1,14 @@
+#include "solvers/cuda/hqq.h"
+
+#include "cuda/kernels.h"
+
+namespace bitfold {
+
+Status hqq_solve(const Gpu& gpu, const Format& format, const HqqOptions& options,
+                 const MatrixView& w, void* const* buffers) {
+  if (Status status = check_hqq(format, options); !status.ok()) return status;
+  return cuda::hqq(format, {options.p, options.beta, options.kappa, options.iterations}, w, buffers,
+                   gpu.allocate(cuda::quantize_scratch_bytes(format, w.rows, w.cols)), gpu.stream);
+}
+
+}  // namespace bitfold
