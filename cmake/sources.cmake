@@ -106,6 +106,7 @@ set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/cuda/quantize.cc
   csrc/torch/cuda/solvers.cc
   csrc/torch/dense.cc
+  csrc/torch/linear_arguments.cc
   csrc/torch/solver_arguments.cc
 )
 
@@ -116,6 +117,7 @@ set(BITFOLD_OPS_SOURCES
   csrc/torch/dequantize.cc
   csrc/torch/linear.cc
   csrc/torch/linear_algebra.cc
+  csrc/torch/linear_arguments.cc
   csrc/torch/outliers.cc
   csrc/torch/pack.cc
   csrc/torch/quantize.cc

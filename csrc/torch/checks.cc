@@ -53,6 +53,25 @@ void look_for_gpu(const std::vector<Tensor>& tensors, Place* found) {
   for (const Tensor& tensor : tensors) look_for_gpu(tensor, found);
 }
 
+namespace {
+
+std::string device_of(const Place& place) {
+  return place.on_gpu ? "cuda:" + std::to_string(place.gpu) : "the CPU";
+}
+std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cuda()) return device_of(gpu_of(tensor));
+  return tensor.is_cpu() ? device_of(kCpu) : "another device";
+}
+
+}  // namespace
+
+void check_beside(const Tensor& tensor, const Place& place, const char* op, const char* argument,
+                  const char* whose) {
+  if (is_on(tensor, place)) return;
+  fail(op, std::string(argument) + " must be on the same device as " + whose + " (" +
+               device_of(place) + "), got " + device_of(tensor));
+}
+
 std::string shape_of(const Tensor& tensor) {
   std::string text = "[";
   for (int64_t i = 0; i < tensor.dim(); ++i)

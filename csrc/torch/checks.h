@@ -57,6 +57,10 @@ Place gpu_of(const Arguments&... arguments) {
   return found;
 }
 
+// Fails unless `tensor` lies where `whose` does, on `place`.
+void check_beside(const Tensor& tensor, const Place& place, const char* op, const char* argument,
+                  const char* whose);
+
 std::string shape_of(const Tensor& tensor);
 const char* name_of(ScalarType dtype);
 

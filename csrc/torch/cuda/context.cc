@@ -16,22 +16,6 @@ CudaContext::CudaContext(const Place& place, const char* op)
   stream_ = static_cast<cudaStream_t>(stream);
 }
 
-namespace {
-
-std::string device_of(const Tensor& tensor) {
-  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
-  return tensor.is_cpu() ? "the CPU" : "another device";
-}
-
-}  // namespace
-
-void check_same_gpu(const Tensor& tensor, const Place& place, const char* op, const char* argument,
-                    const char* whose) {
-  if (is_on(tensor, place)) return;
-  fail(op, std::string(argument) + " must be on the same device as " + whose + " (" +
-               "cuda:" + std::to_string(place.gpu) + "), got " + device_of(tensor));
-}
-
 DevicePacked unpack_cuda(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
                          const char* op) {
   if (packed.empty()) fail(op, "packed must hold the tensors of a weight, got none");

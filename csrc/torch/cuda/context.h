@@ -23,10 +23,6 @@ class CudaContext {
   cudaStream_t stream_ = nullptr;
 };
 
-// Fails unless `tensor` lies on `place`, that of `whose`, naming both.
-void check_same_gpu(const Tensor& tensor, const Place& place, const char* op, const char* argument,
-                    const char* whose);
-
 struct DevicePacked : PackedBuffers {
   cuda::DeviceWeight weight;
   Place place;

@@ -24,7 +24,7 @@ Tensor embedding(const Tensor& indices, const std::vector<Tensor>& packed,
   if (!wide && indices.scalar_type() != ScalarType::Int) {
     fail(kOp, std::string("indices must be int64 or int32, got ") + name_of(indices.scalar_type()));
   }
-  check_same_gpu(indices, w.place, kOp, "indices", "the packed weight");
+  check_beside(indices, w.place, kOp, "indices", "the packed weight");
   const CudaContext context(w.place, kOp);
   const Tensor index = as_contiguous(indices);
   std::vector<int64_t> sizes(index.sizes().begin(), index.sizes().end());

@@ -66,9 +66,9 @@ Tensor double_dequantize(Tensor codes, Tensor absmax, Tensor offset) {
     fail(kOp, "codes must be int8, absmax and offset int32 (bits of float32)");
   }
   const Place place = gpu_of(codes, absmax, offset);
-  check_same_gpu(codes, place, kOp, "codes", "absmax and offset");
-  check_same_gpu(absmax, place, kOp, "absmax", "codes");
-  check_same_gpu(offset, place, kOp, "offset", "codes");
+  check_beside(codes, place, kOp, "codes", "absmax and offset");
+  check_beside(absmax, place, kOp, "absmax", "codes");
+  check_beside(offset, place, kOp, "offset", "codes");
   if (absmax.numel() != (n + kDoubleQuantBlock - 1) / kDoubleQuantBlock || offset.numel() != 1) {
     fail(kOp, "absmax must hold one value per 256 codes and offset one, got " + shape_of(absmax) +
                   " and " + shape_of(offset) + " for codes " + shape_of(codes));
