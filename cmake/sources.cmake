@@ -107,6 +107,7 @@ set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/cuda/solvers.cc
   csrc/torch/dense.cc
   csrc/torch/linear_arguments.cc
+  csrc/torch/pack_arguments.cc
   csrc/torch/solver_arguments.cc
 )
 
@@ -120,6 +121,7 @@ set(BITFOLD_OPS_SOURCES
   csrc/torch/linear_arguments.cc
   csrc/torch/outliers.cc
   csrc/torch/pack.cc
+  csrc/torch/pack_arguments.cc
   csrc/torch/quantize.cc
   csrc/torch/schemas.cc
   csrc/torch/solver_arguments.cc

@@ -132,20 +132,30 @@ ScalarType scalar_type(DType dtype) {
                                   : ScalarType::Int;
 }
 
-MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op,
-                     const Place& place) {
+Folding folding_of(const Tensor& weight, const std::vector<int64_t>& spec, const char* op,
+                   const Place& place) {
+  Folding folding;
+  int64_t rows = 0, cols = 0;
+  check(parse_spec(spec, &folding.format, &rows, &cols), op);
   const bool here = is_on(weight, place);
   if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols || !here) {
     fail(op, std::string("weight must be a ") + name_of(place) + " tensor [out, in] = [" +
                  std::to_string(rows) + ", " + std::to_string(cols) + "], got " + shape_of(weight) +
                  (here ? "" : " on another device"));
   }
-  return {weight.const_data_ptr(),
-          float_type(weight.scalar_type(), op, "weight"),
-          rows,
-          cols,
-          weight.stride(0),
-          weight.stride(1)};
+  folding.weight = {weight.const_data_ptr(),
+                    float_type(weight.scalar_type(), op, "weight"),
+                    rows,
+                    cols,
+                    weight.stride(0),
+                    weight.stride(1)};
+  return folding;
+}
+
+Method method_of(int64_t method, const char* op) {
+  if (method != 0 && method != 1)
+    fail(op, "method must be 0 (round) or 1 (search), got " + std::to_string(method));
+  return static_cast<Method>(method);
 }
 
 void check_mixed(const Format& format, int64_t cols, double threshold,
@@ -176,10 +186,10 @@ Tensor cpu_tensor(const double* values, size_t count) {
   return tensor;
 }
 
-std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int64_t rows,
-                                  int64_t cols, std::vector<void*>* data, size_t first) {
+std::vector<Tensor> empty_buffers(const Tensor& like, const Folding& folding,
+                                  std::vector<void*>* data, size_t first) {
   std::vector<Tensor> packed;
-  const BufferTable buffers = format.buffers(rows, cols);
+  const BufferTable buffers = folding.format.buffers(folding.weight.rows, folding.weight.cols);
   for (size_t i = first; i < buffers.size(); ++i) {
     packed.push_back(torch::stable::new_empty(
         like, {buffers[i].shape.data(), buffers[i].shape.size()}, scalar_type(buffers[i].dtype)));

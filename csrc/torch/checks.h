@@ -75,9 +75,15 @@ FloatType float_type(ScalarType dtype, const char* op, const char* argument);
 ScalarType scalar_type(FloatType dtype);
 ScalarType scalar_type(DType dtype);
 
-// The weight as [rows, cols] of floats; fails on another shape, dtype or place.
-MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op,
-                     const Place& place = kCpu);
+// A weight [rows, cols] of floats and what it is to be folded into.
+struct Folding {
+  Format format;
+  MatrixView weight;
+};
+// Fails where the weight has not the spec's shape, or another dtype or place.
+Folding folding_of(const Tensor& weight, const std::vector<int64_t>& spec, const char* op,
+                   const Place& place = kCpu);
+Method method_of(int64_t method, const char* op);
 
 // What linear_mixed is given beside tensors.
 void check_mixed(const Format& format, int64_t cols, double threshold,
@@ -86,10 +92,10 @@ void check_mixed(const Format& format, int64_t cols, double threshold,
 // float64 [count] on the CPU: what a report says.
 Tensor cpu_tensor(const double* values, size_t count);
 
-// Fresh tensors for the buffers of a weight, from number `first` on, on the device of `like`; where
-// their data lies is added to `data`.
-std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int64_t rows,
-                                  int64_t cols, std::vector<void*>* data, size_t first = 0);
+// Fresh tensors for the buffers of what a weight is folded into, from number `first` on, on the
+// device of `like`; where their data lies is added to `data`.
+std::vector<Tensor> empty_buffers(const Tensor& like, const Folding& folding,
+                                  std::vector<void*>* data, size_t first = 0);
 
 struct PackedBuffers {
   Format format;

@@ -59,13 +59,10 @@ CrossRows cross_rows(const Tensor& x_float, const Tensor& x, const char* op, con
 
 Layer layer_of(const Tensor& weight, const Tensor& hessian, const std::vector<int64_t>& spec,
                const char* op, const Place& place) {
-  Layer layer;
-  check(parse_spec(spec, &layer.format, &layer.rows, &layer.cols), op);
-  layer.weight = matrix_of(weight, layer.rows, layer.cols, op, place);
-  check_mean(hessian, layer.cols, op, "hessian", place);
-  layer.hessian = {hessian.const_data_ptr(), hessian.scalar_type() == ScalarType::Double,
-                   layer.cols};
-  return layer;
+  const Folding folding = folding_of(weight, spec, op, place);
+  const int64_t n = folding.weight.cols;
+  check_mean(hessian, n, op, "hessian", place);
+  return {folding, {hessian.const_data_ptr(), hessian.scalar_type() == ScalarType::Double, n}};
 }
 
 int64_t in_range(int64_t value, int64_t end, const char* op, const char* argument) {
@@ -104,7 +101,7 @@ void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
                  const std::optional<Tensor>& exact, const char* op, GptqOptions* options,
                  std::vector<Tensor>* kept, const Place& place) {
   if (cross.has_value()) {
-    check_mean(*cross, layer.cols, op, "cross", place);
+    check_mean(*cross, layer.weight.cols, op, "cross", place);
     kept->push_back(cross->scalar_type() == ScalarType::Float
                         ? *cross
                         : torch::stable::to(*cross, ScalarType::Float));
@@ -112,8 +109,8 @@ void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
   }
   if (exact.has_value()) {
     if ((exact->scalar_type() != ScalarType::Bool && exact->scalar_type() != ScalarType::Byte) ||
-        exact->dim() != 2 || exact->size(0) != layer.rows || exact->size(1) != layer.cols ||
-        !is_on(*exact, place)) {
+        exact->dim() != 2 || exact->size(0) != layer.weight.rows ||
+        exact->size(1) != layer.weight.cols || !is_on(*exact, place)) {
       fail(op, "exact must be a bool or uint8 " + std::string(name_of(place)) +
                    " tensor of the weight's shape, got " + name_of(exact->scalar_type()) + " " +
                    shape_of(*exact));
@@ -126,12 +123,6 @@ void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
 HqqOptions hqq_options(double p, double beta, double kappa, int64_t iterations) {
   return {static_cast<float>(p), static_cast<float>(beta), static_cast<float>(kappa),
           static_cast<int>(std::clamp<int64_t>(iterations, 0, 1000))};
-}
-
-Method method_of(int64_t method, const char* op) {
-  if (method != 0 && method != 1)
-    fail(op, "method must be 0 (round) or 1 (search), got " + std::to_string(method));
-  return static_cast<Method>(method);
 }
 
 const Tensor& checked(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
@@ -167,11 +158,12 @@ std::vector<AwqReader> awq_readers(
   for (size_t i = 0; i < count; ++i) {
     const std::string op = std::string(op_name) + ": reader " + std::to_string(i);
     const auto* spec = specs.data() + i * kSpecLength;
-    int64_t rows = 0, cols = 0;
+    const Folding folding = folding_of(weights[i], {spec, spec + kSpecLength}, op.c_str(), place);
+    const int64_t cols = folding.weight.cols;
     AwqReader& reader = readers[i];
-    check(parse_spec({spec, spec + kSpecLength}, &reader.format, &rows, &cols), op.c_str());
+    reader.format = folding.format;
     reader.method = method_of(methods[i], op.c_str());
-    reader.weight = matrix_of(weights[i], rows, cols, op.c_str(), place);
+    reader.weight = folding.weight;
     reader.hessian = static_cast<const float*>(
         checked(hessians[i], ScalarType::Float, {cols, cols}, "hessian", op, place)
             .const_data_ptr());

@@ -35,10 +35,7 @@ auto with_data(Tensor& mean, const Job& job) {
              : job(static_cast<double*>(mean.mutable_data_ptr()));
 }
 
-struct Layer {
-  Format format;
-  int64_t rows = 0, cols = 0;
-  MatrixView weight;
+struct Layer : Folding {
   HessianView hessian;
 };
 Layer layer_of(const Tensor& weight, const Tensor& hessian, const std::vector<int64_t>& spec,
@@ -57,7 +54,6 @@ void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
                  const std::optional<Tensor>& exact, const char* op, GptqOptions* options,
                  std::vector<Tensor>* kept, const Place& place = kCpu);
 HqqOptions hqq_options(double p, double beta, double kappa, int64_t iterations);
-Method method_of(int64_t method, const char* op);
 // A contiguous tensor of this dtype and shape.
 const Tensor& checked(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
                       const char* argument, const std::string& op, const Place& place = kCpu);

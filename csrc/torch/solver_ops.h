@@ -77,8 +77,7 @@ std::tuple<std::vector<Tensor>, Tensor> gptq_quantize(
   std::vector<Tensor> kept;
   add_tensors(layer, cross, exact, kOp, &options, &kept, place);
   std::vector<void*> buffers;
-  std::vector<Tensor> packed =
-      empty_buffers(weight, layer.format, layer.rows, layer.cols, &buffers);
+  std::vector<Tensor> packed = empty_buffers(weight, layer, &buffers);
   const On on(place, kOp);
   GptqReport report;
   check(gptq_quantize(on.get(), layer.format, layer.weight, layer.hessian, options, buffers.data(),
@@ -116,15 +115,13 @@ template <class On>
 std::vector<Tensor> hqq_solve(Tensor weight, std::vector<int64_t> spec, double p, double beta,
                               double kappa, int64_t iterations) {
   constexpr const char* kOp = "hqq_solve";
-  Format format;
-  int64_t rows = 0, cols = 0;
-  check(parse_spec(spec, &format, &rows, &cols), kOp);
   const Place place = On::place_of(weight);
-  const MatrixView view = matrix_of(weight, rows, cols, kOp, place);
+  const Folding folding = folding_of(weight, spec, kOp, place);
   std::vector<void*> data;
-  std::vector<Tensor> packed = empty_buffers(weight, format, rows, cols, &data);
+  std::vector<Tensor> packed = empty_buffers(weight, folding, &data);
   const On on(place, kOp);
-  check(hqq_solve(on.get(), format, hqq_options(p, beta, kappa, iterations), view, data.data()),
+  check(hqq_solve(on.get(), folding.format, hqq_options(p, beta, kappa, iterations), folding.weight,
+                  data.data()),
         kOp);
   return packed;
 }
@@ -152,10 +149,8 @@ std::tuple<std::vector<Tensor>, Tensor> awq_clip(Tensor weight, Tensor hessian,
                                                  std::optional<Tensor> exact) {
   constexpr const char* kOp = "awq_clip";
   const Place place = On::place_of(weight, hessian, exact);
-  Format format;
-  int64_t rows = 0, cols = 0;
-  check(parse_spec(spec, &format, &rows, &cols), kOp);
-  const MatrixView view = matrix_of(weight, rows, cols, kOp, place);
+  const Folding folding = folding_of(weight, spec, kOp, place);
+  const int64_t rows = folding.weight.rows, cols = folding.weight.cols;
   const Tensor& mean = checked(hessian, ScalarType::Float, {cols, cols}, "hessian", kOp, place);
   const uint8_t* marked = nullptr;
   if (exact.has_value()) {
@@ -163,10 +158,10 @@ std::tuple<std::vector<Tensor>, Tensor> awq_clip(Tensor weight, Tensor hessian,
     marked = static_cast<const uint8_t*>(exact->const_data_ptr());
   }
   std::vector<void*> data;
-  std::vector<Tensor> packed = empty_buffers(weight, format, rows, cols, &data);
+  std::vector<Tensor> packed = empty_buffers(weight, folding, &data);
   const On on(place, kOp);
   AwqClip found;
-  check(awq_clip(on.get(), format, method_of(method, kOp), view,
+  check(awq_clip(on.get(), folding.format, method_of(method, kOp), folding.weight,
                  static_cast<const float*>(mean.const_data_ptr()), marked, data.data(), &found),
         kOp);
   return {packed, report_of(found)};
