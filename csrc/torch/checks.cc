@@ -41,7 +41,10 @@ bool is_on(const Tensor& tensor, const Place& place) {
                       : tensor.is_cpu();
 }
 
-const char* name_of(const Place& place) { return place.on_gpu ? "CUDA" : "CPU"; }
+std::string name_of(const Place& place) {
+  if (!place.on_gpu) return "CPU";
+  return place.gpu < 0 ? "CUDA" : "cuda:" + std::to_string(place.gpu);
+}
 
 void look_for_gpu(const Tensor& tensor, Place* found) {
   if (found->gpu < 0 && tensor.is_cuda()) found->gpu = tensor.get_device_index();
@@ -55,9 +58,7 @@ void look_for_gpu(const std::vector<Tensor>& tensors, Place* found) {
 
 namespace {
 
-std::string device_of(const Place& place) {
-  return place.on_gpu ? "cuda:" + std::to_string(place.gpu) : "the CPU";
-}
+std::string device_of(const Place& place) { return place.on_gpu ? name_of(place) : "the CPU"; }
 std::string device_of(const Tensor& tensor) {
   if (tensor.is_cuda()) return device_of(gpu_of(tensor));
   return tensor.is_cpu() ? device_of(kCpu) : "another device";
@@ -70,6 +71,11 @@ void check_beside(const Tensor& tensor, const Place& place, const char* op, cons
   if (is_on(tensor, place)) return;
   fail(op, std::string(argument) + " must be on the same device as " + whose + " (" +
                device_of(place) + "), got " + device_of(tensor));
+}
+
+std::string what_came(const Tensor& tensor) {
+  return std::string(tensor.is_contiguous() ? "" : "non-contiguous ") +
+         name_of(tensor.scalar_type()) + " " + shape_of(tensor) + " on " + device_of(tensor);
 }
 
 std::string shape_of(const Tensor& tensor) {
@@ -137,11 +143,10 @@ Folding folding_of(const Tensor& weight, const std::vector<int64_t>& spec, const
   Folding folding;
   int64_t rows = 0, cols = 0;
   check(parse_spec(spec, &folding.format, &rows, &cols), op);
-  const bool here = is_on(weight, place);
-  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols || !here) {
-    fail(op, std::string("weight must be a ") + name_of(place) + " tensor [out, in] = [" +
-                 std::to_string(rows) + ", " + std::to_string(cols) + "], got " + shape_of(weight) +
-                 (here ? "" : " on another device"));
+  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols ||
+      !is_on(weight, place)) {
+    fail(op, "weight must be a " + name_of(place) + " tensor [out, in] = [" + std::to_string(rows) +
+                 ", " + std::to_string(cols) + "], got " + what_came(weight));
   }
   folding.weight = {weight.const_data_ptr(),
                     float_type(weight.scalar_type(), op, "weight"),
@@ -202,14 +207,12 @@ namespace {
 
 // The sentence is put together only once something is wrong.
 [[noreturn]] void fail_buffer(const PackedBuffers& weight, const BufferSpec& want,
-                              const Tensor& got, bool elsewhere, const char* device,
-                              const char* op) {
+                              const Tensor& got, const Place& place, const char* op) {
   fail(op, "weight" + std::string(want.suffix) + "(" + weight.format.to_string() +
-               ") must be a contiguous " + name_of(scalar_type(want.dtype)) + " " + device +
+               ") must be a contiguous " + name_of(scalar_type(want.dtype)) + " " + name_of(place) +
                " tensor of " + std::to_string(want.numel()) + " elements for [out, in] = [" +
                std::to_string(weight.rows) + ", " + std::to_string(weight.cols) + "], got " +
-               (got.is_contiguous() ? "" : "non-contiguous ") + name_of(got.scalar_type()) + " " +
-               shape_of(got) + (elsewhere ? " on another device" : ""));
+               what_came(got));
 }
 
 }  // namespace
@@ -226,10 +229,9 @@ PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vecto
   for (size_t i = 0; i < buffers.size(); ++i) {
     const BufferSpec& want = buffers[i];
     const Tensor& got = packed[i];
-    const bool here = is_on(got, place);
-    if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() || !here ||
-        !got.is_contiguous()) {
-      fail_buffer(result, want, got, !here, name_of(place), op);
+    if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() ||
+        !is_on(got, place) || !got.is_contiguous()) {
+      fail_buffer(result, want, got, place, op);
     }
     result.data.push_back(got.const_data_ptr());
   }

@@ -43,7 +43,7 @@ struct Place {
 inline constexpr Place kCpu{};
 
 bool is_on(const Tensor& tensor, const Place& place);
-const char* name_of(const Place& place);
+std::string name_of(const Place& place);  // "CPU", "cuda:0"; "CUDA" for none
 
 // The GPU of the first of these that lies on one: ops come to their CUDA kernels as soon as any
 // argument does.
@@ -61,6 +61,8 @@ Place gpu_of(const Arguments&... arguments) {
 void check_beside(const Tensor& tensor, const Place& place, const char* op, const char* argument,
                   const char* whose);
 
+// What a message says was found: contiguous or not, dtype, shape, device.
+std::string what_came(const Tensor& tensor);
 std::string shape_of(const Tensor& tensor);
 const char* name_of(ScalarType dtype);
 

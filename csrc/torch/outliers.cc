@@ -15,11 +15,10 @@ Folding source_of(const Tensor& weight, const std::vector<int64_t>& spec, const 
 }
 
 Tensor contiguous_mask(const Tensor& mask, const MatrixView& w, const char* op) {
-  if (mask.scalar_type() != ScalarType::Byte || !mask.is_cpu() || mask.dim() != 2 ||
+  if (mask.scalar_type() != ScalarType::Byte || !is_on(mask, kCpu) || mask.dim() != 2 ||
       mask.size(0) != w.rows || mask.size(1) != w.cols) {
     fail(op, "mask must be a uint8 CPU tensor [" + std::to_string(w.rows) + ", " +
-                 std::to_string(w.cols) + "], got " + name_of(mask.scalar_type()) + " " +
-                 shape_of(mask));
+                 std::to_string(w.cols) + "], got " + what_came(mask));
   }
   return as_contiguous(mask);
 }
@@ -31,11 +30,10 @@ Tensor choose_outliers(Tensor weight, std::vector<int64_t> spec, int64_t method,
   const Method by = method_of(method, kOp);
   std::optional<Tensor> factors;
   if (importance.has_value()) {
-    if (importance->scalar_type() != ScalarType::Float || !importance->is_cpu() ||
+    if (importance->scalar_type() != ScalarType::Float || !is_on(*importance, kCpu) ||
         importance->dim() != 1 || importance->numel() != source.weight.cols) {
       fail(kOp, "importance must be a float32 CPU tensor [" + std::to_string(source.weight.cols) +
-                    "] (in_features), got " + name_of(importance->scalar_type()) + " " +
-                    shape_of(*importance));
+                    "] (in_features), got " + what_came(*importance));
     }
     factors = as_contiguous(*importance);
     const auto* at = static_cast<const float*>(factors->const_data_ptr());

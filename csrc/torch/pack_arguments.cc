@@ -26,8 +26,8 @@ std::vector<int64_t> sizes_of(const Tensor& tensor) {
 
 CodeSizes sizes_to_pack(const Tensor& codes, int64_t bits, const char* op, const Place& place) {
   if (codes.dim() != 2 || codes.scalar_type() != ScalarType::Byte || !is_on(codes, place)) {
-    fail(op, std::string("codes must be a uint8 ") + name_of(place) + " tensor [rows, cols], got " +
-                 name_of(codes.scalar_type()) + " " + shape_of(codes));
+    fail(op, "codes must be a uint8 " + name_of(place) + " tensor [rows, cols], got " +
+                 what_came(codes));
   }
   return sizes_of(codes.size(0), codes.size(1), bits, op);
 }
@@ -39,18 +39,16 @@ CodeSizes sizes_to_unpack(const Tensor& packed, int64_t bits, int64_t rows, int6
   const int64_t bytes = rows * sizes.row_bytes;
   if (packed.dim() != 1 || packed.numel() != bytes || packed.scalar_type() != ScalarType::Char ||
       !is_on(packed, place)) {
-    fail(op, std::string("packed must be an int8 ") + name_of(place) + " tensor [" +
-                 std::to_string(bytes) + "] for " + std::to_string(rows) + " rows of " +
-                 std::to_string(cols) + " codes of " + std::to_string(bits) + " bits, got " +
-                 name_of(packed.scalar_type()) + " " + shape_of(packed));
+    fail(op, "packed must be an int8 " + name_of(place) + " tensor [" + std::to_string(bytes) +
+                 "] for " + std::to_string(rows) + " rows of " + std::to_string(cols) +
+                 " codes of " + std::to_string(bits) + " bits, got " + what_came(packed));
   }
   return sizes;
 }
 
 CodedScales empty_coded_scales(const Tensor& scales, const char* op, const Place& place) {
   if (scales.scalar_type() != ScalarType::Float || !is_on(scales, place)) {
-    fail(op, std::string("scales must be a float32 ") + name_of(place) + " tensor, got " +
-                 name_of(scales.scalar_type()));
+    fail(op, "scales must be a float32 " + name_of(place) + " tensor, got " + what_came(scales));
   }
   return {torch::stable::new_empty(scales, sizes_of(scales), ScalarType::Char),
           torch::stable::new_empty(scales, {blocks_of(scales.numel())}, ScalarType::Int),

@@ -9,18 +9,17 @@ void check_mean(const Tensor& mean, int64_t n, const char* op, const char* argum
   if ((mean.scalar_type() != ScalarType::Float && mean.scalar_type() != ScalarType::Double) ||
       mean.dim() != 2 || mean.size(0) != n || mean.size(1) != n || !is_on(mean, place) ||
       !mean.is_contiguous()) {
-    fail(op, std::string(argument) + " must be a contiguous float32 or float64 " +
-                 std::string(name_of(place)) + " tensor [in, in] = [" + std::to_string(n) + ", " +
-                 std::to_string(n) + "], got " + name_of(mean.scalar_type()) + " " +
-                 shape_of(mean));
+    fail(op, std::string(argument) + " must be a contiguous float32 or float64 " + name_of(place) +
+                 " tensor [in, in] = [" + std::to_string(n) + ", " + std::to_string(n) + "], got " +
+                 what_came(mean));
   }
 }
 
 MatrixView rows_of(const Tensor& x, const char* op, const char* argument, Tensor* kept,
                    const Place& place) {
   if (x.dim() < 1 || x.size(x.dim() - 1) < 1 || !is_on(x, place)) {
-    fail(op, std::string(argument) + " must be a " + std::string(name_of(place)) +
-                 " tensor [..., in], got " + shape_of(x));
+    fail(op, std::string(argument) + " must be a " + name_of(place) + " tensor [..., in], got " +
+                 what_came(x));
   }
   const FloatType dtype = float_type(x.scalar_type(), op, argument);
   const int64_t n = x.size(x.dim() - 1);
@@ -33,9 +32,9 @@ const uint8_t* bytes_of_mask(const std::optional<Tensor>& mask, int64_t rows, co
   if (!mask.has_value()) return nullptr;
   if ((mask->scalar_type() != ScalarType::Bool && mask->scalar_type() != ScalarType::Byte) ||
       mask->numel() != rows || !is_on(*mask, place)) {
-    fail(op, "mask must be a bool or uint8 " + std::string(name_of(place)) +
+    fail(op, "mask must be a bool or uint8 " + name_of(place) +
                  " tensor with one entry per row of x (" + std::to_string(rows) + "), got " +
-                 name_of(mask->scalar_type()) + " " + shape_of(*mask));
+                 what_came(*mask));
   }
   *kept = as_contiguous(*mask);
   return static_cast<const uint8_t*>((*kept)->const_data_ptr());
@@ -111,9 +110,8 @@ void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
     if ((exact->scalar_type() != ScalarType::Bool && exact->scalar_type() != ScalarType::Byte) ||
         exact->dim() != 2 || exact->size(0) != layer.weight.rows ||
         exact->size(1) != layer.weight.cols || !is_on(*exact, place)) {
-      fail(op, "exact must be a bool or uint8 " + std::string(name_of(place)) +
-                   " tensor of the weight's shape, got " + name_of(exact->scalar_type()) + " " +
-                   shape_of(*exact));
+      fail(op, "exact must be a bool or uint8 " + name_of(place) +
+                   " tensor of the weight's shape, got " + what_came(*exact));
     }
     kept->push_back(as_contiguous(*exact));
     options->exact = static_cast<const uint8_t*>(kept->back().const_data_ptr());
@@ -134,8 +132,7 @@ const Tensor& checked(const Tensor& tensor, ScalarType dtype, std::initializer_l
   std::string wanted;
   for (int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
   fail(op.c_str(), std::string(argument) + " must be a contiguous " + name_of(dtype) + " " +
-                       std::string(name_of(place)) + " tensor [" + wanted + "], got " +
-                       name_of(tensor.scalar_type()) + " " + shape_of(tensor));
+                       name_of(place) + " tensor [" + wanted + "], got " + what_came(tensor));
 }
 
 std::vector<AwqReader> awq_readers(
