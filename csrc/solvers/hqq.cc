@@ -29,7 +29,7 @@ void solve(const KernelTable& k, int bits, const HqqOptions& options, const floa
   std::copy_n(zero, kSpanLanes, wanted);
   std::fill_n(active, kSpanLanes, true);
   float beta = options.beta;
-  for (int step = 0; step < options.iterations; ++step, beta *= options.kappa) {
+  for (int64_t step = 0; step < options.iterations; ++step, beta *= options.kappa) {
     ShrinkSums sums;
     round_to_halves(k, wanted, stored);
     k.shrink(bits, block, n, scale, stored, options.p, beta, &sums);

@@ -16,6 +16,7 @@ Tensor pack_bits(Tensor codes, int64_t bits) {
   const CodeSizes n = sizes_to_pack(codes, bits, kOp);
   const Tensor source = as_contiguous(codes);
   Tensor out = torch::stable::new_empty(codes, {n.rows * n.row_bytes}, ScalarType::Char);
+  if (n.empty()) return out;
   const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   for (int64_t i = 0; bits < 8 && i < n.rows * n.cols; ++i) {
@@ -37,6 +38,7 @@ Tensor unpack_bits(Tensor packed, int64_t bits, int64_t rows, int64_t cols) {
   const CodeSizes n = sizes_to_unpack(packed, bits, rows, cols, kOp);
   const Tensor source = as_contiguous(packed);
   Tensor out = torch::stable::new_empty(packed, {rows, cols}, ScalarType::Byte);
+  if (n.empty()) return out;
   const auto* from = static_cast<const uint8_t*>(source.const_data_ptr());
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   torch_parallel()(rows, grain(cols, kGrainBytes), [&](int64_t begin, int64_t end) {

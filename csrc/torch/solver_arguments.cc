@@ -64,10 +64,10 @@ Layer layer_of(const Tensor& weight, const Tensor& hessian, const std::vector<in
   return {folding, {hessian.const_data_ptr(), hessian.scalar_type() == ScalarType::Double, n}};
 }
 
-int64_t in_range(int64_t value, int64_t end, const char* op, const char* argument) {
-  if (value < 0 || value >= end) {
-    fail(op, std::string(argument) + " must be at least 0 and below " + std::to_string(end) +
-                 ", got " + std::to_string(value));
+int64_t in_range(int64_t value, int64_t most, const char* op, const char* argument) {
+  if (value < 0 || value > most) {
+    fail(op, std::string(argument) + " must be between 0 and " + std::to_string(most) + ", got " +
+                 std::to_string(value));
   }
   return value;
 }
@@ -84,8 +84,8 @@ GptqOptions gptq_options(const char* op, int64_t order, double damping, int64_t 
                          bool dynamic, int64_t sweeps, int64_t refits, double alpha,
                          int64_t measured_rows, bool timed) {
   GptqOptions options;
-  options.order = static_cast<ColumnOrder>(in_range(order, 3, op, "order"));
-  options.scales = static_cast<ScaleChoice>(in_range(scales, 3, op, "scales"));
+  options.order = static_cast<ColumnOrder>(in_range(order, 2, op, "order"));
+  options.scales = static_cast<ScaleChoice>(in_range(scales, 2, op, "scales"));
   options.dynamic = dynamic;
   options.sweeps = static_cast<int>(in_range(sweeps, kMostRounds, op, "sweeps"));
   options.refits = static_cast<int>(in_range(refits, kMostRounds, op, "refits"));
@@ -116,11 +116,6 @@ void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
     kept->push_back(as_contiguous(*exact));
     options->exact = static_cast<const uint8_t*>(kept->back().const_data_ptr());
   }
-}
-
-HqqOptions hqq_options(double p, double beta, double kappa, int64_t iterations) {
-  return {static_cast<float>(p), static_cast<float>(beta), static_cast<float>(kappa),
-          static_cast<int>(std::clamp<int64_t>(iterations, 0, 1000))};
 }
 
 const Tensor& checked(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,

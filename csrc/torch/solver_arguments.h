@@ -41,7 +41,8 @@ struct Layer : Folding {
 Layer layer_of(const Tensor& weight, const Tensor& hessian, const std::vector<int64_t>& spec,
                const char* op, const Place& place = kCpu);
 
-int64_t in_range(int64_t value, int64_t end, const char* op, const char* argument);
+// Fails unless 0 <= value <= most.
+int64_t in_range(int64_t value, int64_t most, const char* op, const char* argument);
 double in_range(double value, double most, const char* op, const char* argument);
 inline constexpr int64_t kMostRounds = 1000;
 
@@ -53,7 +54,6 @@ GptqOptions gptq_options(const char* op, int64_t order, double damping, int64_t 
 void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
                  const std::optional<Tensor>& exact, const char* op, GptqOptions* options,
                  std::vector<Tensor>* kept, const Place& place = kCpu);
-HqqOptions hqq_options(double p, double beta, double kappa, int64_t iterations);
 // A contiguous tensor of this dtype and shape.
 const Tensor& checked(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
                       const char* argument, const std::string& op, const Place& place = kCpu);

@@ -119,10 +119,10 @@ std::vector<Tensor> hqq_solve(Tensor weight, std::vector<int64_t> spec, double p
   const Folding folding = folding_of(weight, spec, kOp, place);
   std::vector<void*> data;
   std::vector<Tensor> packed = empty_buffers(weight, folding, &data);
+  const HqqOptions options{static_cast<float>(p), static_cast<float>(beta),
+                           static_cast<float>(kappa), iterations};
   const On on(place, kOp);
-  check(hqq_solve(on.get(), folding.format, hqq_options(p, beta, kappa, iterations), folding.weight,
-                  data.data()),
-        kOp);
+  check(hqq_solve(on.get(), folding.format, options, folding.weight, data.data()), kOp);
   return packed;
 }
 

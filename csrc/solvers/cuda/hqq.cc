@@ -7,7 +7,9 @@ namespace bitfold {
 Status hqq_solve(const Gpu& gpu, const Format& format, const HqqOptions& options,
                  const MatrixView& w, void* const* buffers) {
   if (Status status = check_hqq(format, options); !status.ok()) return status;
-  return cuda::hqq(format, {options.p, options.beta, options.kappa, options.iterations}, w, buffers,
+  const cuda::HqqSteps steps{options.p, options.beta, options.kappa,
+                             static_cast<int>(options.iterations)};
+  return cuda::hqq(format, steps, w, buffers,
                    gpu.allocate(cuda::quantize_scratch_bytes(format, w.rows, w.cols)), gpu.stream);
 }
 

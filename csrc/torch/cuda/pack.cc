@@ -12,6 +12,7 @@ Tensor pack_bits(Tensor codes, int64_t bits) {
   const CudaContext context(place, kOp);
   const Tensor source = as_contiguous(codes);
   Tensor out = torch::stable::new_empty(codes, {n.rows * n.row_bytes}, ScalarType::Char);
+  if (n.empty()) return out;
   check(cuda::pack_bits(static_cast<const uint8_t*>(source.const_data_ptr()), n.rows, n.cols,
                         n.bits, static_cast<uint8_t*>(out.mutable_data_ptr()), context.stream()),
         kOp);
@@ -25,6 +26,7 @@ Tensor unpack_bits(Tensor packed, int64_t bits, int64_t rows, int64_t cols) {
   const CudaContext context(place, kOp);
   const Tensor source = as_contiguous(packed);
   Tensor out = torch::stable::new_empty(packed, {rows, cols}, ScalarType::Byte);
+  if (n.empty()) return out;
   check(cuda::unpack_bits(static_cast<const uint8_t*>(source.const_data_ptr()), rows, cols, n.bits,
                           static_cast<uint8_t*>(out.mutable_data_ptr()), context.stream()),
         kOp);
