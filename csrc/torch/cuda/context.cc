@@ -16,6 +16,10 @@ CudaContext::CudaContext(const Place& place, const char* op)
   stream_ = static_cast<cudaStream_t>(stream);
 }
 
+Tensor scratch(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Char);
+}
+
 DevicePacked unpack_cuda(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
                          const char* op) {
   if (packed.empty()) fail(op, "packed must hold the tensors of a weight, got none");

@@ -23,6 +23,9 @@ class CudaContext {
   cudaStream_t stream_ = nullptr;
 };
 
+// Memory for the length of a call, from torch's own pool of the current stream.
+Tensor scratch(const Tensor& like, int64_t bytes);
+
 struct DevicePacked : PackedBuffers {
   cuda::DeviceWeight weight;
   Place place;

@@ -15,10 +15,6 @@ namespace {
 
 bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-Tensor scratch(const Tensor& like, int64_t elements, ScalarType dtype) {
-  return torch::stable::new_empty(like, {elements}, dtype);
-}
-
 // Products of dense matrices, the weight as floats a slab at a time.
 struct Slabs {
   const DevicePacked& w;
@@ -28,7 +24,7 @@ struct Slabs {
   const char* op;
 
   Tensor memory(int64_t length, int64_t other) const {
-    return scratch(like, length * other, scalar_type(dtype));
+    return scratch(like, length * other * size_of(dtype));
   }
   void decode(int64_t row, int64_t rows, int64_t col, int64_t cols, void* out) const {
     check(cuda::dequantize_window(w.weight, row, rows, col, cols, dtype, out, context.stream()),
@@ -68,7 +64,7 @@ void multiply_slabs(const DevicePacked& w, const LinearArguments& a, bool floats
     return;
   }
   const Tensor wide = torch::stable::to(a.x, ScalarType::Float);
-  const Tensor sums = scratch(a.x, a.m * w.rows, ScalarType::Float);
+  const Tensor sums = torch::stable::new_empty(a.x, {a.m * w.rows}, ScalarType::Float);
   std::optional<Tensor> row;
   if (a.bias) row = torch::stable::to(*a.bias, ScalarType::Float);
   Slabs{w, a.x, FloatType::kFloat32, context, op}.forward(
@@ -97,7 +93,8 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vec
       break;
     case cuda::Way::kMma: {
       std::optional<Tensor> partial;
-      if (plan.slices > 1) partial = scratch(a.x, plan.partials(w.rows), ScalarType::Float);
+      if (plan.slices > 1)
+        partial = scratch(a.x, plan.partials(w.rows) * size_of(FloatType::kFloat32));
       check(cuda::linear_mma(w.weight, plan, a.x_data(), a.bias_data(), a.dtype,
                              partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr,
                              a.y_data(), context.stream()),
@@ -123,8 +120,7 @@ Tensor linear_mixed(const Tensor& x, const std::vector<Tensor>& packed,
   check_mixed(w.format, w.cols, threshold, columns, kOp);
   const LinearArguments a = linear_arguments(x, w, bias, kOp, w.place);
   const CudaContext context(w.place, kOp);
-  const Tensor memory =
-      scratch(a.x, cuda::linear_mixed_scratch_bytes(a.m, w.cols), ScalarType::Char);
+  const Tensor memory = scratch(a.x, cuda::linear_mixed_scratch_bytes(a.m, w.cols));
   check(cuda::linear_mixed(w.weight, a.x_data(), a.m, a.bias_data(), a.dtype,
                            {static_cast<float>(threshold), columns.has_value(),
                             columns ? columns->data() : nullptr,

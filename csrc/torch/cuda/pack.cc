@@ -39,8 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> double_quantize(Tensor scales) {
   const auto [codes, absmax, offset] = empty_coded_scales(scales, kOp, place);
   const CudaContext context(place, kOp);
   const Tensor source = as_contiguous(scales);
-  const Tensor memory =
-      torch::stable::new_empty(source, {cuda::double_quantize_scratch_bytes()}, ScalarType::Char);
+  const Tensor memory = scratch(source, cuda::double_quantize_scratch_bytes());
   check(cuda::double_quantize(static_cast<const float*>(source.const_data_ptr()), source.numel(),
                               memory.mutable_data_ptr(),
                               static_cast<uint8_t*>(codes.mutable_data_ptr()),

@@ -19,8 +19,7 @@ std::vector<Tensor> quantize(Tensor weight, std::vector<int64_t> spec, int64_t m
   const CudaContext context(place, kOp);
   std::vector<void*> data;
   std::vector<Tensor> packed = empty_buffers(weight, folding, &data);
-  const Tensor memory = torch::stable::new_empty(
-      weight, {cuda::quantize_scratch_bytes(format, view.rows, view.cols)}, ScalarType::Char);
+  const Tensor memory = scratch(weight, cuda::quantize_scratch_bytes(format, view.rows, view.cols));
   check(cuda::quantize(format, by, view, data.data(), memory.mutable_data_ptr(), context.stream()),
         kOp);
   return packed;
