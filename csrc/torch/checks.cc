@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cpu/mixed_product.h"
-
 namespace bitfold::binding {
 
 void fail(const char* op, const std::string& message) {
@@ -161,26 +159,6 @@ Method method_of(int64_t method, const char* op) {
   if (method != 0 && method != 1)
     fail(op, "method must be 0 (round) or 1 (search), got " + std::to_string(method));
   return static_cast<Method>(method);
-}
-
-void check_mixed(const Format& format, int64_t cols, double threshold,
-                 const std::optional<std::vector<int64_t>>& columns, const char* op) {
-  if (!suits_mixed_product(format)) {
-    fail(op,
-         "format must be int8-row, int8-row-dq or int8-tensor (codes of 8 bits, one scale for a "
-         "row), got " +
-             format.to_string());
-  }
-  if (!(threshold >= 0.0))
-    fail(op, "threshold must not be negative, got " + std::to_string(threshold));
-  int64_t last = -1;
-  for (int64_t column : columns.value_or(std::vector<int64_t>())) {
-    if (column <= last || column >= cols) {
-      fail(op, "columns must ascend within [0, " + std::to_string(cols) + "), got " +
-                   std::to_string(column) + " after " + std::to_string(last));
-    }
-    last = column;
-  }
 }
 
 Tensor cpu_tensor(const double* values, size_t count) {

@@ -45,11 +45,11 @@ inline constexpr Place kCpu{};
 bool is_on(const Tensor& tensor, const Place& place);
 std::string name_of(const Place& place);  // "CPU", "cuda:0"; "CUDA" for none
 
-// The GPU of the first of these that lies on one: ops come to their CUDA kernels as soon as any
-// argument does.
 void look_for_gpu(const Tensor& tensor, Place* found);
 void look_for_gpu(const std::optional<Tensor>& tensor, Place* found);
 void look_for_gpu(const std::vector<Tensor>& tensors, Place* found);
+// The GPU of the first of these that lies on one: torch takes an op's CUDA kernel as soon as any
+// argument does.
 template <class... Arguments>
 Place gpu_of(const Arguments&... arguments) {
   Place found{.on_gpu = true};
@@ -86,10 +86,6 @@ struct Folding {
 Folding folding_of(const Tensor& weight, const std::vector<int64_t>& spec, const char* op,
                    const Place& place = kCpu);
 Method method_of(int64_t method, const char* op);
-
-// What linear_mixed is given beside tensors.
-void check_mixed(const Format& format, int64_t cols, double threshold,
-                 const std::optional<std::vector<int64_t>>& columns, const char* op);
 
 // float64 [count] on the CPU: what a report says.
 Tensor cpu_tensor(const double* values, size_t count);

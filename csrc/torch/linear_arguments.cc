@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "cpu/mixed_product.h"
+
 namespace bitfold::binding {
 namespace {
 
@@ -46,6 +48,26 @@ Accuracy accuracy_of(int64_t level, const char* op) {
     fail(op, "accuracy must be 0 (auto), 1 (fp32) or 2 (int8), got " + std::to_string(level));
   }
   return static_cast<Accuracy>(level);
+}
+
+void check_mixed(const Format& format, int64_t cols, double threshold,
+                 const std::optional<std::vector<int64_t>>& columns, const char* op) {
+  if (!suits_mixed_product(format)) {
+    fail(op,
+         "format must be int8-row, int8-row-dq or int8-tensor (codes of 8 bits, one scale for a "
+         "row), got " +
+             format.to_string());
+  }
+  if (!(threshold >= 0.0))
+    fail(op, "threshold must not be negative, got " + std::to_string(threshold));
+  int64_t last = -1;
+  for (int64_t column : columns.value_or(std::vector<int64_t>())) {
+    if (column <= last || column >= cols) {
+      fail(op, "columns must ascend within [0, " + std::to_string(cols) + "), got " +
+                   std::to_string(column) + " after " + std::to_string(last));
+    }
+    last = column;
+  }
 }
 
 }  // namespace bitfold::binding

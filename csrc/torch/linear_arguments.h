@@ -30,4 +30,8 @@ LinearArguments grad_arguments(const Tensor& grad, const PackedBuffers& w, const
 
 Accuracy accuracy_of(int64_t level, const char* op);
 
+// What linear_mixed is given beside tensors.
+void check_mixed(const Format& format, int64_t cols, double threshold,
+                 const std::optional<std::vector<int64_t>>& columns, const char* op);
+
 }  // namespace bitfold::binding
