@@ -32,6 +32,7 @@ foreach(name feedback gptq layer refit scales)
   target_sources(solvers_cuda_gptq_test PRIVATE csrc/solvers/cuda/${name}.cc)
 endforeach()
 target_sources(solvers_cuda_hessian_test PRIVATE csrc/solvers/cuda/hessian.cc)
+target_sources(solvers_cuda_hqq_test PRIVATE csrc/solvers/cuda/hqq.cc)
 
 # Where the CPU lacks the instruction set, csrc/cpu/isa.cc refuses in these words, and the test counts as skipped.
 foreach(name IN LISTS BITFOLD_CPP_PER_ISA_TESTS)

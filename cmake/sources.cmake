@@ -90,6 +90,7 @@ set(BITFOLD_CUDA_SOURCES
   csrc/solvers/cuda/feedback.cc
   csrc/solvers/cuda/gptq.cc
   csrc/solvers/cuda/hessian.cc
+  csrc/solvers/cuda/hqq.cc
   csrc/solvers/cuda/layer.cc
   csrc/solvers/cuda/refit.cc
   csrc/solvers/cuda/scales.cc
@@ -100,25 +101,27 @@ set(BITFOLD_OPS_CUDA_SOURCES
   csrc/torch/cuda/dense_product.cc
   csrc/torch/cuda/dequantize.cc
   csrc/torch/cuda/linear.cc
-  csrc/torch/cuda/linear_algebra.cc
+  csrc/torch/cuda/on_gpu.cc
   csrc/torch/cuda/pack.cc
   csrc/torch/cuda/quantize.cc
   csrc/torch/cuda/solvers.cc
   csrc/torch/dense.cc
+  csrc/torch/linear_arguments.cc
+  csrc/torch/pack_arguments.cc
   csrc/torch/solver_arguments.cc
 )
 
 set(BITFOLD_OPS_SOURCES
-  csrc/torch/awq.cc
   csrc/torch/checks.cc
   csrc/torch/cpu_kernels.cc
   csrc/torch/dense.cc
   csrc/torch/dequantize.cc
-  csrc/torch/hqq.cc
   csrc/torch/linear.cc
   csrc/torch/linear_algebra.cc
+  csrc/torch/linear_arguments.cc
   csrc/torch/outliers.cc
   csrc/torch/pack.cc
+  csrc/torch/pack_arguments.cc
   csrc/torch/quantize.cc
   csrc/torch/schemas.cc
   csrc/torch/solver_arguments.cc

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kGrainWork = 1 << 18;
 constexpr int64_t kScanCols = 512;  // columns of x that are searched at once
 constexpr int64_t kWeightRows = 64;
+constexpr int64_t kBatchRows = 512;  // of x at a time: what threads hold is this times kWeightRows
 // 255 * 127 times this is below 2^31: as many columns as a 32-bit sum holds.
 constexpr int64_t kExactCols = 65536;
 
@@ -89,24 +90,11 @@ MixedActivations quantize_mixed(const KernelTable& k, const void* x, int64_t m, 
   return a;
 }
 
-}  // namespace
-
-bool suits_mixed_product(const Format& format) {
-  return format.family() == Family::kInteger && format.bits() == 8 && format.zero == Zero::kNone &&
-         format.grouping != Grouping::kGroup && format.outliers == 0;
-}
-
-void multiply_mixed(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
-                    const void* bias, FloatType dtype, const MixedColumns& chosen, void* y,
-                    const Parallel& parallel) {
-  std::vector<int64_t> found;
-  if (!chosen.fixed) found = columns_above(k, x, m, w.cols, dtype, chosen.threshold, parallel);
-  const int64_t* columns = chosen.fixed ? chosen.columns : found.data();
-  const int64_t count = chosen.fixed ? chosen.count : static_cast<int64_t>(found.size());
+// Some rows of x; bias as floats.
+void multiply_rows(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
+                   const float* bias, FloatType dtype, const int64_t* columns, int64_t count,
+                   void* y, const Parallel& parallel) {
   const MixedActivations a = quantize_mixed(k, x, m, w.cols, dtype, columns, count, parallel);
-  std::vector<float> bias_f(static_cast<size_t>(bias ? w.rows : 0));
-  if (bias) k.to_float(bias, dtype, w.rows, bias_f.data());
-
   const int64_t blocks = (w.rows + kWeightRows - 1) / kWeightRows;
   parallel(blocks, grain(m * kWeightRows * w.cols, kGrainWork), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> part(static_cast<size_t>(m * kWeightRows));
@@ -133,8 +121,8 @@ void multiply_mixed(const KernelTable& k, const PackedView& w, const void* x, in
         for (int64_t r = 0; r < n; ++r) {
           const size_t out = at * kWeightRows + static_cast<size_t>(r);
           const auto centred = static_cast<float>(integers[out] - 128 * a.sum[at]);
-          floats[out] = centred * (a.step[at] * scale[r]) +
-                        (bias ? bias_f[static_cast<size_t>(r0 + r)] : 0.0f);
+          floats[out] =
+              centred * (a.step[at] * scale[r]) + (bias ? bias[static_cast<size_t>(r0 + r)] : 0.0f);
         }
       }
       if (count > 0)
@@ -145,6 +133,29 @@ void multiply_mixed(const KernelTable& k, const PackedView& w, const void* x, in
       }
     }
   });
+}
+
+}  // namespace
+
+bool suits_mixed_product(const Format& format) {
+  return format.family() == Family::kInteger && format.bits() == 8 && format.zero == Zero::kNone &&
+         format.grouping != Grouping::kGroup && format.outliers == 0;
+}
+
+void multiply_mixed(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
+                    const void* bias, FloatType dtype, const MixedColumns& chosen, void* y,
+                    const Parallel& parallel) {
+  std::vector<int64_t> found;
+  if (!chosen.fixed) found = columns_above(k, x, m, w.cols, dtype, chosen.threshold, parallel);
+  const int64_t* columns = chosen.fixed ? chosen.columns : found.data();
+  const int64_t count = chosen.fixed ? chosen.count : static_cast<int64_t>(found.size());
+  std::vector<float> bias_f(static_cast<size_t>(bias ? w.rows : 0));
+  if (bias) k.to_float(bias, dtype, w.rows, bias_f.data());
+  for (int64_t i = 0; i < m; i += kBatchRows) {
+    multiply_rows(k, w, advance(x, dtype, i * w.cols), std::min(kBatchRows, m - i),
+                  bias ? bias_f.data() : nullptr, dtype, columns, count,
+                  advance(y, dtype, i * w.rows), parallel);
+  }
 }
 
 }  // namespace bitfold

@@ -8,7 +8,7 @@
 
 namespace bitfold::cuda {
 
-Gpu current_gpu();
+GpuLimits current_gpu();
 
 // y [m, rows] = x [m, cols] wᵀ + bias [rows] (or null), all of `dtype` and contiguous; plan.m rows
 // of 16-bit x. `partial` holds plan.partials(rows) floats. codes and x begin at multiples of 16

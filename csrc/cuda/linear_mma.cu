@@ -31,10 +31,10 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-Gpu current_gpu() {
+GpuLimits current_gpu() {
   constexpr int kMost = 64;
   static std::mutex mutex;
-  static Gpu known[kMost];
+  static GpuLimits known[kMost];
   static bool asked[kMost];
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess || device >= kMost) device = 0;

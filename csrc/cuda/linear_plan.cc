@@ -75,7 +75,7 @@ int64_t place(const Sizes& s, bool shifted, int64_t slab, MmaPlan* plan) {
   return at;
 }
 
-double cost_of(const PackedView& w, const Sizes& s, const Gpu& gpu, const MmaPlan& plan) {
+double cost_of(const PackedView& w, const Sizes& s, const GpuLimits& gpu, const MmaPlan& plan) {
   const double codes = static_cast<double>(s.chunk) * w.bits / 8.0;  // of a row and chunk
   // Chunks are dealt out to warps: the warp with most of them sets the time.
   const double slice =
@@ -110,7 +110,8 @@ Way choose_way(const PackedView& w, FloatType x, int64_t m, bool floats, bool al
 namespace {
 
 // The cheapest cut for blocks of plan.warps; false where none fits.
-bool search(const PackedView& w, const Sizes& s, const Gpu& gpu, MmaPlan plan, MmaPlan* best) {
+bool search(const PackedView& w, const Sizes& s, const GpuLimits& gpu, MmaPlan plan,
+            MmaPlan* best) {
   const bool shifted = is_shifted(w);
   double least = INFINITY;
   for (plan.row_warps = 1; plan.row_warps <= plan.warps; plan.row_warps *= 2) {
@@ -139,7 +140,7 @@ bool search(const PackedView& w, const Sizes& s, const Gpu& gpu, MmaPlan plan, M
 
 }  // namespace
 
-bool plan_mma(const PackedView& w, int64_t m, const Gpu& gpu, MmaPlan* plan) {
+bool plan_mma(const PackedView& w, int64_t m, const GpuLimits& gpu, MmaPlan* plan) {
   if (w.cols > kMostColumns) return false;
   const Sizes s = sizes_of(w.bits);
   *plan = {};

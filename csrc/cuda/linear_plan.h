@@ -10,7 +10,7 @@
 namespace bitfold::cuda {
 
 // What of a GPU the cutting depends on: the same numbers on the same kind of GPU, so the same bits.
-struct Gpu {
+struct GpuLimits {
   int multiprocessors = 132;
   int shared_bytes = 227 * 1024;  // most that one block may have
 };
@@ -54,7 +54,7 @@ struct MmaPlan {
 
 // False where no cut fits the GPU's shared memory. 1 <= m <= kMaxMmaColumns.
 inline constexpr int64_t kMaxMmaColumns = 64;
-bool plan_mma(const PackedView& w, int64_t m, const Gpu& gpu, MmaPlan* plan);
+bool plan_mma(const PackedView& w, int64_t m, const GpuLimits& gpu, MmaPlan* plan);
 
 // linear_any: a warp for two rows of the weight, and one or eight rows of x.
 struct AnyPlan {

@@ -23,7 +23,7 @@ constexpr size_t kEntries = 64;  // a model has a few shapes
 
 }  // namespace
 
-bool cached_plan(const PackedView& w, int64_t m, const Gpu& gpu, MmaPlan* plan) {
+bool cached_plan(const PackedView& w, int64_t m, const GpuLimits& gpu, MmaPlan* plan) {
   thread_local Entry entries[kEntries];
   const Key key{w.rows, w.cols, m, w.bits, gpu.multiprocessors, gpu.shared_bytes, is_shifted(w)};
   const auto mixed =

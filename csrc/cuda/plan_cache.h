@@ -6,6 +6,6 @@
 namespace bitfold::cuda {
 
 // As plan_mma; remembers the last few per thread.
-bool cached_plan(const PackedView& w, int64_t m, const Gpu& gpu, MmaPlan* plan);
+bool cached_plan(const PackedView& w, int64_t m, const GpuLimits& gpu, MmaPlan* plan);
 
 }  // namespace bitfold::cuda

@@ -6,10 +6,8 @@
 
 #include <vector>
 
-#include "core/parallel.h"
 #include "core/view.h"
-#include "cpu/kernel_table.h"
-#include "solvers/linear_algebra.h"
+#include "solvers/cpu.h"
 
 namespace bitfold {
 
@@ -36,8 +34,7 @@ struct AwqScale {
 // channel, w its mean |weight| as a share of the largest of the group. Of large matrices rows
 // evenly apart are judged, 2^31 multiplications for each candidate but at least 64. The same
 // products mean the same scale on every instruction set and for every number of threads.
-Status awq_scale(const KernelTable& k, const LinearAlgebra& algebra,
-                 const std::vector<AwqReader>& readers, int64_t channels, const Parallel& parallel,
+Status awq_scale(const Cpu& cpu, const std::vector<AwqReader>& readers, int64_t channels,
                  float* scale, AwqScale* found);
 
 struct AwqClip {
@@ -51,8 +48,7 @@ struct AwqClip {
 // leaves the least e H e over the columns of the group, in tiles of at most 512 columns. Those not
 // 0 in exact [rows, cols] (may be null) are stored elsewhere, without an error. Formats with scales
 // of groups or rows and without outliers.
-Status awq_clip(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
-                Method method, const MatrixView& w, const float* hessian, const uint8_t* exact,
-                void* const* buffers, const Parallel& parallel, AwqClip* found);
+Status awq_clip(const Cpu& cpu, const Format& format, Method method, const MatrixView& w,
+                const float* hessian, const uint8_t* exact, void* const* buffers, AwqClip* found);
 
 }  // namespace bitfold

@@ -25,16 +25,15 @@ struct Tile {
 
 class ClipSearch {
  public:
-  ClipSearch(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
-             Method method, const MatrixView& w, const float* hessian, void* const* buffers,
-             const Parallel& parallel)
-      : algebra_(algebra),
+  ClipSearch(const Cpu& cpu, const Format& format, Method method, const MatrixView& w,
+             const float* hessian, void* const* buffers)
+      : algebra_(cpu.algebra),
         method_(method),
         source_(w),
         hessian_(hessian),
-        parallel_(parallel),
-        w_(k, format, w.rows, w.cols),
-        storage_(k, format, w.rows, w.cols, buffers, parallel),
+        parallel_(cpu.parallel),
+        w_(cpu.kernels, format, w.rows, w.cols),
+        storage_(cpu.kernels, format, w.rows, w.cols, buffers, cpu.parallel),
         stride_(kCandidates * std::min(kPanelsAtOnce, w_.panels) * kPanelLanes) {
     if (stride_ % 256 == 0) stride_ += 16;  // rows of the same few lines of the cache otherwise
   }
@@ -221,14 +220,13 @@ class ClipSearch {
 
 }  // namespace
 
-Status awq_clip(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
-                Method method, const MatrixView& w, const float* hessian, const uint8_t* exact,
-                void* const* buffers, const Parallel& parallel, AwqClip* found) {
+Status awq_clip(const Cpu& cpu, const Format& format, Method method, const MatrixView& w,
+                const float* hessian, const uint8_t* exact, void* const* buffers, AwqClip* found) {
   Status status = check_awq_clip(format, w);
-  if (status.ok()) status = HessianView{hessian, false, w.cols}.check_finite(parallel);
+  if (status.ok()) status = HessianView{hessian, false, w.cols}.check_finite(cpu.parallel);
   if (!status.ok()) return status;
   *found = {};
-  return ClipSearch(k, algebra, format, method, w, hessian, buffers, parallel).run(exact, found);
+  return ClipSearch(cpu, format, method, w, hessian, buffers).run(exact, found);
 }
 
 }  // namespace bitfold

@@ -31,12 +31,11 @@ double dot(const float* a, const float* b, int64_t n) {
 // What rounding some rows of one reader leaves with one scale after another.
 class Judge {
  public:
-  Judge(const KernelTable& k, const LinearAlgebra& algebra, const AwqReader& reader,
-        const Parallel& parallel)
-      : k_(k),
-        algebra_(algebra),
+  Judge(const Cpu& cpu, const AwqReader& reader)
+      : k_(cpu.kernels),
+        algebra_(cpu.algebra),
         reader_(reader),
-        parallel_(parallel),
+        parallel_(cpu.parallel),
         n_(reader.weight.cols),
         rows_(judged_rows(reader.weight)),
         size_(rows_ * n_),
@@ -150,15 +149,14 @@ class Judge {
 
 }  // namespace
 
-Status awq_scale(const KernelTable& k, const LinearAlgebra& algebra,
-                 const std::vector<AwqReader>& readers, int64_t channels, const Parallel& parallel,
+Status awq_scale(const Cpu& cpu, const std::vector<AwqReader>& readers, int64_t channels,
                  float* scale, AwqScale* found) {
   std::vector<ScaleCandidate> all;
-  const Status status = scale_candidates(k, readers, channels, parallel, &all);
+  const Status status = scale_candidates(cpu.kernels, readers, channels, cpu.parallel, &all);
   if (!status.ok()) return status;
   std::vector<double> losses(all.size(), 0.0);
   for (size_t i = 0; i < readers.size(); ++i) {
-    const Status judged = Judge(k, algebra, readers[i], parallel).run(all, &losses);
+    const Status judged = Judge(cpu, readers[i]).run(all, &losses);
     if (!judged.ok()) return judged;
   }
   const ScaleCandidate& best = best_of(all, losses, found);

@@ -23,19 +23,18 @@ double now() {
 
 class Gptq {
  public:
-  Gptq(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
-       const MatrixView& w, const HessianView& h, const GptqOptions& options, void* const* buffers,
-       const Parallel& parallel, GptqReport* report)
-      : algebra_(algebra),
+  Gptq(const Cpu& cpu, const Format& format, const MatrixView& w, const HessianView& h,
+       const GptqOptions& options, void* const* buffers, GptqReport* report)
+      : algebra_(cpu.algebra),
         format_(format),
         source_(w),
         h_(h),
         options_(options),
         buffers_(buffers),
-        parallel_(parallel),
+        parallel_(cpu.parallel),
         report_(*report),
-        w_(k, format, w.rows, w.cols),
-        storage_(k, format, w.rows, w.cols, buffers, parallel) {}
+        w_(cpu.kernels, format, w.rows, w.cols),
+        storage_(cpu.kernels, format, w.rows, w.cols, buffers, cpu.parallel) {}
 
   Status run() {
     const double start = now();
@@ -249,20 +248,23 @@ class Gptq {
 
 }  // namespace
 
-Status gptq_quantize(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
-                     const MatrixView& w, const HessianView& h, const GptqOptions& options,
-                     void* const* buffers, const Parallel& parallel, GptqReport* report) {
+Status gptq_quantize(const Cpu& cpu, const Format& format, const MatrixView& w,
+                     const HessianView& h, const GptqOptions& options, void* const* buffers,
+                     GptqReport* report) {
   Status status = check_gptq(format, w, h.n, options);
-  if (status.ok()) status = h.check_finite(parallel);
+  if (status.ok()) status = h.check_finite(cpu.parallel);
   if (status.ok() && options.cross)
-    status = HessianView{options.cross, /*fp64=*/false, w.cols}.check_finite(parallel, "cross");
+    status = HessianView{options.cross, /*fp64=*/false, w.cols}.check_finite(cpu.parallel, "cross");
   if (!status.ok()) return status;
-  return Gptq(k, algebra, format, w, h, options, buffers, parallel, report).run();
+  status = Gptq(cpu, format, w, h, options, buffers, report).run();
+  if (!options.timed) report->seconds = {};
+  return status;
 }
 
-Status refit_packed(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
-                    const MatrixView& w, const HessianView& h, double damping, int sweeps,
-                    void* const* buffers, const Parallel& parallel, double* before, double* after) {
+Status refit_packed(const Cpu& cpu, const Format& format, const MatrixView& w, const HessianView& h,
+                    double damping, int sweeps, void* const* buffers, double* before,
+                    double* after) {
+  const auto& [k, algebra, parallel] = cpu;
   Status status = check_gptq(format, w, h.n, {});
   if (status.ok()) status = h.check_finite(parallel);
   if (!status.ok()) return status;

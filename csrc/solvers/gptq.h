@@ -2,6 +2,7 @@
 // stands for change least.
 #pragma once
 
+#include "solvers/cpu.h"
 #include "solvers/feedback.h"
 #include "solvers/options.h"
 
@@ -9,13 +10,13 @@ namespace bitfold {
 
 // `buffers` as in quantize(). With `cross` the matrix that is rounded is W + alpha W C H^-1, the
 // least-squares answer to min ||W x_float - Q x||^2 over real Q; losses are then around it.
-Status gptq_quantize(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
-                     const MatrixView& w, const HessianView& h, const GptqOptions& options,
-                     void* const* buffers, const Parallel& parallel, GptqReport* report);
+Status gptq_quantize(const Cpu& cpu, const Format& format, const MatrixView& w,
+                     const HessianView& h, const GptqOptions& options, void* const* buffers,
+                     GptqReport* report);
 
 // Fits the scales of `packed` again (solvers/refit.h) into `buffers`, which hold a copy of it.
-Status refit_packed(const KernelTable& k, const LinearAlgebra& algebra, const Format& format,
-                    const MatrixView& w, const HessianView& h, double damping, int sweeps,
-                    void* const* buffers, const Parallel& parallel, double* before, double* after);
+Status refit_packed(const Cpu& cpu, const Format& format, const MatrixView& w, const HessianView& h,
+                    double damping, int sweeps, void* const* buffers, double* before,
+                    double* after);
 
 }  // namespace bitfold

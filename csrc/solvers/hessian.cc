@@ -109,26 +109,27 @@ Counts each_chunk(Chunk<T>* chunk, int64_t rows, int64_t tokens, const Multiply&
 }  // namespace
 
 template <class T>
-Counts update_hessian(const KernelTable& k, const MatrixView& x, const uint8_t* mask,
-                      int64_t tokens, const LinearAlgebra& algebra, const Parallel& parallel,
-                      T* hessian) {
+Status update_hessian(const Cpu& cpu, const MatrixView& x, const uint8_t* mask, int64_t tokens,
+                      T* hessian, Counts* counts) {
   const int64_t n = x.cols;
   const int64_t block = std::max(kLeastBlock, (n + kBlocks - 1) / kBlocks);
-  Chunk<T> chunk(k, x, nullptr, mask, parallel);
-  return each_chunk(&chunk, x.rows, tokens, [&](T old_share, T new_share) {
+  Chunk<T> chunk(cpu.kernels, x, nullptr, mask, cpu.parallel);
+  *counts = each_chunk(&chunk, x.rows, tokens, [&](T old_share, T new_share) {
     for (int64_t low = 0; low < n; low += block) {
       const int64_t high = std::min(n, low + block);
-      gemm_of<T>(algebra)(true, false, high - low, high, chunk.count(), new_share,
-                          chunk.rows() + low, n, chunk.rows(), n, old_share, hessian + low * n, n);
+      gemm_of<T>(cpu.algebra)(true, false, high - low, high, chunk.count(), new_share,
+                              chunk.rows() + low, n, chunk.rows(), n, old_share, hessian + low * n,
+                              n);
     }
   });
+  return Status::success();
 }
 
 template <class T>
-void finish_hessian(int64_t n, const Parallel& parallel, T* hessian) {
+Status finish_hessian(const Cpu& cpu, int64_t n, T* hessian) {
   constexpr int64_t kTile = 32;
   const int64_t tiles = (n + kTile - 1) / kTile;
-  parallel(tiles, grain(n * kTile, kGrainWeights), [&](int64_t begin, int64_t end) {
+  cpu.parallel(tiles, grain(n * kTile, kGrainWeights), [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       for (int64_t first = t * kTile; first < n; first += kTile) {  // rows to read, tile by tile
         for (int64_t i = t * kTile; i < std::min(n, (t + 1) * kTile); ++i) {
@@ -138,27 +139,27 @@ void finish_hessian(int64_t n, const Parallel& parallel, T* hessian) {
       }
     }
   });
+  return Status::success();
 }
 
 template <class T>
-Counts update_cross(const KernelTable& k, const MatrixView& x_float, const MatrixView& x,
-                    const uint8_t* mask, int64_t tokens, const LinearAlgebra& algebra,
-                    const Parallel& parallel, T* cross) {
+Status update_cross(const Cpu& cpu, const MatrixView& x_float, const MatrixView& x,
+                    const uint8_t* mask, int64_t tokens, T* cross, Counts* counts) {
   const int64_t n = x.cols;
-  Chunk<T> chunk(k, x, &x_float, mask, parallel);
-  return each_chunk(&chunk, x.rows, tokens, [&](T old_share, T new_share) {
-    gemm_of<T>(algebra)(true, false, n, n, chunk.count(), new_share, chunk.differences(), n,
-                        chunk.rows(), n, old_share, cross, n);
+  Chunk<T> chunk(cpu.kernels, x, &x_float, mask, cpu.parallel);
+  *counts = each_chunk(&chunk, x.rows, tokens, [&](T old_share, T new_share) {
+    gemm_of<T>(cpu.algebra)(true, false, n, n, chunk.count(), new_share, chunk.differences(), n,
+                            chunk.rows(), n, old_share, cross, n);
   });
+  return Status::success();
 }
 
-#define BITFOLD_INSTANTIATE(T)                                                                    \
-  template Counts update_hessian<T>(const KernelTable&, const MatrixView&, const uint8_t*,        \
-                                    int64_t, const LinearAlgebra&, const Parallel&, T*);          \
-  template void finish_hessian<T>(int64_t, const Parallel&, T*);                                  \
-  template Counts update_cross<T>(const KernelTable&, const MatrixView&, const MatrixView&,       \
-                                  const uint8_t*, int64_t, const LinearAlgebra&, const Parallel&, \
-                                  T*);
+#define BITFOLD_INSTANTIATE(T)                                                                  \
+  template Status update_hessian<T>(const Cpu&, const MatrixView&, const uint8_t*, int64_t, T*, \
+                                    Counts*);                                                   \
+  template Status finish_hessian<T>(const Cpu&, int64_t, T*);                                   \
+  template Status update_cross<T>(const Cpu&, const MatrixView&, const MatrixView&,             \
+                                  const uint8_t*, int64_t, T*, Counts*);
 BITFOLD_INSTANTIATE(float)
 BITFOLD_INSTANTIATE(double)
 #undef BITFOLD_INSTANTIATE

@@ -1,10 +1,8 @@
 // Running means of products of activations: what calibrated solvers know of a layer's input.
 #pragma once
 
-#include "core/parallel.h"
 #include "core/view.h"
-#include "cpu/kernel_table.h"
-#include "solvers/linear_algebra.h"
+#include "solvers/cpu.h"
 
 namespace bitfold {
 
@@ -17,18 +15,16 @@ struct Counts {
 // batches. Rows whose mask [rows] is 0 are passed over. Of H [n, n] only blocks on and below the
 // diagonal are updated, 9/16 of a full product; finish_hessian fills in the rest.
 template <class T>
-Counts update_hessian(const KernelTable& k, const MatrixView& x, const uint8_t* mask,
-                      int64_t tokens, const LinearAlgebra& algebra, const Parallel& parallel,
-                      T* hessian);
+Status update_hessian(const Cpu& cpu, const MatrixView& x, const uint8_t* mask, int64_t tokens,
+                      T* hessian, Counts* counts);
 
 // Copies the lower triangle to the upper one.
 template <class T>
-void finish_hessian(int64_t n, const Parallel& parallel, T* hessian);
+Status finish_hessian(const Cpu& cpu, int64_t n, T* hessian);
 
 // C <- (tokens C + sum of (x_float - x) x^T) / (tokens + rows), all of it.
 template <class T>
-Counts update_cross(const KernelTable& k, const MatrixView& x_float, const MatrixView& x,
-                    const uint8_t* mask, int64_t tokens, const LinearAlgebra& algebra,
-                    const Parallel& parallel, T* cross);
+Status update_cross(const Cpu& cpu, const MatrixView& x_float, const MatrixView& x,
+                    const uint8_t* mask, int64_t tokens, T* cross, Counts* counts);
 
 }  // namespace bitfold

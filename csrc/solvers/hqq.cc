@@ -29,7 +29,7 @@ void solve(const KernelTable& k, int bits, const HqqOptions& options, const floa
   std::copy_n(zero, kSpanLanes, wanted);
   std::fill_n(active, kSpanLanes, true);
   float beta = options.beta;
-  for (int step = 0; step < options.iterations; ++step, beta *= options.kappa) {
+  for (int64_t step = 0; step < options.iterations; ++step, beta *= options.kappa) {
     ShrinkSums sums;
     round_to_halves(k, wanted, stored);
     k.shrink(bits, block, n, scale, stored, options.p, beta, &sums);
@@ -101,27 +101,28 @@ class RowSolver {
 
 }  // namespace
 
-Status hqq_solve(const KernelTable& k, const Format& format, const HqqOptions& options,
-                 const MatrixView& w, void* const* buffers, const Parallel& parallel) {
+Status hqq_solve(const Cpu& cpu, const Format& format, const HqqOptions& options,
+                 const MatrixView& w, void* const* buffers) {
+  const KernelTable& k = cpu.kernels;
   Status status = check_hqq(format, options);
-  if (status.ok()) status = quantize(k, format, Method::kSearch, w, buffers, parallel);
+  if (status.ok()) status = quantize(k, format, Method::kSearch, w, buffers, cpu.parallel);
   if (!status.ok()) return status;
   const std::vector<const void*> read(buffers, buffers + format.buffers(w.rows, w.cols).size());
   const PackedView view = make_view(format, w.rows, w.cols, read.data());
   // As few rows as have a multiple of sixteen groups.
   const int64_t rows = kSpanLanes / std::gcd<int64_t>(kSpanLanes, view.groups);
-  parallel((w.rows + rows - 1) / rows, grain(w.cols * rows, kGrainWeights),
-           [&](int64_t begin, int64_t end) {
-             std::vector<RowReader> readers(static_cast<size_t>(rows), RowReader(k, w));
-             std::vector<const float*> sources(readers.size());
-             RowSolver solver(k, options, view);
-             for (int64_t block = begin; block < end; ++block) {
-               const int64_t first = block * rows, count = std::min(rows, w.rows - first);
-               for (int64_t i = 0; i < count; ++i)
-                 sources[static_cast<size_t>(i)] = readers[static_cast<size_t>(i)](first + i);
-               solver.run(sources.data(), first, count);
-             }
-           });
+  cpu.parallel((w.rows + rows - 1) / rows, grain(w.cols * rows, kGrainWeights),
+               [&](int64_t begin, int64_t end) {
+                 std::vector<RowReader> readers(static_cast<size_t>(rows), RowReader(k, w));
+                 std::vector<const float*> sources(readers.size());
+                 RowSolver solver(k, options, view);
+                 for (int64_t block = begin; block < end; ++block) {
+                   const int64_t first = block * rows, count = std::min(rows, w.rows - first);
+                   for (int64_t i = 0; i < count; ++i)
+                     sources[static_cast<size_t>(i)] = readers[static_cast<size_t>(i)](first + i);
+                   solver.run(sources.data(), first, count);
+                 }
+               });
   return Status::success();
 }
 

@@ -2,9 +2,8 @@
 // decoded|^p with p < 1, which lets outliers keep their error. Needs no data.
 #pragma once
 
-#include "core/parallel.h"
 #include "core/view.h"
-#include "cpu/kernel_table.h"
+#include "solvers/cpu.h"
 #include "solvers/options.h"
 
 namespace bitfold {
@@ -17,7 +16,7 @@ namespace bitfold {
 // weights, so that the shrinkage acts whatever the size of the weights.
 // Formats with real zero points of groups or rows only. Same bits on every instruction set and for
 // every number of threads.
-Status hqq_solve(const KernelTable& k, const Format& format, const HqqOptions& options,
-                 const MatrixView& w, void* const* buffers, const Parallel& parallel);
+Status hqq_solve(const Cpu& cpu, const Format& format, const HqqOptions& options,
+                 const MatrixView& w, void* const* buffers);
 
 }  // namespace bitfold

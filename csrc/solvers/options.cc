@@ -33,7 +33,9 @@ Status check_gptq(const Format& format, const MatrixView& w, int64_t n,
 std::vector<int64_t> measured_panels(int64_t panels, int64_t measured_rows) {
   constexpr int64_t kRows = 16;
   const int64_t count =
-      measured_rows < 0 ? panels : std::min(panels, (measured_rows + kRows - 1) / kRows);
+      measured_rows < 0
+          ? panels
+          : std::min(panels, measured_rows / kRows + (measured_rows % kRows > 0 ? 1 : 0));
   std::vector<int64_t> chosen;
   for (int64_t i = 0; i < count; ++i) chosen.push_back(i * panels / count);
   return chosen;

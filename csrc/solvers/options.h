@@ -23,6 +23,7 @@ struct GptqOptions {
   double alpha = 1.0;            // how far
   const uint8_t* exact = nullptr;  // [out, in]: not 0 where a weight is stored elsewhere
   int64_t measured_rows = 64;      // for the report's direct measurements; all if negative
+  bool timed = false;              // fills the report's seconds: a GPU is waited for in between
 };
 
 // Losses are sums over rows of e H e^T, H damped unless said otherwise; dead inputs count nothing.
@@ -55,8 +56,8 @@ std::vector<int64_t> measured_panels(int64_t panels, int64_t measured_rows);
 struct HqqOptions {
   float p = 0.7f;      // of the norm, above 0 and at most 1
   float beta = 10.0f;  // how tightly the auxiliary error follows the residual, in steps of the grid
-  float kappa = 1.01f;  // beta grows by this factor each iteration
-  int iterations = 10;  // at most; twenty lower the mean |r| by another 0.1 %
+  float kappa = 1.01f;      // beta grows by this factor each iteration
+  int64_t iterations = 10;  // at most; twenty lower the mean |r| by another 0.1 %
 };
 
 // Whether the format has such zero points, and the options are within their ranges.

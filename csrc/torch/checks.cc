@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "cpu/mixed_product.h"
-
 namespace bitfold::binding {
 
 void fail(const char* op, const std::string& message) {
@@ -34,6 +32,48 @@ Tensor empty_with_last(const Tensor& like, int64_t last) {
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, device, index, &made));
   return Tensor(made);
+}
+
+bool is_on(const Tensor& tensor, const Place& place) {
+  return place.on_gpu ? tensor.is_cuda() && tensor.get_device_index() == place.gpu
+                      : tensor.is_cpu();
+}
+
+std::string name_of(const Place& place) {
+  if (!place.on_gpu) return "CPU";
+  return place.gpu < 0 ? "CUDA" : "cuda:" + std::to_string(place.gpu);
+}
+
+void look_for_gpu(const Tensor& tensor, Place* found) {
+  if (found->gpu < 0 && tensor.is_cuda()) found->gpu = tensor.get_device_index();
+}
+void look_for_gpu(const std::optional<Tensor>& tensor, Place* found) {
+  if (tensor.has_value()) look_for_gpu(*tensor, found);
+}
+void look_for_gpu(const std::vector<Tensor>& tensors, Place* found) {
+  for (const Tensor& tensor : tensors) look_for_gpu(tensor, found);
+}
+
+namespace {
+
+std::string device_of(const Place& place) { return place.on_gpu ? name_of(place) : "the CPU"; }
+std::string device_of(const Tensor& tensor) {
+  if (tensor.is_cuda()) return device_of(gpu_of(tensor));
+  return tensor.is_cpu() ? device_of(kCpu) : "another device";
+}
+
+}  // namespace
+
+void check_beside(const Tensor& tensor, const Place& place, const char* op, const char* argument,
+                  const char* whose) {
+  if (is_on(tensor, place)) return;
+  fail(op, std::string(argument) + " must be on the same device as " + whose + " (" +
+               device_of(place) + "), got " + device_of(tensor));
+}
+
+std::string what_came(const Tensor& tensor) {
+  return std::string(tensor.is_contiguous() ? "" : "non-contiguous ") +
+         name_of(tensor.scalar_type()) + " " + shape_of(tensor) + " on " + device_of(tensor);
 }
 
 std::string shape_of(const Tensor& tensor) {
@@ -96,40 +136,29 @@ ScalarType scalar_type(DType dtype) {
                                   : ScalarType::Int;
 }
 
-MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op,
-                     const Tensor* on_gpu) {
-  const bool here = on_gpu ? is_on_device_of(weight, *on_gpu) : weight.is_cpu();
-  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols || !here) {
-    fail(op, std::string("weight must be a ") + (on_gpu ? "CUDA" : "CPU") +
-                 " tensor [out, in] = [" + std::to_string(rows) + ", " + std::to_string(cols) +
-                 "], got " + shape_of(weight) + (here ? "" : " on another device"));
+Folding folding_of(const Tensor& weight, const std::vector<int64_t>& spec, const char* op,
+                   const Place& place) {
+  Folding folding;
+  int64_t rows = 0, cols = 0;
+  check(parse_spec(spec, &folding.format, &rows, &cols), op);
+  if (weight.dim() != 2 || weight.size(0) != rows || weight.size(1) != cols ||
+      !is_on(weight, place)) {
+    fail(op, "weight must be a " + name_of(place) + " tensor [out, in] = [" + std::to_string(rows) +
+                 ", " + std::to_string(cols) + "], got " + what_came(weight));
   }
-  return {weight.const_data_ptr(),
-          float_type(weight.scalar_type(), op, "weight"),
-          rows,
-          cols,
-          weight.stride(0),
-          weight.stride(1)};
+  folding.weight = {weight.const_data_ptr(),
+                    float_type(weight.scalar_type(), op, "weight"),
+                    rows,
+                    cols,
+                    weight.stride(0),
+                    weight.stride(1)};
+  return folding;
 }
 
-void check_mixed(const Format& format, int64_t cols, double threshold,
-                 const std::optional<std::vector<int64_t>>& columns, const char* op) {
-  if (!suits_mixed_product(format)) {
-    fail(op,
-         "format must be int8-row, int8-row-dq or int8-tensor (codes of 8 bits, one scale for a "
-         "row), got " +
-             format.to_string());
-  }
-  if (!(threshold >= 0.0))
-    fail(op, "threshold must not be negative, got " + std::to_string(threshold));
-  int64_t last = -1;
-  for (int64_t column : columns.value_or(std::vector<int64_t>())) {
-    if (column <= last || column >= cols) {
-      fail(op, "columns must ascend within [0, " + std::to_string(cols) + "), got " +
-                   std::to_string(column) + " after " + std::to_string(last));
-    }
-    last = column;
-  }
+Method method_of(int64_t method, const char* op) {
+  if (method != 0 && method != 1)
+    fail(op, "method must be 0 (round) or 1 (search), got " + std::to_string(method));
+  return static_cast<Method>(method);
 }
 
 Tensor cpu_tensor(const double* values, size_t count) {
@@ -140,10 +169,10 @@ Tensor cpu_tensor(const double* values, size_t count) {
   return tensor;
 }
 
-std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int64_t rows,
-                                  int64_t cols, std::vector<void*>* data, size_t first) {
+std::vector<Tensor> empty_buffers(const Tensor& like, const Folding& folding,
+                                  std::vector<void*>* data, size_t first) {
   std::vector<Tensor> packed;
-  const BufferTable buffers = format.buffers(rows, cols);
+  const BufferTable buffers = folding.format.buffers(folding.weight.rows, folding.weight.cols);
   for (size_t i = first; i < buffers.size(); ++i) {
     packed.push_back(torch::stable::new_empty(
         like, {buffers[i].shape.data(), buffers[i].shape.size()}, scalar_type(buffers[i].dtype)));
@@ -156,20 +185,18 @@ namespace {
 
 // The sentence is put together only once something is wrong.
 [[noreturn]] void fail_buffer(const PackedBuffers& weight, const BufferSpec& want,
-                              const Tensor& got, bool elsewhere, const char* device,
-                              const char* op) {
+                              const Tensor& got, const Place& place, const char* op) {
   fail(op, "weight" + std::string(want.suffix) + "(" + weight.format.to_string() +
-               ") must be a contiguous " + name_of(scalar_type(want.dtype)) + " " + device +
+               ") must be a contiguous " + name_of(scalar_type(want.dtype)) + " " + name_of(place) +
                " tensor of " + std::to_string(want.numel()) + " elements for [out, in] = [" +
                std::to_string(weight.rows) + ", " + std::to_string(weight.cols) + "], got " +
-               (got.is_contiguous() ? "" : "non-contiguous ") + name_of(got.scalar_type()) + " " +
-               shape_of(got) + (elsewhere ? " on another device" : ""));
+               what_came(got));
 }
 
 }  // namespace
 
 PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
-                             const char* op, const Tensor* on_gpu) {
+                             const char* op, const Place& place) {
   PackedBuffers result;
   check(parse_spec(spec, &result.format, &result.rows, &result.cols), op);
   const BufferTable buffers = result.format.buffers(result.rows, result.cols);
@@ -180,19 +207,13 @@ PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vecto
   for (size_t i = 0; i < buffers.size(); ++i) {
     const BufferSpec& want = buffers[i];
     const Tensor& got = packed[i];
-    const bool here = on_gpu ? is_on_device_of(got, *on_gpu) : got.is_cpu();
-    if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() || !here ||
-        !got.is_contiguous()) {
-      fail_buffer(result, want, got, !here, on_gpu ? "CUDA" : "CPU", op);
+    if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() ||
+        !is_on(got, place) || !got.is_contiguous()) {
+      fail_buffer(result, want, got, place, op);
     }
     result.data.push_back(got.const_data_ptr());
   }
   return result;
-}
-
-bool is_on_device_of(const Tensor& tensor, const Tensor& other) {
-  return tensor.is_cuda() && other.is_cuda() &&
-         tensor.get_device_index() == other.get_device_index();
 }
 
 Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op) {

@@ -35,6 +35,34 @@ Tensor as_contiguous(const Tensor& tensor);
 // has at least one dimension. A third of the instructions of new_empty, which is looked up by name.
 Tensor empty_with_last(const Tensor& like, int64_t last);
 
+// Where the tensors of a call must lie: on the CPU, or all on one GPU.
+struct Place {
+  bool on_gpu = false;
+  int32_t gpu = -1;  // its number; -1 is none, on which nothing lies
+};
+inline constexpr Place kCpu{};
+
+bool is_on(const Tensor& tensor, const Place& place);
+std::string name_of(const Place& place);  // "CPU", "cuda:0"; "CUDA" for none
+
+void look_for_gpu(const Tensor& tensor, Place* found);
+void look_for_gpu(const std::optional<Tensor>& tensor, Place* found);
+void look_for_gpu(const std::vector<Tensor>& tensors, Place* found);
+// The GPU of the first of these that lies on one: torch takes an op's CUDA kernel as soon as any
+// argument does.
+template <class... Arguments>
+Place gpu_of(const Arguments&... arguments) {
+  Place found{.on_gpu = true};
+  (look_for_gpu(arguments, &found), ...);
+  return found;
+}
+
+// Fails unless `tensor` lies where `whose` does, on `place`.
+void check_beside(const Tensor& tensor, const Place& place, const char* op, const char* argument,
+                  const char* whose);
+
+// What a message says was found: contiguous or not, dtype, shape, device.
+std::string what_came(const Tensor& tensor);
 std::string shape_of(const Tensor& tensor);
 const char* name_of(ScalarType dtype);
 
@@ -49,22 +77,23 @@ FloatType float_type(ScalarType dtype, const char* op, const char* argument);
 ScalarType scalar_type(FloatType dtype);
 ScalarType scalar_type(DType dtype);
 
-// The weight as [rows, cols] of floats; fails on another shape or dtype, or where it is not on the
-// CPU or, if that is given, the GPU of `on_gpu`.
-MatrixView matrix_of(const Tensor& weight, int64_t rows, int64_t cols, const char* op,
-                     const Tensor* on_gpu = nullptr);
-
-// What linear_mixed is given beside tensors.
-void check_mixed(const Format& format, int64_t cols, double threshold,
-                 const std::optional<std::vector<int64_t>>& columns, const char* op);
+// A weight [rows, cols] of floats and what it is to be folded into.
+struct Folding {
+  Format format;
+  MatrixView weight;
+};
+// Fails where the weight has not the spec's shape, or another dtype or place.
+Folding folding_of(const Tensor& weight, const std::vector<int64_t>& spec, const char* op,
+                   const Place& place = kCpu);
+Method method_of(int64_t method, const char* op);
 
 // float64 [count] on the CPU: what a report says.
 Tensor cpu_tensor(const double* values, size_t count);
 
-// Fresh tensors for the buffers of a weight, from number `first` on, on the device of `like`; where
-// their data lies is added to `data`.
-std::vector<Tensor> empty_buffers(const Tensor& like, const Format& format, int64_t rows,
-                                  int64_t cols, std::vector<void*>* data, size_t first = 0);
+// Fresh tensors for the buffers of what a weight is folded into, from number `first` on, on the
+// device of `like`; where their data lies is added to `data`.
+std::vector<Tensor> empty_buffers(const Tensor& like, const Folding& folding,
+                                  std::vector<void*>* data, size_t first = 0);
 
 struct PackedBuffers {
   Format format;
@@ -75,12 +104,10 @@ struct Packed : PackedBuffers {
   PackedView view;
 };
 
-bool is_on_device_of(const Tensor& tensor, const Tensor& other);  // one and the same GPU
-
-// Checks number, dtype, device, size and contiguity of every buffer against the spec. They must lie
-// on the CPU, or on the GPU of `on_gpu`.
+// Checks number, dtype, device, size and contiguity of every buffer against the spec. They must
+// lie on `place`.
 PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
-                             const char* op, const Tensor* on_gpu = nullptr);
+                             const char* op, const Place& place = kCpu);
 // The same on the CPU, and looks at the bytes.
 Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op);
 

@@ -24,7 +24,7 @@ Tensor embedding(const Tensor& indices, const std::vector<Tensor>& packed,
   if (indices.scalar_type() != ScalarType::Long && indices.scalar_type() != ScalarType::Int) {
     fail(kOp, std::string("indices must be int64 or int32, got ") + name_of(indices.scalar_type()));
   }
-  if (!indices.is_cpu()) fail(kOp, "indices must be on the same device as the packed weight (CPU)");
+  check_beside(indices, kCpu, kOp, "indices", "the packed weight");
   const Tensor wide = as_contiguous(indices.scalar_type() == ScalarType::Long
                                         ? indices
                                         : torch::stable::to(indices, ScalarType::Long));

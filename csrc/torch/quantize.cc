@@ -7,16 +7,11 @@ namespace {
 
 std::vector<Tensor> quantize(Tensor weight, std::vector<int64_t> spec, int64_t method) {
   constexpr const char* kOp = "quantize";
-  Format format;
-  int64_t rows = 0, cols = 0;
-  check(parse_spec(spec, &format, &rows, &cols), kOp);
-  if (method != 0 && method != 1) {
-    fail(kOp, "method must be 0 (round) or 1 (search), got " + std::to_string(method));
-  }
-  const MatrixView view = matrix_of(weight, rows, cols, kOp);
+  const Folding folding = folding_of(weight, spec, kOp);
+  const Method by = method_of(method, kOp);
   std::vector<void*> data;
-  std::vector<Tensor> packed = empty_buffers(weight, format, rows, cols, &data);
-  check(bitfold::quantize(kernels(kOp), format, static_cast<Method>(method), view, data.data(),
+  std::vector<Tensor> packed = empty_buffers(weight, folding, &data);
+  check(bitfold::quantize(kernels(kOp), folding.format, by, folding.weight, data.data(),
                           torch_parallel()),
         kOp);
   return packed;

@@ -3,32 +3,23 @@
 #include <algorithm>
 
 namespace bitfold::binding {
-namespace {
-
-bool is_here(const Tensor& tensor, const Tensor* on_gpu) {
-  return on_gpu ? is_on_device_of(tensor, *on_gpu) : tensor.is_cpu();
-}
-std::string device_of(const Tensor* on_gpu) { return on_gpu ? "CUDA" : "CPU"; }
-
-}  // namespace
 
 void check_mean(const Tensor& mean, int64_t n, const char* op, const char* argument,
-                const Tensor* on_gpu) {
+                const Place& place) {
   if ((mean.scalar_type() != ScalarType::Float && mean.scalar_type() != ScalarType::Double) ||
-      mean.dim() != 2 || mean.size(0) != n || mean.size(1) != n || !is_here(mean, on_gpu) ||
+      mean.dim() != 2 || mean.size(0) != n || mean.size(1) != n || !is_on(mean, place) ||
       !mean.is_contiguous()) {
-    fail(op, std::string(argument) + " must be a contiguous float32 or float64 " +
-                 device_of(on_gpu) + " tensor [in, in] = [" + std::to_string(n) + ", " +
-                 std::to_string(n) + "], got " + name_of(mean.scalar_type()) + " " +
-                 shape_of(mean));
+    fail(op, std::string(argument) + " must be a contiguous float32 or float64 " + name_of(place) +
+                 " tensor [in, in] = [" + std::to_string(n) + ", " + std::to_string(n) + "], got " +
+                 what_came(mean));
   }
 }
 
 MatrixView rows_of(const Tensor& x, const char* op, const char* argument, Tensor* kept,
-                   const Tensor* on_gpu) {
-  if (x.dim() < 1 || x.size(x.dim() - 1) < 1 || !is_here(x, on_gpu)) {
-    fail(op, std::string(argument) + " must be a " + device_of(on_gpu) + " tensor [..., in], got " +
-                 shape_of(x));
+                   const Place& place) {
+  if (x.dim() < 1 || x.size(x.dim() - 1) < 1 || !is_on(x, place)) {
+    fail(op, std::string(argument) + " must be a " + name_of(place) + " tensor [..., in], got " +
+                 what_came(x));
   }
   const FloatType dtype = float_type(x.scalar_type(), op, argument);
   const int64_t n = x.size(x.dim() - 1);
@@ -37,13 +28,13 @@ MatrixView rows_of(const Tensor& x, const char* op, const char* argument, Tensor
 }
 
 const uint8_t* bytes_of_mask(const std::optional<Tensor>& mask, int64_t rows, const char* op,
-                             std::optional<Tensor>* kept, const Tensor* on_gpu) {
+                             std::optional<Tensor>* kept, const Place& place) {
   if (!mask.has_value()) return nullptr;
   if ((mask->scalar_type() != ScalarType::Bool && mask->scalar_type() != ScalarType::Byte) ||
-      mask->numel() != rows || !is_here(*mask, on_gpu)) {
-    fail(op, "mask must be a bool or uint8 " + device_of(on_gpu) +
+      mask->numel() != rows || !is_on(*mask, place)) {
+    fail(op, "mask must be a bool or uint8 " + name_of(place) +
                  " tensor with one entry per row of x (" + std::to_string(rows) + "), got " +
-                 name_of(mask->scalar_type()) + " " + shape_of(*mask));
+                 what_came(*mask));
   }
   *kept = as_contiguous(*mask);
   return static_cast<const uint8_t*>((*kept)->const_data_ptr());
@@ -55,10 +46,10 @@ void check_tokens(int64_t tokens, const char* op) {
   }
 }
 
-CrossRows cross_rows(const Tensor& x_float, const Tensor& x, const char* op, const Tensor* on_gpu) {
+CrossRows cross_rows(const Tensor& x_float, const Tensor& x, const char* op, const Place& place) {
   CrossRows rows;
-  rows.x = rows_of(x, op, "x", &rows.kept_x, on_gpu);
-  rows.x_float = rows_of(x_float, op, "x_float", &rows.kept_float, on_gpu);
+  rows.x = rows_of(x, op, "x", &rows.kept_x, place);
+  rows.x_float = rows_of(x_float, op, "x_float", &rows.kept_float, place);
   if (rows.x_float.rows != rows.x.rows || rows.x_float.cols != rows.x.cols) {
     fail(op, "x_float must have the shape of x, " + shape_of(x) + ", got " + shape_of(x_float));
   }
@@ -66,20 +57,17 @@ CrossRows cross_rows(const Tensor& x_float, const Tensor& x, const char* op, con
 }
 
 Layer layer_of(const Tensor& weight, const Tensor& hessian, const std::vector<int64_t>& spec,
-               const char* op, const Tensor* on_gpu) {
-  Layer layer;
-  check(parse_spec(spec, &layer.format, &layer.rows, &layer.cols), op);
-  layer.weight = matrix_of(weight, layer.rows, layer.cols, op, on_gpu);
-  check_mean(hessian, layer.cols, op, "hessian", on_gpu);
-  layer.hessian = {hessian.const_data_ptr(), hessian.scalar_type() == ScalarType::Double,
-                   layer.cols};
-  return layer;
+               const char* op, const Place& place) {
+  const Folding folding = folding_of(weight, spec, op, place);
+  const int64_t n = folding.weight.cols;
+  check_mean(hessian, n, op, "hessian", place);
+  return {folding, {hessian.const_data_ptr(), hessian.scalar_type() == ScalarType::Double, n}};
 }
 
-int64_t in_range(int64_t value, int64_t end, const char* op, const char* argument) {
-  if (value < 0 || value >= end) {
-    fail(op, std::string(argument) + " must be at least 0 and below " + std::to_string(end) +
-                 ", got " + std::to_string(value));
+int64_t in_range(int64_t value, int64_t most, const char* op, const char* argument) {
+  if (value < 0 || value > most) {
+    fail(op, std::string(argument) + " must be between 0 and " + std::to_string(most) + ", got " +
+                 std::to_string(value));
   }
   return value;
 }
@@ -94,24 +82,25 @@ double in_range(double value, double most, const char* op, const char* argument)
 
 GptqOptions gptq_options(const char* op, int64_t order, double damping, int64_t scales,
                          bool dynamic, int64_t sweeps, int64_t refits, double alpha,
-                         int64_t measured_rows) {
+                         int64_t measured_rows, bool timed) {
   GptqOptions options;
-  options.order = static_cast<ColumnOrder>(in_range(order, 3, op, "order"));
-  options.scales = static_cast<ScaleChoice>(in_range(scales, 3, op, "scales"));
+  options.order = static_cast<ColumnOrder>(in_range(order, 2, op, "order"));
+  options.scales = static_cast<ScaleChoice>(in_range(scales, 2, op, "scales"));
   options.dynamic = dynamic;
   options.sweeps = static_cast<int>(in_range(sweeps, kMostRounds, op, "sweeps"));
   options.refits = static_cast<int>(in_range(refits, kMostRounds, op, "refits"));
   options.alpha = in_range(alpha, 1.0, op, "alpha");
   options.measured_rows = measured_rows;
+  options.timed = timed;
   options.damping = in_range(damping, kMostDamping, op, "damping");
   return options;
 }
 
 void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
                  const std::optional<Tensor>& exact, const char* op, GptqOptions* options,
-                 std::vector<Tensor>* kept, const Tensor* on_gpu) {
+                 std::vector<Tensor>* kept, const Place& place) {
   if (cross.has_value()) {
-    check_mean(*cross, layer.cols, op, "cross", on_gpu);
+    check_mean(*cross, layer.weight.cols, op, "cross", place);
     kept->push_back(cross->scalar_type() == ScalarType::Float
                         ? *cross
                         : torch::stable::to(*cross, ScalarType::Float));
@@ -119,46 +108,33 @@ void add_tensors(const Layer& layer, const std::optional<Tensor>& cross,
   }
   if (exact.has_value()) {
     if ((exact->scalar_type() != ScalarType::Bool && exact->scalar_type() != ScalarType::Byte) ||
-        exact->dim() != 2 || exact->size(0) != layer.rows || exact->size(1) != layer.cols ||
-        !is_here(*exact, on_gpu)) {
-      fail(op, "exact must be a bool or uint8 " + device_of(on_gpu) +
-                   " tensor of the weight's shape, got " + name_of(exact->scalar_type()) + " " +
-                   shape_of(*exact));
+        exact->dim() != 2 || exact->size(0) != layer.weight.rows ||
+        exact->size(1) != layer.weight.cols || !is_on(*exact, place)) {
+      fail(op, "exact must be a bool or uint8 " + name_of(place) +
+                   " tensor of the weight's shape, got " + what_came(*exact));
     }
     kept->push_back(as_contiguous(*exact));
     options->exact = static_cast<const uint8_t*>(kept->back().const_data_ptr());
   }
 }
 
-HqqOptions hqq_options(double p, double beta, double kappa, int64_t iterations) {
-  return {static_cast<float>(p), static_cast<float>(beta), static_cast<float>(kappa),
-          static_cast<int>(std::clamp<int64_t>(iterations, 0, 1000))};
-}
-
-Method method_of(int64_t method, const char* op) {
-  if (method != 0 && method != 1)
-    fail(op, "method must be 0 (round) or 1 (search), got " + std::to_string(method));
-  return static_cast<Method>(method);
-}
-
 const Tensor& checked(const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> shape,
-                      const char* argument, const std::string& op, const Tensor* on_gpu) {
+                      const char* argument, const std::string& op, const Place& place) {
   const bool fits =
-      tensor.scalar_type() == dtype && is_here(tensor, on_gpu) && tensor.is_contiguous() &&
+      tensor.scalar_type() == dtype && is_on(tensor, place) && tensor.is_contiguous() &&
       std::equal(tensor.sizes().begin(), tensor.sizes().end(), shape.begin(), shape.end());
   if (fits) return tensor;
   std::string wanted;
   for (int64_t size : shape) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
   fail(op.c_str(), std::string(argument) + " must be a contiguous " + name_of(dtype) + " " +
-                       device_of(on_gpu) + " tensor [" + wanted + "], got " +
-                       name_of(tensor.scalar_type()) + " " + shape_of(tensor));
+                       name_of(place) + " tensor [" + wanted + "], got " + what_came(tensor));
 }
 
 std::vector<AwqReader> awq_readers(
     const std::vector<Tensor>& weights, const std::vector<int64_t>& specs,
     const std::vector<int64_t>& methods, const std::vector<Tensor>& hessians,
     const std::vector<Tensor>& channels, const std::vector<Tensor>& magnitudes,
-    const std::vector<int64_t>& tokens, int64_t size, const char* op_name, const Tensor* on_gpu) {
+    const std::vector<int64_t>& tokens, int64_t size, const char* op_name, const Place& place) {
   const size_t count = weights.size();
   if (count == 0) fail(op_name, "there must be at least one reader of the scaled channels");
   if (specs.size() != count * kSpecLength || methods.size() != count || hessians.size() != count ||
@@ -174,18 +150,19 @@ std::vector<AwqReader> awq_readers(
   for (size_t i = 0; i < count; ++i) {
     const std::string op = std::string(op_name) + ": reader " + std::to_string(i);
     const auto* spec = specs.data() + i * kSpecLength;
-    int64_t rows = 0, cols = 0;
+    const Folding folding = folding_of(weights[i], {spec, spec + kSpecLength}, op.c_str(), place);
+    const int64_t cols = folding.weight.cols;
     AwqReader& reader = readers[i];
-    check(parse_spec({spec, spec + kSpecLength}, &reader.format, &rows, &cols), op.c_str());
+    reader.format = folding.format;
     reader.method = method_of(methods[i], op.c_str());
-    reader.weight = matrix_of(weights[i], rows, cols, op.c_str(), on_gpu);
+    reader.weight = folding.weight;
     reader.hessian = static_cast<const float*>(
-        checked(hessians[i], ScalarType::Float, {cols, cols}, "hessian", op, on_gpu)
+        checked(hessians[i], ScalarType::Float, {cols, cols}, "hessian", op, place)
             .const_data_ptr());
     reader.channel = static_cast<const int64_t*>(
-        checked(channels[i], ScalarType::Long, {cols}, "channel", op, on_gpu).const_data_ptr());
+        checked(channels[i], ScalarType::Long, {cols}, "channel", op, place).const_data_ptr());
     reader.magnitude = static_cast<const float*>(
-        checked(magnitudes[i], ScalarType::Float, {cols}, "mean_abs", op, on_gpu).const_data_ptr());
+        checked(magnitudes[i], ScalarType::Float, {cols}, "mean_abs", op, place).const_data_ptr());
     reader.tokens = tokens[i];
   }
   return readers;

@@ -84,15 +84,15 @@ def test_another_device_than_the_current_one() -> None:
     assert found.device == torch.device("cuda:1")
     assert torch.equal(found.cpu(), expected)
     mixed = [*packed_on("cuda:1")[:1], *packed_on("cuda:0")[1:]]
-    with pytest.raises(RuntimeError, match=r"CUDA tensor .* on another device"):
+    with pytest.raises(RuntimeError, match=r"cuda:1 tensor .* on cuda:0"):
         unfold(mixed)
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda p: [p[0].cpu(), *p[1:]], r"must be a contiguous int8 CPU tensor|on another device"),
-        (lambda p: [p[0], p[1].cpu(), *p[2:]], r"weight_scale\(nf4\) must be .* on another device"),
+        (lambda p: [p[0].cpu(), *p[1:]], r"weight\(nf4\) must be .* int8 cuda:0 tensor .* on the CPU"),
+        (lambda p: [p[0], p[1].cpu(), *p[2:]], r"weight_scale\(nf4\) must be .* cuda:0 tensor .* on the CPU"),
         (lambda p: [p[0].view(torch.uint8), *p[1:]], "got uint8"),
         (lambda p: [p[0][:-1], *p[1:]], r"of 8192 elements .* got int8 \[8191\]"),
         (lambda p: [torch.stack((p[0], p[0]), 1)[:, 0], *p[1:]], "got non-contiguous"),

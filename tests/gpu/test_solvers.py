@@ -274,20 +274,29 @@ def test_what_is_not_finite_is_named(value: float, name: str) -> None:
 
 def test_what_does_not_fit_is_named() -> None:
     weight, hessian = weight_of(8, 64).cuda(), hessian_of(64).cuda()
-    with pytest.raises(RuntimeError, match="hessian must be a contiguous float32 or float64 CUDA tensor"):
+    with pytest.raises(RuntimeError, match=r"hessian must be .* float64 cuda:0 tensor .* on the CPU"):
         solvers.gptq_quantize(weight, "int4-g32", hessian.cpu())
-    with pytest.raises(RuntimeError, match=r"weight must be a CUDA tensor .* on another device"):
+    with pytest.raises(RuntimeError, match=r"weight must be a cuda:0 tensor .* on the CPU"):
         solvers.gptq_quantize(weight.cpu(), "int4-g32", hessian)
     with pytest.raises(RuntimeError, match=r"hessian must be .* = \[64, 64\], got float32 \[32, 32\]"):
         solvers.gptq_quantize(weight, "int4-g32", hessian[:32, :32].contiguous())
-    with pytest.raises(RuntimeError, match="exact must be a bool or uint8 CUDA tensor of the weight's shape"):
+    with pytest.raises(RuntimeError, match="exact must be a bool or uint8 cuda:0 tensor of the weight"):
         solvers.gptq_quantize(weight, "int4-g32", hessian, exact=torch.zeros(8, 64, dtype=torch.bool))
     with pytest.raises(RuntimeError, match="order must be none or groups"):
         solvers.gptq_quantize(weight, "int4-g32", hessian, dynamic=True)
-    with pytest.raises(RuntimeError, match="x must be a CUDA tensor"):
+    with pytest.raises(RuntimeError, match="x must be a cuda:0 tensor"):
         solvers.hessian_update(hessian, torch.zeros(3, 64))
-    with pytest.raises(RuntimeError, match="mask must be a bool or uint8 CUDA tensor"):
+    with pytest.raises(RuntimeError, match="mask must be a bool or uint8 cuda:0 tensor"):
         solvers.hessian_update(hessian, torch.zeros(3, 64).cuda(), torch.ones(3, dtype=torch.bool))
+    # An op comes to its CUDA kernel even where only a later or optional tensor is on a GPU.
+    mask, exact = torch.ones(3, dtype=torch.bool).cuda(), torch.zeros(8, 64, dtype=torch.uint8).cuda()
+    with pytest.raises(RuntimeError, match=r"x must be a cuda:0 tensor .* on the CPU"):
+        solvers.hessian_update(hessian.cpu(), torch.zeros(3, 64), mask)
+    for arguments in ({"cross": hessian}, {"exact": exact}):
+        with pytest.raises(RuntimeError, match=r"weight must be a cuda:0 tensor .* on the CPU"):
+            solvers.gptq_quantize(weight.cpu(), "int4-g32", hessian.cpu(), **arguments)
+    with pytest.raises(RuntimeError, match=r"weight must be a cuda:0 tensor .* on the CPU"):
+        solvers.awq_clip(weight.cpu(), "int4-g32", hessian.cpu(), exact=exact)
 
 
 def test_opcheck() -> None:

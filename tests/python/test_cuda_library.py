@@ -43,6 +43,74 @@ def test_gives_away_no_symbol_of_its_cuda_runtime() -> None:
     assert not [name for name in given if name.startswith(("cuda", "__cuda", "_ZN7bitfold"))]
 
 
+# CUDA kernels with tensors of the CPU: as where only a later or optional tensor is on a GPU, an op
+# comes there and must say so before it asks for a device.
+_CALLS = """
+import ctypes, sys
+import torch
+
+if sys.argv[2:]:
+    ctypes.CDLL(sys.argv[2], mode=ctypes.RTLD_GLOBAL)
+import bitfold
+from bitfold import ops
+
+torch.ops.load_library(sys.argv[1])
+fmt, shape = bitfold.Format("int4-g32"), (4, 64)
+spec = fmt.spec(shape)
+weight, eye, x, mask = torch.randn(shape), torch.eye(64), torch.randn(3, 64), torch.ones(3, dtype=torch.bool)
+exact, packed, ones = torch.zeros(shape, dtype=torch.uint8), ops.quantize(weight, fmt), torch.ones(64)
+calls = {
+    "hessian_update": (eye, x, mask, 0),
+    "hessian_finish": (eye,),
+    "cross_update": (eye, x, x, mask, 0),
+    "gptq_quantize": (weight, eye, spec, 0, 0.01, 0, False, 0, 0, eye, 1.0, exact, 64, False),
+    "refit_scales": (packed, spec, weight, eye, 0.01, 1),
+    "hqq_solve": (weight, bitfold.Format("int4-g32-fz").spec(shape), 0.7, 10.0, 1.01, 10),
+    "awq_scale": ([weight], spec, [1], [eye], [torch.arange(64)], [ones], [3], 64),
+    "awq_clip": (weight, eye, spec, 1, exact),
+    "linear": (x, packed, spec, None, 0),
+    "dequantize": (packed, spec, torch.float32),
+    "quantize": (weight, spec, 0),
+}
+cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+for name, arguments in calls.items():
+    try:
+        getattr(torch.ops.bitfold, name).default.redispatch(cuda, *arguments)
+    except RuntimeError as error:
+        print(name, "|", str(error).splitlines()[0])
+    else:
+        print(name, "| no error")
+"""
+
+
+def torch_cuda(folder: Path) -> list[str]:
+    """Next to a CPU build of torch, a library of the name that `_ops_cuda` needs, with nothing behind it."""
+    if torch.version.cuda is not None:
+        return []
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    names = ["aoti_torch_get_current_cuda_stream", "aoti_torch_cuda_mm_out", "aoti_torch_cuda_addmm_out"]
+    source, library = folder / "stub.cc", folder / "libtorch_cuda.so"
+    source.write_text("".join(f'extern "C" int {name}() {{ return 1; }}\n' for name in names))
+    command = [compiler, "-shared", "-fPIC", f"-Wl,-soname,{library.name}", str(source), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return [str(library)]
+
+
+@built
+def test_tensors_elsewhere_are_named_before_a_device_is_asked_for(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", _CALLS, str(LIBRARY), *torch_cuda(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split(" | ") for line in done.stdout.splitlines())
+    assert set(found) >= {"hessian_update", "cross_update", "gptq_quantize", "refit_scales", "awq_clip"}
+    for op, error in found.items():
+        assert error.startswith(f"bitfold::{op}: "), error
+        assert " must be a" in error, error
+        assert "CUDA tensor" in error, error
+
+
 def test_build_information_agrees_with_the_file() -> None:
     assert bool(_C.build_info()["cuda"]) == LIBRARY.exists() == cuda.built()
 

@@ -105,6 +105,17 @@ def test_static_columns_that_are_the_dynamic_ones_change_nothing() -> None:
     )
 
 
+def test_more_rows_than_are_taken_at_a_time() -> None:
+    """Columns are chosen by all rows, each of which is then what it would be alone."""
+    packed, spec, _, _ = weight_of("int8-row", 20, 200)
+    x, bias = torch.randn(1100, 200).clamp(-5, 5), torch.randn(20)
+    x[1099, 7], x[2, 150] = 50.0, 7.0
+    y = ops.linear_mixed(x, packed, spec, bias)
+    for rows in (1, 37, 512, 600):
+        parts = [ops.linear_mixed(part, packed, spec, bias, columns=[7, 150]) for part in x.split(rows)]
+        assert torch.equal(torch.cat(parts), y)
+
+
 def test_outlier_channels_no_longer_cost_the_others_their_digits() -> None:
     """A few channels sixty times the others, as in models from 6.7 billion parameters on."""
     weight = torch.randn(256, 512)

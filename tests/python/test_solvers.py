@@ -200,6 +200,13 @@ def test_hessians_that_are_no_good() -> None:
         solvers.gptq_quantize(weight, "int4-g16", torch.eye(39))
 
 
+def test_any_number_of_rows_may_be_measured() -> None:
+    weight = weight_of(40, 16)
+    for asked, measured in ((0, 0), (1, 16), (17, 32), (40, 40), (2**63 - 1, 40), (-1, 40), (-(2**63), 40)):
+        _, report = solvers.gptq_quantize(weight, "nf4", torch.eye(16), measured_rows=asked)
+        assert report["measured_rows"] == measured
+
+
 def test_bad_weights_and_options() -> None:
     weight, hessian = weight_of(4, 16), torch.eye(16)
     weight[2, 5] = float("nan")
@@ -218,7 +225,11 @@ def test_bad_weights_and_options() -> None:
             solvers.gptq_quantize(weight_of(4, 16), "nf4", hessian, alpha=alpha)
     with pytest.raises(RuntimeError, match=r"cross\[0, 0\] is NaN"):
         solvers.gptq_quantize(weight_of(4, 16), "nf4", hessian, cross=torch.full((16, 16), float("nan")))
-    packed, _ = solvers.gptq_quantize(weight_of(4, 16), "nf4", hessian)
+    with pytest.raises(RuntimeError, match="sweeps must be between 0 and 1000, got 1001"):
+        solvers.gptq_quantize(weight_of(4, 16), "nf4", hessian, sweeps=1001)
+    with pytest.raises(RuntimeError, match="refits must be between 0 and 1000, got -1"):
+        solvers.gptq_quantize(weight_of(4, 16), "nf4", hessian, refit=-1)
+    packed, _ = solvers.gptq_quantize(weight_of(4, 16), "nf4", hessian, sweeps=1000)  # is allowed
     for damping in (-0.5, 5.0, float("nan")):
         with pytest.raises(RuntimeError, match="damping must be between"):
             solvers.refit_scales(packed, "nf4", weight_of(4, 16), hessian, damping=damping)
@@ -328,7 +339,7 @@ def test_hessian_of_halves_views_and_chunks() -> None:
 
 def test_statistics_say_what_is_wrong() -> None:
     x = torch.randn(4, 8)
-    with pytest.raises(RuntimeError, match=r"hessian must be .* \[8, 8\], got float32 \[7, 7\]"):
+    with pytest.raises(RuntimeError, match=r"hessian must be .* \[8, 8\], got float32 \[7, 7\] on the CPU"):
         solvers.hessian_update(torch.empty(7, 7), x)
     with pytest.raises(RuntimeError, match="mask must be a bool or uint8"):
         solvers.hessian_update(torch.empty(8, 8), x, torch.ones(3, dtype=torch.bool))

@@ -19,8 +19,8 @@ constexpr int64_t kPanelRows = 16;  // measured rows come in panels, as on the C
 class GpuGptq {
  public:
   GpuGptq(const Gpu& gpu, const Format& format, const MatrixView& w, const HessianView& h,
-          const GptqOptions& options, bool timed, void* const* buffers, GptqReport* report)
-      : run_(gpu, timed),
+          const GptqOptions& options, void* const* buffers, GptqReport* report)
+      : run_(gpu, options.timed),
         stream_(gpu.stream),
         algebra_(gpu.algebra),
         format_(format),
@@ -267,12 +267,12 @@ bool can_solve_on_gpu(const Format& format, ScaleChoice scales, int refits) {
 }
 
 Status gptq_quantize(const Gpu& gpu, const Format& format, const MatrixView& w,
-                     const HessianView& h, const GptqOptions& options, bool timed,
-                     void* const* buffers, GptqReport* report) {
+                     const HessianView& h, const GptqOptions& options, void* const* buffers,
+                     GptqReport* report) {
   if (Status status = check_gptq(format, w, h.n, options); !status.ok()) return status;
   if (!can_solve_on_gpu(format, options.scales, options.refits))
     return cpu_only(format, options.refits > 0 ? " with refits" : " with such scales");
-  return GpuGptq(gpu, format, w, h, options, timed, buffers, report).run();
+  return GpuGptq(gpu, format, w, h, options, buffers, report).run();
 }
 
 Status refit_packed(const Gpu& gpu, const Format& format, const MatrixView& w, const HessianView& h,

@@ -16,8 +16,8 @@ bool can_solve_on_gpu(const Format& format, ScaleChoice scales, int refits);
 // of the factorization, and for the report; once more where sweeps or refits follow, and in every
 // round of refits.
 Status gptq_quantize(const Gpu& gpu, const Format& format, const MatrixView& w,
-                     const HessianView& h, const GptqOptions& options, bool timed,
-                     void* const* buffers, GptqReport* report);
+                     const HessianView& h, const GptqOptions& options, void* const* buffers,
+                     GptqReport* report);
 
 Status refit_packed(const Gpu& gpu, const Format& format, const MatrixView& w, const HessianView& h,
                     double damping, int sweeps, void* const* buffers, double* before,

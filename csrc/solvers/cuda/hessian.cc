@@ -88,6 +88,11 @@ Status update_hessian(const Gpu& gpu, const MatrixView& x, const uint8_t* mask, 
 }
 
 template <class T>
+Status finish_hessian(const Gpu& gpu, int64_t n, T* hessian) {
+  return cuda::mirror({hessian, std::is_same_v<T, double>, n}, gpu.stream);
+}
+
+template <class T>
 Status update_cross(const Gpu& gpu, const MatrixView& x_float, const MatrixView& x,
                     const uint8_t* mask, int64_t tokens, T* cross, Counts* counts) {
   const int64_t n = x.cols;
@@ -102,6 +107,7 @@ Status update_cross(const Gpu& gpu, const MatrixView& x_float, const MatrixView&
 #define BITFOLD_INSTANTIATE(T)                                                                  \
   template Status update_hessian<T>(const Gpu&, const MatrixView&, const uint8_t*, int64_t, T*, \
                                     Counts*);                                                   \
+  template Status finish_hessian<T>(const Gpu&, int64_t, T*);                                   \
   template Status update_cross<T>(const Gpu&, const MatrixView&, const MatrixView&,             \
                                   const uint8_t*, int64_t, T*, Counts*);
 BITFOLD_INSTANTIATE(float)

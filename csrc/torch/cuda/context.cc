@@ -4,8 +4,9 @@
 
 namespace bitfold::binding {
 
-CudaContext::CudaContext(const Tensor& tensor, const char* op) : guard_(tensor.get_device_index()) {
-  const int32_t device = tensor.get_device_index();
+CudaContext::CudaContext(const Place& place, const char* op)
+    : guard_(place.gpu), device_(torch::headeronly::DeviceType::CUDA, place.gpu) {
+  const int32_t device = place.gpu;
   // The guard spoke to torch's copy of the CUDA runtime; this library has its own.
   if (const cudaError_t error = cudaSetDevice(device); error != cudaSuccess) {
     fail(op, "CUDA device " + std::to_string(device) + ": " + cudaGetErrorString(error));
@@ -15,26 +16,15 @@ CudaContext::CudaContext(const Tensor& tensor, const char* op) : guard_(tensor.g
   stream_ = static_cast<cudaStream_t>(stream);
 }
 
-namespace {
-
-std::string device_of(const Tensor& tensor) {
-  if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
-  return tensor.is_cpu() ? "the CPU" : "another device";
-}
-
-}  // namespace
-
-void check_same_gpu(const Tensor& tensor, const Tensor& other, const char* op, const char* argument,
-                    const char* whose) {
-  if (is_on_device_of(tensor, other)) return;
-  fail(op, std::string(argument) + " must be on the same device as " + whose + " (" +
-               device_of(other) + "), got " + device_of(tensor));
+Tensor scratch(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes}, ScalarType::Char);
 }
 
 DevicePacked unpack_cuda(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
                          const char* op) {
   if (packed.empty()) fail(op, "packed must hold the tensors of a weight, got none");
-  DevicePacked result{unpack_buffers(packed, spec, op, &packed[0]), {}};
+  const Place place = gpu_of(packed);
+  DevicePacked result{unpack_buffers(packed, spec, op, place), {}, place};
   result.weight =
       cuda::make_device_weight(result.format, result.rows, result.cols, result.data.data());
   return result;

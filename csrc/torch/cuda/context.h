@@ -9,27 +9,29 @@
 
 namespace bitfold::binding {
 
-// Makes the tensor's device the current one while it lives; `stream` is torch's current stream
-// there.
+// Makes the GPU of `place` the current one while it lives; `stream` is torch's current stream
+// there. Comes after the checks: the arguments may lie elsewhere.
 class CudaContext {
  public:
-  CudaContext(const Tensor& tensor, const char* op);
+  CudaContext(const Place& place, const char* op);
   cudaStream_t stream() const { return stream_; }
+  torch::stable::Device device() const { return device_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
+  torch::stable::Device device_;
   cudaStream_t stream_ = nullptr;
 };
 
-// Fails unless `tensor` lies on the GPU of `other`, naming both.
-void check_same_gpu(const Tensor& tensor, const Tensor& other, const char* op, const char* argument,
-                    const char* whose);
+// Memory for the length of a call, from torch's own pool of the current stream.
+Tensor scratch(const Tensor& like, int64_t bytes);
 
 struct DevicePacked : PackedBuffers {
   cuda::DeviceWeight weight;
+  Place place;
 };
 
-// As unpack, on the GPU of packed[0]; reads none of the bytes.
+// As unpack, on one GPU; reads none of the bytes.
 DevicePacked unpack_cuda(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
                          const char* op);
 

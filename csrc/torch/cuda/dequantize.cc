@@ -9,7 +9,7 @@ Tensor dequantize(const std::vector<Tensor>& packed, const std::vector<int64_t>&
   constexpr const char* kOp = "dequantize";
   const DevicePacked w = unpack_cuda(packed, spec, kOp);
   const FloatType type = float_type(dtype, kOp, "dtype");
-  const CudaContext context(packed[0], kOp);
+  const CudaContext context(w.place, kOp);
   Tensor out = torch::stable::new_empty(packed[0], {w.rows, w.cols}, dtype);
   check(cuda::dequantize(w.weight, type, out.mutable_data_ptr(), context.stream()), kOp);
   return out;
@@ -24,8 +24,8 @@ Tensor embedding(const Tensor& indices, const std::vector<Tensor>& packed,
   if (!wide && indices.scalar_type() != ScalarType::Int) {
     fail(kOp, std::string("indices must be int64 or int32, got ") + name_of(indices.scalar_type()));
   }
-  check_same_gpu(indices, packed[0], kOp, "indices", "the packed weight");
-  const CudaContext context(packed[0], kOp);
+  check_beside(indices, w.place, kOp, "indices", "the packed weight");
+  const CudaContext context(w.place, kOp);
   const Tensor index = as_contiguous(indices);
   std::vector<int64_t> sizes(index.sizes().begin(), index.sizes().end());
   sizes.push_back(w.cols);

@@ -21,7 +21,7 @@ using bitfold::testing::Owned;
 using bitfold::testing::random_weights;
 using bitfold::testing::to_bits16;
 
-constexpr Gpu kHopper{132, 227 * 1024}, kSmall{3, 99 * 1024};
+constexpr GpuLimits kHopper{132, 227 * 1024}, kSmall{3, 99 * 1024};
 
 DeviceWeight weight_of(const Owned& w, int64_t rows, int64_t cols) {
   std::vector<const void*> buffers;
@@ -56,7 +56,7 @@ struct Numbers {
 };
 
 template <FloatType kType>
-void check(const std::string& text, int64_t m, int64_t rows, int64_t cols, const Gpu* gpu) {
+void check(const std::string& text, int64_t m, int64_t rows, int64_t cols, const GpuLimits* gpu) {
   SCOPED_TRACE(text + " " + std::to_string(m) + "x" + std::to_string(rows) + "x" +
                std::to_string(cols) + (gpu ? " mma" : " any"));
   Owned w(format_of(text.c_str()), rows, cols);

@@ -17,9 +17,10 @@ PackedView view_of(const std::string& text, int64_t rows, int64_t cols) {
 }
 
 // The data-centre parts, the desktop parts, and a small one.
-constexpr Gpu kGpus[] = {{132, 227 * 1024}, {108, 163 * 1024}, {84, 99 * 1024}, {4, 99 * 1024}};
+constexpr GpuLimits kGpus[] = {
+    {132, 227 * 1024}, {108, 163 * 1024}, {84, 99 * 1024}, {4, 99 * 1024}};
 
-void check_plan(const PackedView& w, int64_t m, const Gpu& gpu) {
+void check_plan(const PackedView& w, int64_t m, const GpuLimits& gpu) {
   MmaPlan plan;
   ASSERT_TRUE(plan_mma(w, m, gpu, &plan));
   EXPECT_EQ(plan.m, m);
@@ -50,7 +51,7 @@ void check_plan(const PackedView& w, int64_t m, const Gpu& gpu) {
 }
 
 TEST(LinearPlan, EveryShapeThatSuits) {
-  for (const Gpu& gpu : kGpus) {
+  for (const GpuLimits& gpu : kGpus) {
     for (const char* text :
          {"nf4", "int4-g64", "int3-g64", "int2-g64", "int8-row", "int8-g64-zp"}) {
       for (int64_t rows : {1, 15, 16, 17, 1000, 4096, 28672, 152064}) {
@@ -68,7 +69,7 @@ TEST(LinearPlan, EveryShapeThatSuits) {
 }
 
 TEST(LinearPlan, ExtremesAreCutOrRefused) {
-  for (const Gpu& gpu : kGpus) {
+  for (const GpuLimits& gpu : kGpus) {
     check_plan(view_of("int8-row", 1, 16), 1, gpu);
     check_plan(view_of("nf4", 1, 1 << 24), 64, gpu);
     check_plan(view_of("int2-g64", int64_t{1} << 26, 64), 1, gpu);
@@ -76,7 +77,7 @@ TEST(LinearPlan, ExtremesAreCutOrRefused) {
   MmaPlan plan;
   EXPECT_FALSE(plan_mma(view_of("nf4", 1, (1 << 24) + 32), 1, kGpus[0], &plan));
   EXPECT_FALSE(plan_mma(view_of("nf4", int64_t{1} << 40, 64), 1, kGpus[0], &plan));
-  EXPECT_FALSE(plan_mma(view_of("nf4", 64, 64), 64, Gpu{1, 16 * 1024}, &plan));
+  EXPECT_FALSE(plan_mma(view_of("nf4", 64, 64), 64, GpuLimits{1, 16 * 1024}, &plan));
 }
 
 TEST(LinearPlan, BusyMultiprocessorsWhereThereIsWork) {

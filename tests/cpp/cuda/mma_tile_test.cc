@@ -244,7 +244,7 @@ double allowed(const PackedView& view, FloatType type) {
 }
 
 template <FloatType kType>
-void check(const std::string& text, int64_t m, int64_t rows, int64_t cols, const Gpu& gpu) {
+void check(const std::string& text, int64_t m, int64_t rows, int64_t cols, const GpuLimits& gpu) {
   SCOPED_TRACE(text + " " + std::to_string(m) + "x" + std::to_string(rows) + "x" +
                std::to_string(cols));
   Owned w(format_of(text.c_str()), rows, cols);
@@ -283,7 +283,7 @@ void check(const std::string& text, int64_t m, int64_t rows, int64_t cols, const
   }
 }
 
-constexpr Gpu kHopper{132, 227 * 1024}, kSmall{4, 99 * 1024};
+constexpr GpuLimits kHopper{132, 227 * 1024}, kSmall{4, 99 * 1024};
 
 TEST(MmaTile, EveryCodeMeetsItsX) {
   for (const char* text :

@@ -35,8 +35,9 @@ Clipped clip(const std::string& text, const std::vector<float>& w, const std::ve
   std::vector<void*> buffers;
   for (size_t i = 0; i < packed.bytes().size(); ++i) buffers.push_back(packed.pointer(i));
   Clipped clipped;
-  clipped.status = awq_clip(k, naive_algebra(), packed.format(), method, view_of(w, rows, cols),
-                            h.data(), exact, buffers.data(), parallel, &clipped.report);
+  clipped.status =
+      awq_clip({k, naive_algebra(), parallel}, packed.format(), method, view_of(w, rows, cols),
+               h.data(), exact, buffers.data(), &clipped.report);
   if (!clipped.status.ok()) return clipped;
   clipped.decoded = packed.decoded();
   clipped.bytes = packed.bytes();

@@ -62,8 +62,8 @@ Found search(const std::vector<Matrix>& matrices, int64_t channels, const Kernel
   for (const Matrix& matrix : matrices) readers.push_back(matrix.get());
   Found found;
   found.scale.resize(static_cast<size_t>(std::max<int64_t>(0, channels)));
-  found.status =
-      awq_scale(k, naive_algebra(), readers, channels, parallel, found.scale.data(), &found.report);
+  found.status = awq_scale({k, naive_algebra(), parallel}, readers, channels, found.scale.data(),
+                           &found.report);
   return found;
 }
 

@@ -117,9 +117,9 @@ inline Solved solve(const std::string& format, const std::vector<float>& w,
   std::vector<void*> buffers;
   for (size_t i = 0; i < parsed.buffers(rows, n).size(); ++i) buffers.push_back(packed.pointer(i));
   Solved solved;
-  solved.status =
-      gptq_quantize(k, naive_algebra(), parsed, {w.data(), FloatType::kFloat32, rows, n, n, 1},
-                    {hessian.data(), false, n}, options, buffers.data(), parallel, &solved.report);
+  solved.status = gptq_quantize(
+      {k, naive_algebra(), parallel}, parsed, {w.data(), FloatType::kFloat32, rows, n, n, 1},
+      {hessian.data(), false, n}, options, buffers.data(), &solved.report);
   if (!solved.status.ok()) return solved;
   solved.decoded = packed.decoded();
   solved.bytes = packed.bytes();

@@ -107,10 +107,9 @@ TEST(Gptq, CodesAreThoseOfThePublishedAlgorithm) {
         buffers.push_back(packed.pointer(i));
       GptqReport report;
       GptqOptions options = options_of(order);
-      ASSERT_TRUE(gptq_quantize(best(), naive_algebra(), format,
+      ASSERT_TRUE(gptq_quantize({best(), naive_algebra(), run_serially}, format,
                                 {w.data(), FloatType::kFloat32, rows, n, n, 1},
-                                {h.data(), false, n}, options, buffers.data(), run_serially,
-                                &report)
+                                {h.data(), false, n}, options, buffers.data(), &report)
                       .ok());
       const int64_t size = format.grouping == Grouping::kGroup ? format.group_size : n;
       const double added = added_by(options.damping, h, n);
@@ -209,9 +208,9 @@ TEST(Gptq, RefitAloneKeepsCodes) {
     for (size_t i = 0; i < format.buffers(rows, n).size(); ++i)
       buffers.push_back(packed.pointer(i));
     double before, after;
-    ASSERT_TRUE(refit_packed(best(), naive_algebra(), format,
+    ASSERT_TRUE(refit_packed({best(), naive_algebra(), testing::run_in_threads}, format,
                              {w.data(), FloatType::kFloat32, rows, n, n, 1}, {h.data(), false, n},
-                             0.01, 2, buffers.data(), testing::run_in_threads, &before, &after)
+                             0.01, 2, buffers.data(), &before, &after)
                     .ok());
     EXPECT_EQ(packed.bytes()[0], codes) << text;
     EXPECT_NEAR(before, rounded, 1e-3 * rounded) << text;
@@ -273,9 +272,9 @@ TEST(Gptq, Float64WhereFloat32IsNotEnough) {
   GptqOptions options;
   options.damping = 0.0;
   GptqReport report;
-  ASSERT_TRUE(gptq_quantize(best(), naive_algebra(), format,
+  ASSERT_TRUE(gptq_quantize({best(), naive_algebra(), run_serially}, format,
                             {w.data(), FloatType::kFloat32, rows, n, n, 1}, {h.data(), true, n},
-                            options, buffers.data(), run_serially, &report)
+                            options, buffers.data(), &report)
                   .ok());
   EXPECT_EQ(report.fp64, 1.0);
   EXPECT_EQ(report.damping, 0.0);

@@ -53,13 +53,16 @@ TEST(Hessian, AnySplitGivesTheMeanOfAllRows) {
       std::vector<float> hessian(static_cast<size_t>(n * n), NAN);
       int64_t at = 0;
       for (int64_t cut : cuts) {
-        const Counts counts = update_hessian(best(), rows_of(x, at, cut, n), nullptr, at,
-                                             naive_algebra(), run_in_threads, hessian.data());
+        Counts counts;
+        ASSERT_TRUE(update_hessian({best(), naive_algebra(), run_in_threads},
+                                   rows_of(x, at, cut, n), nullptr, at, hessian.data(), &counts)
+                        .ok());
         EXPECT_EQ(counts.counted, cut - at);
         EXPECT_EQ(counts.dropped, 0);
         at = cut;
       }
-      finish_hessian(n, run_in_threads, hessian.data());
+      ASSERT_TRUE(
+          finish_hessian({best(), naive_algebra(), run_in_threads}, n, hessian.data()).ok());
       expect_near(hessian, want, 1e-5);
     }
   }
@@ -77,11 +80,13 @@ TEST(Hessian, MaskedAndBrokenRowsAreLeftOut) {
     if (r != 3 && r != 4 && r != 9) counted.push_back(r);
   }
   std::vector<double> hessian(static_cast<size_t>(n * n), NAN);
-  const Counts counts = update_hessian(best(), rows_of(x, 0, tokens, n), mask.data(), 0,
-                                       naive_algebra(), run_serially, hessian.data());
+  Counts counts;
+  ASSERT_TRUE(update_hessian({best(), naive_algebra(), run_serially}, rows_of(x, 0, tokens, n),
+                             mask.data(), 0, hessian.data(), &counts)
+                  .ok());
   EXPECT_EQ(counts.counted, 17);
   EXPECT_EQ(counts.dropped, 1);
-  finish_hessian(n, run_serially, hessian.data());
+  ASSERT_TRUE(finish_hessian({best(), naive_algebra(), run_serially}, n, hessian.data()).ok());
   expect_near(hessian, expected<double>(x, x, n, counted), 1e-12);
 
   std::vector<float> y = random_weights(tokens * n, 7), difference(y.size());
@@ -89,8 +94,10 @@ TEST(Hessian, MaskedAndBrokenRowsAreLeftOut) {
   counted.erase(std::find(counted.begin(), counted.end(), 11));
   for (size_t i = 0; i < y.size(); ++i) difference[i] = y[i] - x[i];
   std::vector<float> cross(static_cast<size_t>(n * n), NAN);
-  const Counts both = update_cross(best(), rows_of(y, 0, tokens, n), rows_of(x, 0, tokens, n),
-                                   mask.data(), 0, naive_algebra(), run_in_threads, cross.data());
+  Counts both;
+  ASSERT_TRUE(update_cross({best(), naive_algebra(), run_in_threads}, rows_of(y, 0, tokens, n),
+                           rows_of(x, 0, tokens, n), mask.data(), 0, cross.data(), &both)
+                  .ok());
   EXPECT_EQ(both.counted, 16);
   EXPECT_EQ(both.dropped, 2);
   expect_near(cross, expected<float>(difference, x, n, counted), 1e-5);
@@ -98,8 +105,10 @@ TEST(Hessian, MaskedAndBrokenRowsAreLeftOut) {
 
 TEST(Hessian, NothingToCountChangesNothing) {
   std::vector<float> hessian(16, 3.0f), x(8, NAN);
-  const Counts counts = update_hessian(best(), rows_of(x, 0, 2, 4), nullptr, 5, naive_algebra(),
-                                       run_serially, hessian.data());
+  Counts counts;
+  ASSERT_TRUE(update_hessian({best(), naive_algebra(), run_serially}, rows_of(x, 0, 2, 4), nullptr,
+                             5, hessian.data(), &counts)
+                  .ok());
   EXPECT_EQ(counts.counted, 0);
   EXPECT_EQ(counts.dropped, 2);
   EXPECT_EQ(hessian, std::vector<float>(16, 3.0f));

@@ -1,5 +1,6 @@
 #include "solvers/hqq.h"
 
+#include "solvers/calibration.h"
 #include "support.h"
 
 namespace bitfold {
@@ -23,9 +24,9 @@ std::vector<void*> pointers(const Owned& packed) {
 Status solve(const KernelTable& k, const std::string& text, int64_t rows, int64_t cols,
              const std::vector<float>& w, Owned* packed, const HqqOptions& options = {},
              const Parallel& parallel = run_serially) {
-  return hqq_solve(k, format_of(text), options,
+  return hqq_solve({k, testing::naive_algebra(), parallel}, format_of(text), options,
                    MatrixView{w.data(), FloatType::kFloat32, rows, cols, cols, 1},
-                   pointers(*packed).data(), parallel);
+                   pointers(*packed).data());
 }
 
 std::vector<std::string> usable_formats() {

@@ -94,6 +94,9 @@ def test_bad_input_is_named():
         solvers.hqq_solve(weight, "int4-g64-fz", p=2.0)
     with pytest.raises(ValueError, match="iterations"):
         solvers.hqq_solve(weight, "int4-g64-fz", iterations=0)
+    for iterations in (-5, 101, 2**40):
+        with pytest.raises(ValueError, match=rf"iterations in \[1, 100\], got .* and {iterations}$"):
+            solvers.hqq_solve(weight, "int4-g64-fz", iterations=iterations)
     weight[2, 5] = float("nan")
     with pytest.raises(WeightError, match=r"weight\[2, 5\] is NaN"):
         solvers.hqq_solve(weight, "int4-g64-fz")

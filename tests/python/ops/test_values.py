@@ -130,6 +130,15 @@ def test_embedding_of_strided_indices() -> None:
     assert torch.equal(ops.embedding(indices, packed, spec, torch.float32), expected)
 
 
+def test_rows_without_columns_take_no_time() -> None:
+    codes = torch.empty(2**40, 0, dtype=torch.uint8)
+    for bits in (2, 3, 4, 8):
+        packed = ops.pack_bits(codes, bits)
+        assert (packed.dtype, packed.shape) == (torch.int8, (0,))
+        assert ops.unpack_bits(packed, bits, 2**40, 0).shape == codes.shape
+        assert ops.unpack_bits(packed, bits, 0, 2**62).shape == (0, 2**62)
+
+
 @given(st.sampled_from([2, 3, 4, 8]), st.integers(0, 5), st.integers(0, 70))
 def test_pack_bits(bits: int, rows: int, cols: int) -> None:
     codes = torch.randint(0, 2**bits, (rows, cols), dtype=torch.uint8)

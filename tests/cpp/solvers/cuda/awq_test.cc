@@ -45,8 +45,8 @@ Status clip(const std::string& text, const std::vector<float>& w, const std::vec
   HostGpu gpu;
   return on_gpu ? awq_clip(gpu.get(), format, method, view, h.data(), exact,
                            pointers(*packed).data(), found)
-                : awq_clip(active_kernels(), naive_algebra(), format, method, view, h.data(), exact,
-                           pointers(*packed).data(), run_serially, found);
+                : awq_clip({active_kernels(), naive_algebra(), run_serially}, format, method, view,
+                           h.data(), exact, pointers(*packed).data(), found);
 }
 
 TEST(AwqOnGpu, ClipsAsTheCpuDoes) {
@@ -107,7 +107,7 @@ TEST(AwqOnGpu, ScalesAsTheCpuDoes) {
   }
   std::vector<float> expected(channels), found(channels);
   AwqScale on_cpu, on_gpu;
-  ASSERT_TRUE(awq_scale(active_kernels(), naive_algebra(), readers, channels, run_serially,
+  ASSERT_TRUE(awq_scale({active_kernels(), naive_algebra(), run_serially}, readers, channels,
                         expected.data(), &on_cpu)
                   .ok());
   HostGpu gpu;
@@ -137,8 +137,8 @@ TEST(AwqOnGpu, BadInputIsNamedAsOnTheCpu) {
   const auto messages_agree = [&] {
     HostGpu gpu;
     const Status on_gpu = awq_scale(gpu.get(), {reader, reader}, 1, &scale, &found);
-    const Status on_cpu = awq_scale(active_kernels(), naive_algebra(), {reader, reader}, 1,
-                                    run_serially, &scale, &found);
+    const Status on_cpu = awq_scale({active_kernels(), naive_algebra(), run_serially},
+                                    {reader, reader}, 1, &scale, &found);
     EXPECT_FALSE(on_cpu.ok());
     EXPECT_EQ(on_gpu.message, on_cpu.message);
   };

@@ -45,9 +45,9 @@ Solved solve_on_gpu(const std::string& text, const Case& c, GptqOptions options)
     buffers.push_back(packed.pointer(i));
   HostGpu gpu;
   Solved solved;
-  solved.status = gptq_quantize(
-      gpu.get(), format, {c.w.data(), FloatType::kFloat32, c.rows, n, n, 1},
-      {c.hessian.data(), false, n}, options, /*timed=*/false, buffers.data(), &solved.report);
+  solved.status =
+      gptq_quantize(gpu.get(), format, {c.w.data(), FloatType::kFloat32, c.rows, n, n, 1},
+                    {c.hessian.data(), false, n}, options, buffers.data(), &solved.report);
   if (!solved.status.ok()) return solved;
   solved.decoded = packed.decoded();
   solved.bytes = packed.bytes();
@@ -183,11 +183,11 @@ TEST(GptqOnGpu, RefittingAPackedWeight) {
         buffers.push_back(packed.pointer(i));
       HostGpu gpu;
       double *before = &losses[on_gpu][0], *after = &losses[on_gpu][1];
-      const Status status = on_gpu ? refit_packed(gpu.get(), format, view, {h.data(), false, n},
-                                                  0.01, 2, buffers.data(), before, after)
-                                   : refit_packed(active_kernels(), testing::naive_algebra(),
-                                                  format, view, {h.data(), false, n}, 0.01, 2,
-                                                  buffers.data(), run_serially, before, after);
+      const Status status =
+          on_gpu ? refit_packed(gpu.get(), format, view, {h.data(), false, n}, 0.01, 2,
+                                buffers.data(), before, after)
+                 : refit_packed({active_kernels(), testing::naive_algebra(), run_serially}, format,
+                                view, {h.data(), false, n}, 0.01, 2, buffers.data(), before, after);
       ASSERT_TRUE(status.ok()) << status.message;
       EXPECT_LE(*after, *before);
       const double added = *after - loss_of(w, packed.decoded(), h, rows);
@@ -294,7 +294,7 @@ TEST(GptqOnGpu, WeightsOfAnyDtypeAndStrides) {
       buffers.push_back(packed.pointer(i));
     HostGpu gpu;
     GptqReport report;
-    ASSERT_TRUE(gptq_quantize(gpu.get(), format, view, {h.data(), false, n}, {}, true,
+    ASSERT_TRUE(gptq_quantize(gpu.get(), format, view, {h.data(), false, n}, {.timed = true},
                               buffers.data(), &report)
                     .ok());
     expect_near(report.loss, cpu.report.loss, "strides");
@@ -312,7 +312,7 @@ TEST(GptqOnGpu, AHessianInFloat64) {
   HostGpu gpu;
   GptqReport report;
   ASSERT_TRUE(gptq_quantize(gpu.get(), format, {w.data(), FloatType::kFloat32, rows, n, n, 1},
-                            {wide.data(), true, n}, {}, false, buffers.data(), &report)
+                            {wide.data(), true, n}, {}, buffers.data(), &report)
                   .ok());
   const Solved cpu = solve("int4-g32", w, h, rows, {}, active_kernels());
   expect_near(report.loss, cpu.report.loss, "loss");

@@ -49,14 +49,17 @@ void expect_same_hessian(int64_t n, bool masked, bool spoiled) {
     Counts on_gpu;
     ASSERT_TRUE(
         update_hessian(host.get(), x.view(begin, end), counted, tokens, gpu.data(), &on_gpu).ok());
-    const Counts on_cpu = update_hessian(active_kernels(), x.view(begin, end), counted, tokens,
-                                         naive_algebra(), run_serially, cpu.data());
+    Counts on_cpu;
+    ASSERT_TRUE(update_hessian({active_kernels(), naive_algebra(), run_serially},
+                               x.view(begin, end), counted, tokens, cpu.data(), &on_cpu)
+                    .ok());
     EXPECT_EQ(on_gpu.counted, on_cpu.counted);
     EXPECT_EQ(on_gpu.dropped, on_cpu.dropped);
     tokens += on_gpu.counted;
   }
-  ASSERT_TRUE(cuda::mirror({gpu.data(), sizeof(T) == 8, n}, nullptr).ok());
-  finish_hessian(n, run_serially, cpu.data());
+  ASSERT_TRUE(finish_hessian(HostGpu().get(), n, gpu.data()).ok());
+  ASSERT_TRUE(
+      finish_hessian({active_kernels(), naive_algebra(), run_serially}, n, cpu.data()).ok());
   expect_same_mean(gpu, cpu);
 }
 
@@ -95,7 +98,9 @@ TEST(HessianOnGpu, InputsOf16Bits) {
     HostGpu host;
     Counts counts;
     ASSERT_TRUE(update_hessian(host.get(), x, nullptr, 0, gpu.data(), &counts).ok());
-    update_hessian(active_kernels(), x, nullptr, 0, naive_algebra(), run_serially, cpu.data());
+    ASSERT_TRUE(update_hessian({active_kernels(), naive_algebra(), run_serially}, x, nullptr, 0,
+                               cpu.data(), &counts)
+                    .ok());
     expect_same_mean(gpu, cpu);
   }
 }
@@ -114,8 +119,10 @@ void expect_same_cross() {
   ASSERT_TRUE(update_cross(host.get(), target.view(0, rows), x.view(0, rows), mask.data(), 3,
                            gpu.data(), &counts)
                   .ok());
-  const Counts expected = update_cross(active_kernels(), target.view(0, rows), x.view(0, rows),
-                                       mask.data(), 3, naive_algebra(), run_serially, cpu.data());
+  Counts expected;
+  ASSERT_TRUE(update_cross({active_kernels(), naive_algebra(), run_serially}, target.view(0, rows),
+                           x.view(0, rows), mask.data(), 3, cpu.data(), &expected)
+                  .ok());
   EXPECT_EQ(counts.counted, expected.counted);
   EXPECT_EQ(counts.dropped, expected.dropped);
   expect_same_mean(gpu, cpu);

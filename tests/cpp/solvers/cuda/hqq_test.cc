@@ -1,7 +1,7 @@
 // HQQ's kernels, run by the emulator, against the solver of the CPU.
-#include "solvers/hqq.h"
+#include "solvers/cuda/hqq.h"
 
-#include "cuda/kernels.h"
+#include "solvers/cuda/host_gpu.h"
 #include "support.h"
 
 // What nvcc compiles, here as C++.
@@ -43,15 +43,11 @@ TEST(HqqOnGpu, TheLossIsThatOfTheCpu) {
         HqqOptions options;
         options.p = p;
         Owned cpu(format, rows, cols), gpu(format, rows, cols);
-        ASSERT_TRUE(hqq_solve(testing::active_kernels(), format, options, view,
-                              pointers(cpu).data(), run_serially)
+        ASSERT_TRUE(hqq_solve({testing::active_kernels(), testing::naive_algebra(), run_serially},
+                              format, options, view, pointers(cpu).data())
                         .ok());
-        std::vector<double> scratch(
-            static_cast<size_t>(cuda::quantize_scratch_bytes(format, rows, cols)) / 8 + 1,
-            std::nan(""));
-        ASSERT_TRUE(cuda::hqq(format, {options.p, options.beta, options.kappa, options.iterations},
-                              view, pointers(gpu).data(), scratch.data(), nullptr)
-                        .ok());
+        testing::HostGpu host;
+        ASSERT_TRUE(hqq_solve(host.get(), format, options, view, pointers(gpu).data()).ok());
         const double expected = mean_power(w, cpu.decoded(), p);
         EXPECT_NEAR(mean_power(w, gpu.decoded(), p), expected, 1e-3 * expected) << text;
         EXPECT_EQ(gpu.bytes()[1], cpu.bytes()[1]) << text << ": the scales are those searched";

@@ -1,4 +1,4 @@
-#include "torch/cuda/linear_algebra.h"
+#include "torch/cuda/on_gpu.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
@@ -37,18 +37,19 @@ LinearAlgebra::Cholesky<T> cholesky_on(const Device& device, cudaStream_t stream
 
 }  // namespace
 
-TorchGpu::TorchGpu(const Tensor& like, const CudaContext& context)
-    : gpu_{context.stream(), algebra_, [this, like](int64_t bytes) {
-             memory_.push_back(torch::stable::new_empty(like, {bytes}, ScalarType::Char));
+OnGpu::OnGpu(const Place& place, const char* op)
+    : context_(place, op),
+      algebra_{gemm_on<float>(context_.device()), gemm_on<double>(context_.device()),
+               cholesky_on<float>(context_.device(), context_.stream()),
+               cholesky_on<double>(context_.device(), context_.stream()),
+               [device = context_.device()](int64_t n, const float* l, int64_t m, float* b,
+                                            int64_t ldb) {
+                 solve_with_factor(l, device, n, m, b, ldb);
+               }},
+      gpu_{context_.stream(), algebra_, [this](int64_t bytes) {
+             memory_.push_back(
+                 torch::stable::empty({bytes}, ScalarType::Char, std::nullopt, context_.device()));
              return memory_.back().mutable_data_ptr();
-           }} {
-  const Device device(torch::headeronly::DeviceType::CUDA, like.get_device_index());
-  algebra_ = {gemm_on<float>(device), gemm_on<double>(device),
-              cholesky_on<float>(device, context.stream()),
-              cholesky_on<double>(device, context.stream()),
-              [device](int64_t n, const float* l, int64_t m, float* b, int64_t ldb) {
-                solve_with_factor(l, device, n, m, b, ldb);
-              }};
-}
+           }} {}
 
 }  // namespace bitfold::binding
