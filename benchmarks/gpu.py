@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from gpu_peers import PEERS
-from harness import RESULTS
+from harness import RESULTS, Smoke
 
 from bitfold import Format, ops
 
@@ -312,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds")
+    parser.add_argument("--smoke", action=Smoke, help="tiny shapes, seconds")
     parser.add_argument("--minutes", type=float, default=6.0, help="rows that begin later are left out")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -178,13 +179,25 @@ def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]], 
         print(note)
 
 
+class Smoke(argparse.Action):
+    """`--smoke`: a flag; what comes out is no result, and lands in a temporary folder without `--out`."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=False, **options)
+
+    def __call__(self, _parser: Any, namespace: argparse.Namespace, *_rest: Any) -> None:
+        namespace.smoke = True
+        if namespace.out == RESULTS:
+            namespace.out = Path(tempfile.mkdtemp(prefix="bitfold-smoke-"))
+
+
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options that every script here has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
         "--out", type=Path, default=RESULTS, help="folder for JSON and PNG (default: %(default)s)"
     )
-    parser.add_argument("--smoke", action="store_true", help="tiny shapes, seconds: does it run at all?")
+    parser.add_argument("--smoke", action=Smoke, help="tiny shapes, seconds: does it run at all?")
     parser.add_argument("--no-picture", action="store_true", help="no PNG (it needs matplotlib)")
     return parser
 
@@ -224,7 +237,11 @@ def _indented(value: Any, indent: str, width: int = 110) -> str:
 
 def write_picture(folder: Path, name: str, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
     """`<folder>/<name>.png`: `draw` gets a matplotlib figure of `size` inches."""
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+        return
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

@@ -32,7 +32,8 @@ if(BITFOLD_CUDA_BUILT)
 elseif(BITFOLD_INPLACE)
   file(REMOVE ${PROJECT_SOURCE_DIR}/python/bitfold/_ops_cuda.so)  # of an earlier build that had it
 endif()
-target_compile_definitions(_C PRIVATE "BITFOLD_CUDA_BUILT=\"${BITFOLD_CUDA_BUILT}\"")
+list(JOIN BITFOLD_CUDA_BUILT "," architectures)  # semicolons would make several definitions of it
+target_compile_definitions(_C PRIVATE "BITFOLD_CUDA_BUILT=\"${architectures}\"")
 
 # No path of the build environment in any file: torch is imported, and so loaded, before _ops is.
 set_target_properties(${bitfold_libraries} PROPERTIES SKIP_BUILD_RPATH ON INSTALL_RPATH "")

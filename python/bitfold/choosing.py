@@ -259,7 +259,10 @@ def _direct_readers(model: nn.Module) -> dict[nn.Module, tuple[str, bool]]:
     loose: dict[str, str] = {}
     for parent_name, parent in modules.items():
         reads = weights_read_by(type(parent))  # type: ignore[arg-type]
-        reason = f"{type(parent).__name__} reads its weight without calling it (a rule can insist)"
+        reason = (
+            f"{type(parent).__name__} reads its weight without calling it (a rule can insist, "
+            "for a model that never comes by there)"
+        )
         loose |= dict.fromkeys(reads.loose, reason)
         for path in reads.own:
             child = modules.get(f"{parent_name}.{path}".removeprefix("."))

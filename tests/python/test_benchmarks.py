@@ -45,6 +45,17 @@ def test_script_runs_and_writes_json(script, name, tmp_path, capsys):
     assert "bitfold" in capsys.readouterr().out
 
 
+def test_what_smoke_writes_is_no_result(script):
+    harness = script("harness")
+    parser = harness.arguments("")
+    assert parser.parse_args([]).out == harness.RESULTS
+    options = parser.parse_args(["--smoke"])
+    assert options.smoke
+    assert options.out != harness.RESULTS
+    options.out.rmdir()
+    assert parser.parse_args(["--smoke", "--out", "here"]).out.name == "here"
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_picture_is_drawn(script, name, tmp_path):
     pytest.importorskip("matplotlib")

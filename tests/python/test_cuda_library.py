@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -34,6 +36,26 @@ def test_names_the_library_that_torch_has_cuda_in() -> None:
     assert not {name for name in needed if name.startswith(("libcudart", "libcuda.", "libcublas"))}
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
+
+
+@pytest.mark.skipif(None in map(shutil.which, ("cmake", "ninja", "nvcc")), reason="no cmake, ninja or nvcc")
+def test_a_list_of_architectures_is_one_definition(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    options = {
+        "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
+        "BITFOLD_BUILD_PYTHON": "ON",
+        "BITFOLD_CUDA": "ON",
+        "BITFOLD_CUDA_ARCHITECTURES": "80-real;90a-real",
+        "Python_EXECUTABLE": sys.executable,
+    }
+    root = Path(__file__).parents[2]
+    defined = [f"-D{name}={value}" for name, value in options.items()]
+    subprocess.run(
+        ["cmake", "-S", root, "-B", tmp_path, "-G", "Ninja", *defined], check=True, capture_output=True
+    )
+    commands = json.loads((tmp_path / "compile_commands.json").read_text(encoding="utf-8"))
+    command = next(entry["command"] for entry in commands if entry["file"].endswith("python/module.cc"))
+    assert '-DBITFOLD_CUDA_BUILT="80-real,90a-real"' in shlex.split(command)
 
 
 @built

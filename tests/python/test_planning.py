@@ -455,7 +455,6 @@ def test_layers_that_the_data_do_not_reach_are_judged_by_their_weights(kind):
     assert any("idle" in note for note in made.notes)
 
 
-
 def test_auto_takes_what_there_is():
     assert bitfold.plan(Toy(), 5.0, progress=False).measure == "weight"
     assert bitfold.plan(Toy(), 5.0, calibration=batches(), progress=False).measure == "kl"

@@ -141,7 +141,7 @@ static void multiply_tile(const Panel& panel, const Tile& from) {
 #pragma GCC unroll 2
     for (int j = 0; j < kTilePanels; ++j) {
       factor[j] = load(t.factor + u * kTileWidth + 16 * j);
-      shift[j] = t.shift ? load(t.shift + u * kTileWidth + 16 * j) : zero();
+      if (t.shift) shift[j] = load(t.shift + u * kTileWidth + 16 * j);
     }
 #pragma GCC unroll 12
     for (int i = 0; i < M; ++i) {

@@ -70,39 +70,31 @@ struct Ahead {
   int64_t row_bytes, vectors;
 };
 // One stream is asked into the second cache (measured: a fifth faster when both cores wait for
-// memory), two into the first, where lines are needed at once. What is asked for need not exist.
+// memory), two into the first, where lines are needed at once. Inlined by force, like prefetch.
+template <int kW>
+[[gnu::always_inline]] static inline void ask_for(const uint8_t* p) {
+  if constexpr (kW == 1) {
+    prefetch_far(p);
+  } else {
+    prefetch(p);
+  }
+}
+
+// A block of kW rows of a weight from vector `first` on, turned. What is asked for need not exist.
 template <class Codec, int kTurned, int kW>
-[[gnu::always_inline]] static inline void ask_for_block(const PackedView& w,
-                                                        const uint8_t* const* rows, int64_t first,
-                                                        const Ahead& ahead) {
-  const auto ask = [](const uint8_t* p) {
-    if constexpr (kW == 1) {
-      prefetch_far(p);
-    } else {
-      prefetch(p);
-    }
-  };
+[[gnu::always_inline]] static inline void load_block(const PackedView& w,
+                                                     const uint8_t* const* rows, int64_t first,
+                                                     const Ahead& ahead, Stored (*codes)[kTurned]) {
 #pragma GCC unroll 2
   for (int j = 0; j < kW; ++j) {
 #pragma GCC unroll 4
     for (int v = 0; v < kTurned; ++v) {
-      const int64_t vector = first + ahead.vectors + v;
-      ask(rows[j] + ahead.row_bytes + 64 * vector);
-      if (Codec::kBits == 3 && vector % 2 == 0)
-        ask(rows[j] + ahead.row_bytes + w.plane_bytes + 32 * vector);
+      const int64_t vector = first + v, wanted = vector + ahead.vectors;
+      ask_for<kW>(rows[j] + ahead.row_bytes + 64 * wanted);
+      if (Codec::kBits == 3 && wanted % 2 == 0)
+        ask_for<kW>(rows[j] + ahead.row_bytes + w.plane_bytes + 32 * wanted);
+      codes[j][v] = load_stored<Codec>(w, rows[j], vector);
     }
-  }
-}
-
-// A block of kW rows of a weight from vector `first` on, turned.
-template <class Codec, int kTurned, int kW>
-[[gnu::always_inline]] static inline void load_block(const PackedView& w,
-                                                     const uint8_t* const* rows, int64_t first,
-                                                     Stored (*codes)[kTurned]) {
-#pragma GCC unroll 2
-  for (int j = 0; j < kW; ++j) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kTurned; ++v) codes[j][v] = load_stored<Codec>(w, rows[j], first + v);
     turn<Codec, kTurned>(codes[j]);
   }
 }
@@ -158,19 +150,17 @@ template <class Codec, Operand kOperand, int kTurned, int kX>
   static_assert(kRunRows % kW == 0);
   constexpr int kBlockBytes = kTurned * Codec::kParts * kPartBytes<kOperand>;
   // So many blocks at a time that activations stay in the first cache while the run passes, even as
-  // two streams come and go (measured: with twice as many, a quarter slower). All alike, so that
-  // what is asked for is what will be wanted.
+  // two streams come and go (measured: with twice as many, a quarter slower).
   constexpr int64_t kCache = kX == 1 ? 32768 : 16384;
-  constexpr int64_t kMostChunk = kCache / (kX * kBlockBytes);
-  const int64_t chunks = (x.blocks + kMostChunk - 1) / kMostChunk;
-  const int64_t length = (x.blocks + chunks - 1) / chunks;
+  constexpr int64_t kChunk = kCache / (kX * kBlockBytes);
+  const bool in_chunks = kChunk < x.blocks;
   // The walk goes down the rows of a run chunk by chunk, and run by run, and asks for what comes
   // some two pages later, in time for the page table to be walked. The CPU does not see by itself
   // that two rows are streams, and not beyond the end of a page or of a chunk.
   constexpr int64_t kFar = 8192;
-  const int64_t step_bytes = 64 * kTurned * length * kW;
+  const int64_t step_bytes = 64 * kTurned * kW * (in_chunks ? kChunk : x.blocks);
   int64_t rows_ahead = step_bytes < kFar ? kFar / step_bytes * kW : kW;
-  if (chunks > 1 && rows_ahead > kRunRows) rows_ahead = kRunRows;
+  if (in_chunks && rows_ahead > kRunRows) rows_ahead = kRunRows;
   // Copies: what is stored to sums might else change them.
   float* const sums = walk.sums;
   const float *const x_scale = walk.x_scale, *const shifts = walk.shifts;
@@ -185,8 +175,8 @@ template <class Codec, Operand kOperand, int kTurned, int kX>
       store(sums + (i * kRunRows + r) * 16, sum);
     }
   }
-  for (int64_t chunk = 0; chunk < x.blocks; chunk += length) {
-    const int64_t end = chunk + length < x.blocks ? chunk + length : x.blocks;
+  for (int64_t chunk = 0; chunk < x.blocks; chunk += kChunk) {
+    const int64_t end = chunk + kChunk < x.blocks ? chunk + kChunk : x.blocks;
     for (int64_t r = 0; r < n; r += kW) {
       const Codec* of_rows[kW];
       const uint8_t* rows[kW];
@@ -202,14 +192,13 @@ template <class Codec, Operand kOperand, int kTurned, int kX>
       // In this chunk, in the next one, or in the next run.
       Ahead ahead{rows_ahead * w.row_bytes, 0};
       if (r + rows_ahead >= kRunRows) {
-        ahead.vectors = kTurned * (end == x.blocks ? -chunk : length);
+        ahead.vectors = kTurned * (end == x.blocks ? -chunk : kChunk);
         if (end != x.blocks) ahead.row_bytes -= kRunRows * w.row_bytes;
       }
       for (int64_t b = chunk; b < end; ++b) {
         Stored codes[kW][kTurned];
-        ask_for_block<Codec, kTurned, kW>(w, rows, b * kTurned, ahead);
         if (b < whole) {
-          load_block<Codec, kTurned, kW>(w, rows, b * kTurned, codes);
+          load_block<Codec, kTurned, kW>(w, rows, b * kTurned, ahead, codes);
         } else {
           load_last_block<Codec, kTurned, kW>(w, rows, b * kTurned, codes);
         }

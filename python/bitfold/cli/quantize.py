@@ -81,7 +81,7 @@ def run(options: argparse.Namespace, output: Output) -> int:
     rules = dict(rule(text) for text in options.rule)
     import bitfold
     from bitfold.errors import CoverageError
-    from bitfold.hf.streaming import fold_directory, plan_directory
+    from bitfold.hf.streaming import check_target, fold_directory, plan_directory
 
     quiet_transformers()
     start = time.perf_counter()
@@ -99,6 +99,8 @@ def run(options: argparse.Namespace, output: Output) -> int:
     except CoverageError as error:
         message = f"{error}\n{_skip_options(str(error))}"
         raise CoverageError(message) from None
+    if not options.dry_run:
+        check_target(plan, options.out, options.overwrite)
     summary = bitfold.summary(plan.model)
     output.text(summary)
     output.text(
@@ -136,6 +138,9 @@ def read_plan(file: Path) -> Any:
 
     try:
         return Plan.from_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        msg = f"{file}: no such file; expected one that `bitfold plan --out` wrote"
+        raise FileNotFoundError(msg) from None
     except ValueError as error:
         msg = f"{file}: {error}"
         raise ValueError(msg) from error

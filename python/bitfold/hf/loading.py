@@ -141,7 +141,11 @@ def _config(transformers: Any, name: str, options: dict[str, Any]) -> dict[str, 
         msg = f"{name}: has no config.json; expected a directory that save_pretrained wrote"
         raise BitfoldError(msg)
     hub = {key: options[key] for key in _HUB_OPTIONS if key in options}
-    config, _ = transformers.PretrainedConfig.get_config_dict(name, **hub)
+    try:
+        config, _ = transformers.PretrainedConfig.get_config_dict(name, **hub)
+    except OSError as error:
+        msg = f"{name}: no such directory, and no config.json of that name on the Hub: {error}"
+        raise BitfoldError(msg) from error
     return config
 
 

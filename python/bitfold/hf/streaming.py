@@ -187,7 +187,7 @@ def fold_directory(
         OSError: the disk is full; checked before anything is written.
     """
     target = Path(out)
-    _check_target(plan, target, overwrite)
+    check_target(plan, target, overwrite)
     _check_space(plan, target)
     replaced = atomic_directory(target, overwrite, marker="config.json")
     with Checkpoint(plan.source) as checkpoint, replaced as directory:
@@ -372,7 +372,8 @@ def _check_missing(missing: set[str], model: Any, source: Path) -> None:
         raise PackedDataError(message)
 
 
-def _check_target(plan: StreamPlan, target: Path, overwrite: bool) -> None:
+def check_target(plan: StreamPlan, target: Path, overwrite: bool) -> None:
+    """Raise FileExistsError where `fold_directory` could not write."""
     source, real = plan.source.resolve(), target.resolve()
     if real == source or real in source.parents:
         message = f"{target}: the source {plan.source} is in there; choose another directory"

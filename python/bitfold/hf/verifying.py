@@ -72,6 +72,8 @@ def verify(
             message = (
                 f"{path}: is not folded by bitfold (no manifest in config.json or in the file's metadata)"
             )
+            if path.is_file() and (path.parent / "config.json").is_file():
+                message += f"; to verify the model that it is part of, give {path.parent}"
             raise PackedDataError(message)
         if path.is_file():
             if against is not None or min_cosine is not None:

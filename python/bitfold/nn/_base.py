@@ -140,7 +140,7 @@ class PackedModule(nn.Module):
         dtype: torch.dtype | None,
         original_dtype: torch.dtype | None,
     ) -> None:
-        """Register uninitialised packed buffers for `shape` on `device` (meta included)."""
+        """Register packed buffers for `shape` on `device` (meta included): zeros, to be filled."""
         self.format = as_format(fmt)
         self.shape = (int(shape[0]), int(shape[1]))
         if min(self.shape) < 1:
@@ -152,7 +152,7 @@ class PackedModule(nn.Module):
         table = self.format.buffers(self.shape)
         self.packed_names = tuple("weight" + suffix for suffix, _, _ in table)
         for name, (_, type_name, size) in zip(self.packed_names, table, strict=True):
-            buffer = torch.empty(tuple(size), dtype=getattr(torch, type_name), device=device)
+            buffer = torch.zeros(tuple(size), dtype=getattr(torch, type_name), device=device)
             self.register_buffer(name, buffer, persistent=True)
 
     @staticmethod
@@ -225,6 +225,13 @@ class PackedModule(nn.Module):
             self.dtype = probe.dtype
         return self
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Beside torch's own version number: codes of equal width look alike, whatever they mean.
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata.setdefault(prefix[:-1], {})["format"] = str(self.format)
+
     def _load_from_state_dict(
         self,
         state_dict: Mapping[str, Any],
@@ -236,6 +243,12 @@ class PackedModule(nn.Module):
         error_msgs: list[str],
     ) -> None:
         problems = []
+        stored_format = local_metadata.get("format", str(self.format))
+        if stored_format != str(self.format):
+            problems.append(
+                f"{prefix}weight: found format {stored_format}, expected {self.format}; fold this module to "
+                f"{stored_format} first, or load into a float model"
+            )
         for suffix, type_name, size in self.format.buffers(self.shape):
             key = f"{prefix}weight{suffix}"
             if key in state_dict:

@@ -34,7 +34,8 @@ class QuantLinear(Multiplies, MixesProducts, PackedModule, nn.Linear):
         in_features, out_features: sizes, at least 1.
         bias: whether there is a bias `[out_features]`.
         format: a `Format` or its string, such as `"nf4"`.
-        device: where the empty buffers are made; `"meta"` works.
+        device: where the packed buffers are made, a matrix of zeros until a state is loaded; `"meta"`
+            works. `from_float` folds an existing layer.
         dtype: float type that the model runs in (bias, and what reports name); default torch's default.
         original_dtype: float type the weight had before folding, for reports; default `dtype`.
         accuracy: how exactly products are computed: `"auto"`, `"fp32"` or `"int8"`, see

@@ -77,6 +77,24 @@ def test_strict_state_dict_round_trip(fmt):
     assert torch.equal(fresh(x), layer(x))
 
 
+def test_a_layer_of_its_own_is_zeros_until_a_state_is_loaded(fmt):
+    layer = QuantLinear(IN, OUT, format=fmt)
+    assert torch.equal(layer(torch.randn(2, IN)), torch.zeros(2, OUT))
+    assert torch.equal(layer.dequantize(), torch.zeros(OUT, IN))
+
+
+def test_codes_of_another_format_are_refused_though_their_buffers_look_alike(tmp_path):
+    nf4, log4 = folded("nf4"), folded("log4")
+    before = packed_bytes(nf4)
+    file = tmp_path / "state.pt"
+    torch.save(nn.Sequential(log4).state_dict(), file)
+    for state in (nn.Sequential(log4).state_dict(), torch.load(file)):
+        with pytest.raises(RuntimeError, match=r"0\.weight: found format log4, expected nf4; fold"):
+            nn.Sequential(nf4).load_state_dict(state)
+    assert packed_bytes(nf4) == before
+    nf4.load_state_dict(dict(log4.state_dict()))  # plain tensors say nothing of their format
+
+
 def test_copies(fmt):
     layer = folded(fmt).eval()
     x = torch.randn(2, IN)
