@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -227,10 +228,11 @@ class PackedModule(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Beside torch's own version number: codes of equal width look alike, whatever they mean.
+        # In place of torch's version number: codes of equal width look alike, whatever they mean.
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
-            metadata.setdefault(prefix[:-1], {})["format"] = str(self.format)
+            # Interned: pickle writes equal strings once only if they are one.
+            metadata[prefix[:-1]] = {"format": sys.intern(str(self.format))}
 
     def _load_from_state_dict(
         self,
