@@ -16,6 +16,10 @@ foreach(name IN LISTS BITFOLD_CPP_TESTS)
   add_test(NAME ${name} COMMAND ${BITFOLD_TEST_TARGET})
 endforeach()
 
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|amd64|AMD64)$")
+  target_sources(cpu_bfloat16_product_test PRIVATE tests/cpp/cpu/amx_emulator.cc)
+endif()
+
 # CUDA kernels, compiled as C++ and run by an emulation of threads.
 foreach(target cuda_kernels_test cuda_linear_kernels_test cuda_linear_mixed_test solvers_cuda_awq_test solvers_cuda_gptq_test
     solvers_cuda_hessian_test solvers_cuda_hqq_test)

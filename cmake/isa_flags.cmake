@@ -7,6 +7,7 @@ set(BITFOLD_FLAGS_avx2 -mavx2 -mfma -mf16c)
 set(BITFOLD_FLAGS_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c
   -Wno-maybe-uninitialized -Wno-uninitialized)  # g++ 12's own intrinsics headers (GCC bug 105593)
 set(BITFOLD_FLAGS_avx512vnni ${BITFOLD_FLAGS_avx512} -mavx512vnni)
+set(BITFOLD_FLAGS_amx ${BITFOLD_FLAGS_avx512vnni} -mavx512bf16 -mamx-tile -mamx-bf16)
 
 # Adds the target files that suit the CPU being compiled for, and defines BITFOLD_HAVE_<NAME>=1 for each.
 function(bitfold_add_isa_targets library)

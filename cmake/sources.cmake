@@ -16,6 +16,7 @@ set(BITFOLD_CORE_SOURCES
 
 set(BITFOLD_CPU_SOURCES
   csrc/cpu/activations.cc
+  csrc/cpu/bfloat16_product.cc
   csrc/cpu/dequantize.cc
   csrc/cpu/float_product.cc
   csrc/cpu/integer_product.cc
@@ -51,7 +52,7 @@ set(BITFOLD_SOLVER_SOURCES
 
 # name of the target file in csrc/cpu/targets
 set(BITFOLD_ISA_PORTABLE portable)
-set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni)
+set(BITFOLD_ISA_X86 avx2 avx512 avx512vnni amx)
 
 # csrc/cuda: what runs on the host is plain C++, part of the core library, and tested without a GPU.
 set(BITFOLD_CUDA_HOST_SOURCES
@@ -151,6 +152,7 @@ set(BITFOLD_CPP_TESTS
   cuda/mma_maps
   cuda/mma_tile
   cpu/activations
+  cpu/bfloat16_product
   cpu/instruction_sets
   cpu/isa
   solvers/awq_clip

@@ -50,6 +50,10 @@ struct Activations {
   float* sum;       // [rows][units]: scale * sum of q
 };
 
+// Activations beyond these leave scales, or products with the scales of weights, too near the ends
+// of what a float can hold. They, and infinite or NaN ones, are left to fp32 arithmetic.
+inline constexpr float kLeastActivation = 1e-25f, kMostActivation = 1e30f;
+
 // Sizes and limits for `rows` rows; pointers stay null.
 Activations describe_activations(const PackedView& w, Operand operand, Walk walk, int64_t rows);
 

@@ -3,32 +3,15 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
-#include <new>
 
 #include "cpu/outliers.h"
+#include "cpu/scratch.h"
 
 namespace bitfold {
 namespace {
 
 // What a thread should have to do, in multiply-adds, or starting it costs more than it saves.
 constexpr int64_t kGrainWork = 1 << 18;
-
-// Uninitialized memory that begins with a page: where activations, sums and the stream meet in the
-// first cache is then the same in every call (measured: else up to half as slow again).
-class Scratch {
- public:
-  explicit Scratch(int64_t bytes)
-      : data_(static_cast<uint8_t*>(::operator new(static_cast<size_t>(bytes), kPage))) {}
-  ~Scratch() { ::operator delete(data_, kPage); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  uint8_t* data() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kPage{4096};
-  uint8_t* data_;
-};
 
 // y[i, 0..n) = bias or zero, for every row of x.
 void begin_sums(const float* bias, int64_t m, int64_t n, float* y, int64_t ldy) {

@@ -1,5 +1,10 @@
 #include "cpu/isa.h"
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -26,6 +31,31 @@ bool has_avx512() {
 }
 
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+
+// Linux keeps tiles for those alone who ask; the answer holds for all threads of the process.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch/x86/include/uapi/asm
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+bool has_amx() {
+  return has_avx512vnni() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         may_use_tiles();
+}
+
+const KernelTable& table_with_tiles() {
+  static const KernelTable table = [] {
+    KernelTable all = avx512vnni::table;
+    all.bfloat16 = &amx::bfloat16;
+    return all;
+  }();
+  return table;
+}
 #endif
 
 }  // namespace
@@ -33,6 +63,7 @@ bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnn
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> list = {
 #if defined(__x86_64__)
+    {"amx", "AVX-512 VNNI and BF16, and AMX BF16", &has_amx, &table_with_tiles()},
     {"avx512vnni", "AVX-512 F/BW/VL/DQ and VNNI", &has_avx512vnni, &avx512vnni::table},
     {"avx512", "AVX-512 F/BW/VL/DQ", &has_avx512, &avx512::table},
     {"avx2", "AVX2 with FMA and F16C", &has_avx2, &avx2::table},

@@ -77,6 +77,32 @@ struct ShrinkSums {
   float pull[kSpanLanes];   // sum of r less its proximal point: r min(1, |r|^(p - 2) / beta)
 };
 
+// Products on a unit that multiplies tiles of bfloat16 numbers: sixteen rows of the weight, sixteen
+// of activations, 32 columns of both. A float is split into planes: the nearest bfloat16 number,
+// and the nearest to what that leaves.
+struct Bfloat16Tile {
+  static constexpr int64_t kRows = 16, kCols = 32, kSize = kRows * kCols;
+};
+struct Bfloat16Product {
+  int64_t cols;       // tiles of them, here
+  const uint16_t* w;  // [w_planes][2][cols] tiles, each [16 rows][32 columns]
+  int64_t w_planes;
+  // [x_planes][x_tiles][x_cols] tiles from the same columns on, each [16 pairs of columns][16 rows]
+  const uint16_t* x;
+  int64_t x_planes, x_tiles, x_cols;
+  float* sums;  // [x_tiles][2][16 rows of w][16 rows of x] grow by the product
+};
+struct Bfloat16Kernels {
+  // A tile from float rows, `ld` apart; `turned`: pairs of columns first. `plane`: elements from
+  // one plane to the next.
+  void (*split)(const float* rows, int64_t ld, int64_t planes, bool turned, uint16_t* tile,
+                int64_t plane);
+  // At most two planes each; second times second, too small to count, is left out.
+  void (*multiply)(const Bfloat16Product& product);
+  // [2][16][16] of the sums to [16 rows of x][32 rows of w].
+  void (*turn_sums)(const float* sums, float* rows);
+};
+
 // A row is cut in spans of `group` weights (a multiple of 16, or the whole row), each with its own
 // scale.
 struct KernelTable {
@@ -169,6 +195,8 @@ struct KernelTable {
   // readable, to a whole number of 64.
   void (*dot_codes)(const uint8_t* codes, int64_t ldw, int64_t n, const int8_t* q, int64_t ldq,
                     int64_t m, int64_t cols, int32_t* y, int64_t ldy);
+
+  const Bfloat16Kernels* bfloat16;  // null where no unit multiplies tiles
 };
 
 inline constexpr int64_t kMostWalkedRows = 4;
@@ -185,6 +213,9 @@ extern const KernelTable table;
 }
 namespace avx512vnni {
 extern const KernelTable table;
+}
+namespace amx {  // all else is avx512vnni's
+extern const Bfloat16Kernels bfloat16;
 }
 
 }  // namespace bitfold

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/bfloat16_product.h"
 #include "cpu/float_product.h"
 #include "cpu/integer_product.h"
 
@@ -14,6 +15,19 @@ constexpr int64_t kBatchRows = 512;
 // With outliers, which meet rows of x in columns anywhere: so that these stay in the second cache.
 constexpr int64_t kBatchRowsOfOutliers = 128;
 
+// From so many rows of x on tiles pay for decoding the weight, which costs what integers take for
+// about forty. (Counted in instructions: no such CPU was at hand to measure.)
+constexpr int64_t kLeastRowsOfTiles = 64;
+
+// With operands of fewer digits than float32 has; false where only float32 will do.
+bool multiply_narrow(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
+                     const void* bias, FloatType dtype, bool eight_bits, void* y,
+                     const Parallel& parallel) {
+  return k.bfloat16 && m >= kLeastRowsOfTiles
+             ? multiply_bfloat16(k, w, x, m, bias, dtype, eight_bits, y, parallel)
+             : multiply_integers(k, w, x, m, bias, dtype, eight_bits, y, parallel);
+}
+
 }  // namespace
 
 void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m, const void* bias,
@@ -24,8 +38,8 @@ void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
     const void* rows = advance(x, dtype, m0 * w.cols);
     void* out = advance(y, dtype, m0 * w.rows);
     if (accuracy == Accuracy::kFp32 ||
-        !multiply_integers(k, w, rows, batch, bias, dtype, accuracy == Accuracy::kInt8, out,
-                           parallel)) {
+        !multiply_narrow(k, w, rows, batch, bias, dtype, accuracy == Accuracy::kInt8, out,
+                         parallel)) {
       multiply_floats(k, w, rows, batch, bias, dtype, out, parallel);
     }
   }

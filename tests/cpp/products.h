@@ -35,19 +35,26 @@ struct Values {
   }
 };
 
-// y [m, w.rows] as floats; nothing may be written past its end.
+// What write(y) leaves in y [n] of `dtype`, as floats; it may not write past the end.
+template <class Write>
+inline std::vector<float> written(FloatType dtype, int64_t n, const Write& write) {
+  std::vector<float> y(static_cast<size_t>(n) + 1, 99.0f);
+  std::vector<uint16_t> y16(y.size(), 99);
+  const bool wide = dtype == FloatType::kFloat32;
+  write(wide ? static_cast<void*>(y.data()) : y16.data());
+  EXPECT_TRUE(wide ? y.back() == 99.0f : y16.back() == 99) << "wrote past the end";
+  for (size_t i = 0; !wide && i < y.size(); ++i) y[i] = from_bits16(y16[i], dtype);
+  y.pop_back();
+  return y;
+}
+
+// y [m, w.rows] as floats.
 inline std::vector<float> multiply(const KernelTable& k, const PackedView& w, const Values& x,
                                    int64_t m, const Values* bias, Accuracy level,
                                    const Parallel& parallel = run_serially) {
-  std::vector<float> y(static_cast<size_t>(m * w.rows) + 1, 99.0f);
-  std::vector<uint16_t> y16(y.size(), 99);
-  const bool wide = x.dtype == FloatType::kFloat32;
-  linear(k, w, x.data(), m, bias ? bias->data() : nullptr, x.dtype,
-         wide ? static_cast<void*>(y.data()) : y16.data(), level, parallel);
-  EXPECT_TRUE(wide ? y.back() == 99.0f : y16.back() == 99) << "wrote past the end";
-  for (size_t i = 0; !wide && i < y.size(); ++i) y[i] = from_bits16(y16[i], x.dtype);
-  y.pop_back();
-  return y;
+  return written(x.dtype, m * w.rows, [&](void* y) {
+    linear(k, w, x.data(), m, bias ? bias->data() : nullptr, x.dtype, y, level, parallel);
+  });
 }
 
 // fp32 arithmetic: summands of a lane over K, sixteen lanes, one rounding per tile of 512 columns,

@@ -100,7 +100,7 @@ def test_wide_targets_include_no_standard_containers() -> None:
 
 
 def wide_objects() -> list[Path]:
-    wide = ("avx2", "avx512", "avx512vnni")
+    wide = ("avx2", "avx512", "avx512vnni", "amx")
     return sorted(p for isa in wide for p in (ROOT / "build").glob(f"*/**/targets/{isa}.cc.o"))
 
 

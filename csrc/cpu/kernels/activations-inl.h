@@ -1,10 +1,6 @@
 // Floats to integers with a scale per unit, in the order in which the weights will come. Included
 // by each target.
 
-// Activations beyond these leave scales, or their products with the scales of weights, too near the
-// ends of what a float can hold. They, and infinite or NaN ones, are left to fp32 arithmetic.
-constexpr float kLeastActivation = 1e-25f, kMostActivation = 1e30f;
-
 // Lane i is the sum of the lanes of rows[i], sixteen rows; or the largest of them.
 static inline F add_lanes(const float* rows) {
   return join_lanes(rows, [](F a, F b) { return add(a, b); });

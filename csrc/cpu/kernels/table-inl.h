@@ -76,4 +76,5 @@ const KernelTable table = {
     .panel_scratch_bytes = panel_scratch_bytes,
     .add_outliers = add_outliers,
     .dot_codes = dot_codes,
+    .bfloat16 = nullptr,
 };

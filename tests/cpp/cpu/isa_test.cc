@@ -18,7 +18,7 @@ TEST(Isa, WiderSetsComeFirst) {
   std::vector<std::string> names;
   for (const InstructionSet& isa : instruction_sets()) names.push_back(isa.name);
 #if defined(__x86_64__)
-  EXPECT_EQ(names, (std::vector<std::string>{"avx512vnni", "avx512", "avx2", "portable"}));
+  EXPECT_EQ(names, (std::vector<std::string>{"amx", "avx512vnni", "avx512", "avx2", "portable"}));
 #else
   EXPECT_EQ(names, std::vector<std::string>{"portable"});
 #endif
