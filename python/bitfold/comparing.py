@@ -47,7 +47,7 @@ def compare(
     layers = {name: LayerComparison(name, str(quant.format)) for name, (_, quant) in pairs.items()}
     ends = _Ends()
     with _evaluating(float_model), _evaluating(quant_model):
-        for batch in read_batches(batches, "compare(): batches"):
+        for batch in read_batches(batches, "compare(): batches", float_model):
             if per_layer:
                 before: dict[str, list[Tensor]] = {}
                 watch = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from bitfold.errors import ActivationError
 
 __all__ = [
     "Batch",
+    "check_arguments",
     "check_rows",
     "device_of",
     "final_output",
@@ -123,10 +125,39 @@ def row_mask(x: Tensor, masks: list[Tensor]) -> Tensor | None:
     return found
 
 
-def read_batches(batches: Any, where: str) -> Iterator[Batch]:
+def check_arguments(batch: Batch, model: nn.Module, where: str) -> None:
+    """Raise ValueError if `model.forward` has no place for what the batch holds, such as labels."""
+    if model._forward_pre_hooks:  # they may change the arguments
+        return
+    takes = inspect.signature(model.forward)
+    try:
+        takes.bind(*batch.args, **batch.kwargs)
+    except TypeError as error:
+        held = [_described(value) for value in batch.args]
+        held += [f"{name}={_described(value)}" for name, value in batch.kwargs.items()]
+        advice = "give what it takes and nothing else"
+        if len(batch.args) > 1:
+            advice = (
+                "the parts of a tuple or list are positional arguments; of (input, label) pairs give the "
+                "inputs alone: [x for x, label in pairs]"
+            )
+        msg = (
+            f"{where} holds ({', '.join(held)}), but {type(model).__name__}.forward takes "
+            f"({', '.join(takes.parameters)}): {error}; {advice}"
+        )
+        raise ValueError(msg) from error
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
+    return type(value).__name__
+
+
+def read_batches(batches: Any, where: str, model: nn.Module) -> Iterator[Batch]:
     """Check and wrap each of `batches`: a dict of forward arguments, a tensor, or a tuple of arguments.
 
-    Raises TypeError for anything else, ValueError where there are none.
+    Raises TypeError for anything else, ValueError where there are none or `model` does not take them.
     """
     if isinstance(batches, str | bytes | Tensor | Mapping) or not isinstance(batches, Iterable):
         msg = (
@@ -137,19 +168,21 @@ def read_batches(batches: Any, where: str) -> Iterator[Batch]:
     count = 0
     for count, batch in enumerate(batches, 1):
         if isinstance(batch, Mapping):
-            yield Batch(kwargs=dict(batch))
+            made = Batch(kwargs=dict(batch))
         elif isinstance(batch, Tensor):
-            yield Batch(args=(batch,))
+            made = Batch(args=(batch,))
         elif isinstance(batch, tuple):
-            yield Batch(args=batch)
+            made = Batch(args=batch)
         elif isinstance(batch, Batch):
-            yield batch
+            made = batch
         else:
             msg = (
                 f"{where}: batch {count} is a {type(batch).__name__}, expected a dict of forward arguments, "
                 "a tensor or a tuple; for text call the tokenizer with return_tensors='pt' first"
             )
             raise TypeError(msg)
+        check_arguments(made, model, f"{where}: batch {count}")
+        yield made
     if not count:
         msg = f"{where}: there are no batches; expected at least one (a generator can be read only once)"
         raise ValueError(msg)

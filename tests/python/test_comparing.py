@@ -180,6 +180,8 @@ def test_bad_batches():
         bitfold.compare(model, other, batch())
     with pytest.raises(TypeError, match="batch 2 is a list"):
         bitfold.compare(model, other, [batch(), [1, 2]])
+    with pytest.raises(ValueError, match=r"batch 1 holds \(.*label=int64 \[2\]\).*'label'"):
+        bitfold.compare(model, other, [{**batch(), "label": torch.zeros(2, dtype=torch.long)}])
     empty = batch()
     empty["attention_mask"].zero_()
     with pytest.raises(ValueError, match="no rows"):

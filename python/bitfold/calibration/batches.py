@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bitfold.calibration.settings import Settings
-from bitfold.outputs import Batch
+from bitfold.outputs import Batch, check_arguments
 
 
 def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Settings) -> list[Batch]:
@@ -22,8 +22,8 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
         calibration: an iterable (a generator, a list, a DataLoader) of texts, or of dicts with a `"text"`;
             of sequences of token ids (lists or 1-D tensors; NumPy arrays count as tensors); of batches of ids
             (2-D tensors); of dicts of
-            the model's arguments, one sequence or a batch each; of float tensors or tuples, for models
-            that take those; of Batches.
+            the model's arguments, one sequence or a batch each; of float tensors, for models that take
+            those, or tuples and lists of positional arguments; of Batches.
         model: the float model.
         tokenizer: for texts: a transformers tokenizer, its name, any callable that turns a text into ids,
             or None for the one that came with the model.
@@ -31,7 +31,7 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
 
     Raises:
         ValueError: no data, ids outside of the vocabulary, texts without a tokenizer, an item of another
-            kind; the item is named by its number.
+            kind, arguments that the model does not take; the item is named by its number.
     """
     if calibration is None:
         msg = "calibration: no data; give texts, token ids or batches of the model's arguments"
@@ -59,6 +59,7 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
         raise ValueError(msg)
     batches = [batch.mapped(_normal) for batch in batches]
     for number, batch in enumerate(batches):
+        check_arguments(batch, model, f"calibration batch {number}")
         _check_vocabulary(batch, model, number)
         _complete_decoder(batch, model)
     return batches

@@ -125,7 +125,7 @@ def set_llm_int8(
     if threshold is None or calibration is None:
         return dict.fromkeys(layers)
     with _recording(layers, threshold) as seen, torch.no_grad():
-        for batch in read_batches(calibration, "set_llm_int8(): calibration"):
+        for batch in read_batches(calibration, "set_llm_int8(): calibration", model):
             batch.run(model)
     unseen = [name for name in layers if name not in seen]
     if unseen:

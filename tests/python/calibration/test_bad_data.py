@@ -6,6 +6,7 @@ import networks
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import bitfold
 from bitfold import calibration
@@ -44,6 +45,26 @@ def test_texts_without_a_tokenizer():
         networks.quantize(networks.make("llama"), "llama", calibration=["some text"])
     with pytest.raises(ValueError, match=r"no tokenizer could be loaded from '/nowhere'"):
         networks.quantize(networks.make("llama"), "llama", calibration=["text"], tokenizer="/nowhere")
+
+
+def test_labels_beside_the_inputs():
+    model = networks.make("perceptron")
+    x, label = torch.randn(512, 48), torch.zeros(512, dtype=torch.long)
+    loader = DataLoader(TensorDataset(x, label), batch_size=256)
+    expected = (
+        r"calibration batch 0 holds \(float32 \[256, 48\], int64 \[256\]\), but Sequential.forward takes "
+        r"\(input\): too many positional arguments; .* give the inputs alone: \[x for x, label in pairs\]"
+    )
+    with pytest.raises(ValueError, match=expected):
+        networks.quantize(model, "perceptron", calibration=loader)
+    with pytest.raises(ValueError, match=r"batch 1 holds \(input=.*, label=.*'label'; give what it takes"):
+        networks.quantize(model, "perceptron", calibration=[x, {"input": x, "label": label}])
+    assert type(model[0]) is nn.Linear
+    networks.quantize(model, "perceptron", calibration=[x for x, _ in loader])
+
+    model = networks.make("perceptron")
+    model.register_forward_pre_hook(lambda module, args: args[:1])  # then forward does not say what is taken
+    networks.quantize(model, "perceptron", calibration=loader)
 
 
 def test_an_item_of_no_known_kind_is_named():

@@ -19,6 +19,11 @@ def llama():
     return networks.make("llama")
 
 
+class TakesTwo(torch.nn.Module):
+    def forward(self, x, factor):
+        return x * factor
+
+
 def ids(batches):
     return [batch.kwargs["input_ids"].tolist() for batch in batches]
 
@@ -96,7 +101,7 @@ def test_plain_models_get_positional_tensors_and_equal_lengths():
     x = torch.randn(3, 48)
     (batch,) = as_batches([x], model, None, Settings())
     assert batch.args[0] is x
-    (batch,) = as_batches([(x, 2)], model, None, Settings())
+    (batch,) = as_batches([(x, 2)], TakesTwo(), None, Settings())
     assert batch.args == (x, 2)
     rows = as_batches([[1, 2], [3], [4, 5]], model, None, Settings())
     assert [batch.args[0].tolist() for batch in rows] == [[[3]], [[1, 2], [4, 5]]]
