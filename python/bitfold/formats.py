@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from bitfold import _C
 from bitfold.errors import FormatError
 
@@ -19,7 +21,21 @@ def as_format(fmt: Format | str) -> Format:
     if not isinstance(fmt, str):
         msg = f"format must be a string such as 'nf4', or a bitfold.Format, got {fmt!r}"  # type: ignore[unreachable]
         raise FormatError(msg)
-    return Format(fmt)
+    try:
+        return Format(fmt)
+    except FormatError as error:
+        msg = f"{error}{_hint(fmt)}"
+        raise FormatError(msg) from None
+
+
+def _hint(text: str) -> str:
+    """What may have been meant, where a format is spelled as other libraries do: `NF4`, `int4_g64`."""
+    spelled = re.sub(r"[\s_]+", "-", text.strip().lower())
+    try:
+        Format(spelled)
+    except FormatError:
+        return ""
+    return f"; did you mean {spelled!r}?"
 
 
 def codes() -> dict[str, str]:

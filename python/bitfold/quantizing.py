@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +48,7 @@ def quantize(
     the model plus one packed matrix. Tied weights stay tied: one packed matrix, in the format for embeddings.
     All checks come before the first change; an interrupt leaves every module either float or folded, and
     calling again finishes the work. Folding again with the same formats changes nothing. On the meta device
-    the modules are swapped for empty packed ones.
+    the modules are swapped for empty packed ones. Where there is nothing to fold, a UserWarning says so.
 
     With `calibration` the model is walked through block by block: each matrix is folded for what it is fed
     by the blocks folded before it. An interrupted run, also one that was killed, goes on where it was when
@@ -98,6 +99,13 @@ def quantize(
         raise TypeError(msg)
     choice, planned = _choose(model, fmt, embeddings, skip, rules)
     choice.check_coverage()
+    if not choice.folds:
+        warnings.warn(
+            f"quantize(): nothing in this {type(model).__name__} is folded: it has no nn.Linear, "
+            "nn.Embedding or transformers Conv1D (subclasses do not count) that skip, rules and "
+            "embeddings leave to fold; give the model that holds the layers, or name fewer",
+            stacklevel=2,
+        )
     method_of = _methods(choice, method, planned, calibration, options or {})
     _check_values([fold for fold in choice.folds if not fold.done])
     calibrated = [fold for fold in choice.folds if methods.is_calibrated(method_of(fold.owner.name))]

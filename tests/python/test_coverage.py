@@ -101,7 +101,8 @@ def test_parent_that_reads_the_weight_and_a_rule_that_insists():
     ) as error:
         fold(model)
     assert {"layer.linear1", "layer.linear2"} <= set(pasted(error.value))
-    fold(copy.deepcopy(model), skip=["layer"])
+    with pytest.warns(UserWarning, match="that skip, rules and embeddings leave to fold"):
+        fold(copy.deepcopy(model), skip=["layer"])
     fold(model, skip=["layer.self_attn"], rules={r"layer\.linear\d": "nf4"})
     assert kinds(model)["layer.linear1"] == "nf4"
 
@@ -127,7 +128,8 @@ def test_patched_forward_stays_float():
 
 def test_a_model_without_matrices():
     model = nn.Sequential(nn.LayerNorm(4), nn.ReLU())
-    assert fold(model) is model
+    with pytest.warns(UserWarning, match=r"nothing in this Sequential is folded: it has no nn\.Linear"):
+        assert fold(model) is model
 
 
 # Bad weights

@@ -98,6 +98,14 @@ def test_a_format_that_is_no_string_is_named(wrong):
         fold(Toy(), wrong)
 
 
+@pytest.mark.parametrize("wrong", ["INT4-G64", "int4_g64", " int4-g64"])
+def test_a_format_in_another_spelling_is_hinted_at(wrong):
+    with pytest.raises(FormatError, match=r"; did you mean 'int4-g64'\?$"):
+        fold(Toy(), rules={"head": wrong})
+    with pytest.raises(FormatError, match=r"kmeans2$"):  # the last of the known codes
+        fold(Toy(), "INT5")
+
+
 def test_a_float64_beyond_float32_is_found_before_anything_changes():
     model = Toy().double()
     with torch.no_grad():
@@ -316,7 +324,9 @@ def test_a_shared_module_stays_shared():
     model = fold(nn.ModuleDict({"a": layer, "b": nn.Sequential(layer), "c": nn.Linear(16, 16)}))
     assert model["a"] is model["b"][0]
     assert isinstance(model["a"], QuantLinear)
-    assert kinds(fold(nn.ModuleDict({"a": (one := nn.Linear(4, 4)), "b": one}), skip=["b"])) == {"a": "float"}
+    one, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    model = fold(nn.ModuleDict({"a": one, "b": one, "c": other}), skip=["b"])
+    assert kinds(model) == {"a": "float", "c": "nf4"}
 
 
 def test_two_linears_with_one_weight():

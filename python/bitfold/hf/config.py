@@ -9,7 +9,7 @@ from typing import Any
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitfold.errors import FormatError
-from bitfold.formats import Format
+from bitfold.formats import Format, as_format
 from bitfold.hf.registration import resume
 from bitfold.manifest import QUANT_METHOD
 
@@ -110,9 +110,7 @@ class BitfoldConfig(QuantizationConfigMixin):
 
 def _spelled(fmt: Format | str | None) -> str | None:
     """The canonical string of a format; None stays None."""
-    if fmt is None:
-        return None
-    return str(fmt if isinstance(fmt, Format) else Format(fmt))
+    return None if fmt is None else str(as_format(fmt))
 
 
 resume()

@@ -22,7 +22,7 @@ import torch
 
 from bitfold import manifest, methods
 from bitfold.errors import PackedDataError, WeightError
-from bitfold.formats import Format
+from bitfold.formats import Format, as_format
 from bitfold.hf import checkpoint_keys, meta_model, side_files
 from bitfold.hf.conversions import keep_packed_on_save
 from bitfold.io.atomic import atomic_directory
@@ -114,7 +114,7 @@ def plan_directory(
         raise ValueError(message)
     for text in [format, embeddings, *(rules or {}).values()]:
         if isinstance(text, str):
-            Format(text)  # before anything slow
+            as_format(text)  # before anything slow
     shard_size = parse_size(max_shard_size)
     with Checkpoint(source) as checkpoint:
         config = meta_model.read_config(source)

@@ -52,6 +52,7 @@ def test_repr_and_json_string_work_for_both():
     [
         ({}, "no format given"),
         ({"format": "nf5"}, "nf5"),
+        ({"format": "NF4"}, "did you mean 'nf4'"),
         ({"format": "nf4", "embeddings": "int99"}, "int99"),
         ({"format": "nf4", "rules": {"a": "nope"}}, "nope"),
         ({"format": "nf4", "skip": "lm_head"}, "skip must be a list"),
