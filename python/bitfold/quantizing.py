@@ -73,7 +73,7 @@ def quantize(
         checkpoint: directory in which a calibrated run keeps its state, removed when it is done; None takes
             one below `~/.cache/bitfold`, False keeps none.
         log: file for a JSON line per matrix of a calibrated run.
-        progress: show a bar, where tqdm is installed.
+        progress: show a bar on a terminal or in a notebook, where tqdm is installed.
 
     Raises:
         CoverageError: more than 1 % of the matrix bytes would stay float without being named in `skip` or

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import sys
 import weakref
 
 import pytest
@@ -245,17 +247,26 @@ def test_each_float_weight_is_freed_before_the_next_is_folded():
     assert all(reference() is None for reference in references)
 
 
-def test_progress_bar_shows_the_names(capsys):
+def test_progress_bar_shows_the_names(capsys, monkeypatch):
     pytest.importorskip("tqdm")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     bitfold.quantize(Toy(), "nf4")
     assert "folding" in capsys.readouterr().err
     fold(Toy())
     assert capsys.readouterr().err == ""
 
 
-def test_without_tqdm(monkeypatch, capsys):
-    import sys
+def test_progress_bar_is_for_terminals_and_notebooks(monkeypatch):
+    pytest.importorskip("tqdm")
+    for module, shown in (("elsewhere", False), ("ipykernel.iostream", True)):
+        stream = type("Stream", (io.StringIO,), {"__module__": module})()
+        monkeypatch.setattr(sys, "stderr", stream)
+        bitfold.quantize(Toy(), "nf4")
+        assert ("folding" in stream.getvalue()) is shown
 
+
+def test_without_tqdm(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     bitfold.quantize(Toy(), "nf4")

@@ -73,7 +73,7 @@ def plan(
         skip: modules to leave in float, as for `bitfold.quantize`.
         rules: pattern -> Format or None, as for `bitfold.quantize`; such a Format is kept.
         seed: chooses the rows that losses are measured on.
-        progress: show a bar, where tqdm is installed.
+        progress: show a bar on a terminal or in a notebook, where tqdm is installed.
 
     Returns:
         A Plan whose `file_bytes` are within the budget.
