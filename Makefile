@@ -80,8 +80,8 @@ cross:  ## the core compiled for aarch64, its tests run under qemu-user
 	cmake --build build/aarch64 -j $(JOBS)
 	cd build/aarch64 && ctest --output-on-failure -j $(JOBS)
 
-test-transformers:  ## tests/python/hf with transformers 4.57.6, 5.17.0 and 5.23.0
-	PYTHON=$(INTERPRETER) bash scripts/test_transformers.sh 4.57.6 5.17.0 5.23.0
+test-transformers:  ## tests/python/hf with transformers 4.57.6, 5.17.0 and 5.24.0
+	PYTHON=$(INTERPRETER) bash scripts/test_transformers.sh 4.57.6 5.17.0 5.24.0
 
 test-torch:  ## one built binary under several torches (downloads about 3 GB, kept in ~/.cache/bitfold)
 	$(INTERPRETER) scripts/test_torch.py $(TORCH_VERSIONS)

@@ -14,7 +14,7 @@ peft=${BITFOLD_PEFT-peft==0.21.2}
 versions=()
 while [ $# -gt 0 ] && [ "$1" != "--" ]; do versions+=("$1"); shift; done
 [ $# -gt 0 ] && shift
-[ ${#versions[@]} -gt 0 ] || versions=(5.23.0 5.17.0 4.57.6)
+[ ${#versions[@]} -gt 0 ] || versions=(5.24.0 5.17.0 4.57.6)
 
 borrowed=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 if ! (cd / && "$python" -c 'import bitfold') 2>/dev/null; then

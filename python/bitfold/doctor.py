@@ -23,7 +23,7 @@ __all__ = ["Check", "examine"]
 OLDEST_TORCH = (2, 11)
 # Versions that the tests run with; the API in between moves, so what lies outside is said to be untried.
 OLDEST_TRANSFORMERS = (4, 57)
-NEWEST_TRANSFORMERS = (5, 23)
+NEWEST_TRANSFORMERS = (5, 24)
 _REBUILD = "reinstall with `pip install --force-reinstall --no-deps bitfold`, or `make dev` in a source tree"
 _PACKAGE = Path(__file__).parent
 
@@ -255,12 +255,16 @@ def _transformers() -> Check:
         detail = "not installed: plain torch models only, no quantize or verify on the command line"
         return Check("transformers", "warning", detail, "pip install 'bitfold[hf]'")
     numbers = _numbers(version)
+    oldest, newest = ("{}.{}".format(*numbers) for numbers in (OLDEST_TRANSFORMERS, NEWEST_TRANSFORMERS))
     if numbers < OLDEST_TRANSFORMERS:
-        return Check("transformers", "warning", version, "too old; bitfold is tested with 4.57 to 5.23")
+        advice = f"too old: bitfold needs {oldest} or newer; pip install 'transformers>={oldest}'"
+        return Check("transformers", "warning", version, advice)
     if numbers > NEWEST_TRANSFORMERS:
-        return Check(
-            "transformers", "warning", version, "newer than the newest tried with bitfold, 5.23; it may work"
+        advice = (
+            f"newer than {newest}, the newest that bitfold was tested with: use it as it is; if folding, "
+            f"saving or loading fails, pip install 'transformers=={newest}.*'"
         )
+        return Check("transformers", "warning", version, advice)
     return Check("transformers", "ok", version)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import bitfold
+from bitfold import doctor as doctor_module
 from bitfold.doctor import Check, _ask, examine
 
 PACKAGE = Path(bitfold.__file__).parent
@@ -32,6 +33,23 @@ def test_no_question_ends_the_examination() -> None:
 
     check = _ask("x", question)
     assert (check.status, "KeyError: 'boom'" in check.detail) == ("broken", True)
+
+
+@pytest.mark.parametrize(
+    ("version", "advice"),
+    [
+        ("4.56.2", "pip install 'transformers>=4.57'"),
+        ("4.57.0", ""),
+        ("5.24.1", ""),
+        ("5.25.0.dev0", "pip install 'transformers==5.24.*'"),
+        ("6.0.0", "newer than 5.24, the newest that bitfold was tested with"),
+    ],
+)
+def test_versions_of_transformers(version: str, advice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_module, "_version", lambda package: version)
+    check = doctor_module._transformers()
+    assert check.status == ("warning" if advice else "ok")
+    assert advice in check.advice
 
 
 @pytest.fixture
