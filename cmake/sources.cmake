@@ -24,6 +24,7 @@ set(BITFOLD_CPU_SOURCES
   csrc/cpu/linear.cc
   csrc/cpu/mixed_product.cc
   csrc/cpu/outliers.cc
+  csrc/cpu/scratch.cc
 )
 
 set(BITFOLD_SOLVER_SOURCES

@@ -15,25 +15,26 @@ namespace {
 using Tile = Bfloat16Tile;
 
 constexpr int64_t kPanelRows = 2 * Tile::kRows;
-constexpr int64_t kPanelCols = 256;  // two planes of a panel fill two thirds of the first cache
+constexpr int64_t kChunkCols = 256;  // two planes of a panel's fill two thirds of the first cache
+// Panels that meet a chunk of the activations one after another, while it is in the second cache.
+constexpr int64_t kPanelsTogether = 8;
 // What a thread should have to do, in weights or activations, or starting it costs more than it
 // saves.
 constexpr int64_t kGrainElements = 1 << 15;
 
 int64_t tiles_of(int64_t n, int64_t of_one) { return (n + of_one - 1) / of_one; }
 
-// Rows of floats [16 or 32, kPanelCols] to tiles; what lies beyond `rows` and `cols` becomes zeros.
-void split_rows(const KernelTable& k, float* floats, int64_t rows, int64_t cols, int64_t row_tiles,
-                int64_t planes, bool turned, uint16_t* to, int64_t row_stride, int64_t plane) {
+// Floats [row_tiles * 16, kChunkCols] to tiles; what lies beyond `rows` and `cols` becomes zeros.
+void split_chunk(const KernelTable& k, float* floats, int64_t rows, int64_t cols, int64_t row_tiles,
+                 int64_t planes, bool turned, uint16_t* to, int64_t row_stride, int64_t plane) {
   const int64_t col_tiles = tiles_of(cols, Tile::kCols);
   for (int64_t i = 0; i < row_tiles * Tile::kRows; ++i) {
-    const int64_t used = i < rows ? cols : 0;
-    std::fill(floats + i * kPanelCols + used, floats + i * kPanelCols + col_tiles * Tile::kCols,
-              0.0f);
+    float* row = floats + i * kChunkCols;
+    std::fill(row + (i < rows ? cols : 0), row + col_tiles * Tile::kCols, 0.0f);
   }
   for (int64_t i = 0; i < row_tiles; ++i)
     for (int64_t c = 0; c < col_tiles; ++c)
-      k.bfloat16->split(floats + i * Tile::kRows * kPanelCols + c * Tile::kCols, kPanelCols, planes,
+      k.bfloat16->split(floats + i * Tile::kRows * kChunkCols + c * Tile::kCols, kChunkCols, planes,
                         turned, to + i * row_stride + c * Tile::kSize, plane);
 }
 
@@ -45,75 +46,133 @@ bool fits(const KernelTable& k, const float* x, int64_t n) {
   return largest == 0.0f || (largest >= kLeastActivation && largest <= kMostActivation);
 }
 
+// Activations as tiles: [planes][row_tiles][col_tiles].
+class SplitActivations {
+ public:
+  SplitActivations(int64_t rows, int64_t cols, int64_t planes)
+      : rows(rows),
+        cols(cols),
+        planes(planes),
+        row_tiles(tiles_of(rows, Tile::kRows)),
+        col_tiles(tiles_of(cols, Tile::kCols)),
+        scratch_(2 * planes * plane()) {}
+
+  // False if tiles cannot stand for some of x.
+  bool split(const KernelTable& k, const void* x, FloatType dtype, const Parallel& parallel) {
+    std::atomic<bool> all_fit{true};
+    parallel(row_tiles, grain(Tile::kRows * cols, kGrainElements), [&](int64_t begin, int64_t end) {
+      std::vector<float> floats(static_cast<size_t>(Tile::kRows * kChunkCols));
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t first = tile * Tile::kRows, n = std::min(Tile::kRows, rows - first);
+        for (int64_t col = 0; col < cols; col += kChunkCols) {
+          const int64_t width = std::min(kChunkCols, cols - col);
+          for (int64_t i = 0; i < n; ++i) {
+            float* row = floats.data() + i * kChunkCols;
+            k.to_float(advance(x, dtype, (first + i) * cols + col), dtype, width, row);
+            if (!fits(k, row, width)) all_fit = false;
+          }
+          split_chunk(k, floats.data(), n, width, 1, planes, /*turned=*/true,
+                      data() + (tile * col_tiles + col / Tile::kCols) * Tile::kSize, 0, plane());
+        }
+      }
+    });
+    return all_fit;
+  }
+
+  int64_t plane() const { return row_tiles * col_tiles * Tile::kSize; }
+  uint16_t* data() const { return reinterpret_cast<uint16_t*>(scratch_.data()); }
+
+  const int64_t rows, cols, planes, row_tiles, col_tiles;
+
+ private:
+  Scratch scratch_;
+};
+
+// Some panels of the weight on their way through the columns, in one thread.
+class PanelsProduct {
+ public:
+  PanelsProduct(const KernelTable& k, const PackedView& w, const SplitActivations& x,
+                int64_t w_planes, int64_t most)
+      : k_(k),
+        w_(w),
+        x_(x),
+        w_planes_(w_planes),
+        tiles_(2 * w_planes * kPanelRows * kChunkCols),
+        sums_(4 * most * panel_sums()),
+        decoded_(static_cast<size_t>(kPanelRows * kChunkCols)),
+        rows_(static_cast<size_t>(Tile::kRows * kPanelRows)),
+        decode_(k, w) {}
+
+  // `bias`: of all rows of the weight, or null.
+  void begin(int64_t panels, int64_t row, const float* bias) {
+    for (int64_t i = 0; i < panels * panel_sums(); ++i) {
+      const int64_t r = row + i / panel_sums() * kPanelRows + i / Tile::kRows % kPanelRows;
+      sums(0)[i] = bias && r < w_.rows ? bias[r] : 0.0f;
+    }
+  }
+  void add(int64_t panel, int64_t row, int64_t col) {
+    const int64_t n = std::min(kPanelRows, w_.rows - row),
+                  cols = std::min(kChunkCols, w_.cols - col);
+    for (int64_t i = 0; i < n; ++i) decode_(row + i, col, cols, decoded_.data() + i * kChunkCols);
+    auto* const tiles = reinterpret_cast<uint16_t*>(tiles_.data());
+    const int64_t col_tiles = tiles_of(cols, Tile::kCols), stride = col_tiles * Tile::kSize;
+    split_chunk(k_, decoded_.data(), n, cols, 2, w_planes_, /*turned=*/false, tiles, stride,
+                2 * stride);
+    k_.bfloat16->multiply({.cols = col_tiles,
+                           .w = tiles,
+                           .w_planes = w_planes_,
+                           .x = x_.data() + col / Tile::kCols * Tile::kSize,
+                           .x_planes = x_.planes,
+                           .x_tiles = x_.row_tiles,
+                           .x_cols = x_.col_tiles,
+                           .sums = sums(panel)});
+  }
+  void finish(int64_t panel, int64_t row, FloatType dtype, void* y) {
+    for (int64_t i = 0; i < x_.rows; ++i) {
+      if (i % Tile::kRows == 0) k_.bfloat16->turn_sums(sums(panel) + i * kPanelRows, rows_.data());
+      k_.from_float(rows_.data() + i % Tile::kRows * kPanelRows,
+                    std::min(kPanelRows, w_.rows - row), dtype,
+                    advance(y, dtype, i * w_.rows + row));
+    }
+  }
+
+ private:
+  int64_t panel_sums() const { return x_.row_tiles * Tile::kRows * kPanelRows; }
+  float* sums(int64_t panel) {
+    return reinterpret_cast<float*>(sums_.data()) + panel * panel_sums();
+  }
+
+  const KernelTable& k_;
+  const PackedView& w_;
+  const SplitActivations& x_;
+  const int64_t w_planes_;
+  const Scratch tiles_, sums_;
+  std::vector<float> decoded_, rows_;
+  Decoder decode_;
+};
+
 }  // namespace
 
 bool multiply_bfloat16(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
                        const void* bias, FloatType dtype, bool one_plane, void* y,
                        const Parallel& parallel) {
-  const int64_t w_planes = one_plane ? 1 : 2;
-  const int64_t x_planes = one_plane || dtype == FloatType::kBFloat16 ? 1 : 2;
-  const int64_t x_tiles = tiles_of(m, Tile::kRows), col_tiles = tiles_of(w.cols, Tile::kCols);
-  const int64_t x_stride = col_tiles * Tile::kSize, x_plane = x_tiles * x_stride;
-  const Scratch x_scratch(x_planes * x_plane * 2);
-  uint16_t* const xs = reinterpret_cast<uint16_t*>(x_scratch.data());
+  SplitActivations xs(m, w.cols, one_plane || dtype == FloatType::kBFloat16 ? 1 : 2);
+  if (!xs.split(k, x, dtype, parallel)) return false;
+  std::vector<float> floats(static_cast<size_t>(bias ? w.rows : 0));
+  if (bias) k.to_float(bias, dtype, w.rows, floats.data());
+  const float* const bias_f = bias ? floats.data() : nullptr;
 
-  std::atomic<bool> all_fit{true};
-  parallel(x_tiles, grain(Tile::kRows * w.cols, kGrainElements), [&](int64_t begin, int64_t end) {
-    std::vector<float> floats(static_cast<size_t>(Tile::kRows * kPanelCols));
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = tile * Tile::kRows, rows = std::min(Tile::kRows, m - first);
-      for (int64_t col = 0; col < w.cols; col += kPanelCols) {
-        const int64_t n = std::min(kPanelCols, w.cols - col);
-        for (int64_t i = 0; i < rows; ++i) {
-          float* row = floats.data() + i * kPanelCols;
-          k.to_float(advance(x, dtype, (first + i) * w.cols + col), dtype, n, row);
-          if (!fits(k, row, n)) all_fit = false;
-        }
-        split_rows(k, floats.data(), rows, n, 1, x_planes, /*turned=*/true,
-                   xs + tile * x_stride + col / Tile::kCols * Tile::kSize, 0, x_plane);
-      }
-    }
-  });
-  if (!all_fit) return false;
-
-  std::vector<float> bias_f(static_cast<size_t>(bias ? w.rows : 0));
-  if (bias) k.to_float(bias, dtype, w.rows, bias_f.data());
   parallel(tiles_of(w.rows, kPanelRows), grain(kPanelRows * w.cols, kGrainElements),
            [&](int64_t begin, int64_t end) {
-             const Scratch w_scratch(w_planes * kPanelRows * kPanelCols * 2);
-             uint16_t* const ws = reinterpret_cast<uint16_t*>(w_scratch.data());
-             std::vector<float> decoded(static_cast<size_t>(kPanelRows * kPanelCols));
-             std::vector<float> sums(static_cast<size_t>(x_tiles * Tile::kRows * kPanelRows));
-             std::vector<float> rows(static_cast<size_t>(Tile::kRows * kPanelRows));
-             Decoder decode(k, w);
-             for (int64_t panel = begin; panel < end; ++panel) {
-               const int64_t r0 = panel * kPanelRows, n = std::min(kPanelRows, w.rows - r0);
-               for (size_t i = 0; i < sums.size(); ++i) {
-                 const int64_t r = static_cast<int64_t>(i) / Tile::kRows % kPanelRows;
-                 sums[i] = bias && r < n ? bias_f[static_cast<size_t>(r0 + r)] : 0.0f;
-               }
-               for (int64_t col = 0; col < w.cols; col += kPanelCols) {
-                 const int64_t cols = std::min(kPanelCols, w.cols - col);
-                 const int64_t tiles = tiles_of(cols, Tile::kCols), w_stride = tiles * Tile::kSize;
-                 for (int64_t i = 0; i < n; ++i)
-                   decode(r0 + i, col, cols, decoded.data() + i * kPanelCols);
-                 split_rows(k, decoded.data(), n, cols, 2, w_planes, /*turned=*/false, ws, w_stride,
-                            2 * w_stride);
-                 k.bfloat16->multiply({.cols = tiles,
-                                       .w = ws,
-                                       .w_planes = w_planes,
-                                       .x = xs + col / Tile::kCols * Tile::kSize,
-                                       .x_planes = x_planes,
-                                       .x_tiles = x_tiles,
-                                       .x_cols = col_tiles,
-                                       .sums = sums.data()});
-               }
-               for (int64_t i = 0; i < m; ++i) {
-                 if (i % Tile::kRows == 0)
-                   k.bfloat16->turn_sums(sums.data() + i * kPanelRows, rows.data());
-                 k.from_float(rows.data() + i % Tile::kRows * kPanelRows, n, dtype,
-                              advance(y, dtype, i * w.rows + r0));
-               }
+             const int64_t most = std::min(kPanelsTogether, end - begin);
+             PanelsProduct product(k, w, xs, one_plane ? 1 : 2, most);
+             for (int64_t first = begin; first < end; first += most) {
+               const int64_t panels = std::min(most, end - first);
+               const auto row = [first](int64_t panel) { return (first + panel) * kPanelRows; };
+               product.begin(panels, row(0), bias_f);
+               for (int64_t col = 0; col < w.cols; col += kChunkCols)
+                 for (int64_t p = 0; p < panels; ++p) product.add(p, row(p), col);
+               for (int64_t p = 0; p < panels; ++p) product.finish(p, row(p), dtype, y);
              }
            });
   return true;

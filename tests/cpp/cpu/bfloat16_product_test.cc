@@ -110,7 +110,7 @@ TEST_F(Bfloat16Product, NoBiasAndEmptyBatch) {
 }
 
 TEST_F(Bfloat16Product, TheSameBitsHoweverWorkIsSplit) {
-  Owned w(format_of("nf4"), 100, 330);
+  Owned w(format_of("nf4"), 300, 330);
   w.fill_randomly(1);
   const Values x(FloatType::kFloat32, random_weights(70 * 330, 2));
   for (Accuracy level : kIntegerLevels)
