@@ -10,35 +10,45 @@ static inline bool has_shift(const PackedView& view, float offset) {
   return point[0] + offset != 0.0f;
 }
 
+// out[i] = the scale at + i times `by`, i < count, of double-quantized ones; up to 31 floats after
+// them are written too.
+static inline void load_coded_scales(const PackedView& view, int64_t at, int64_t count, float by,
+                                     float* out) {
+  const WideTable map = wide_table(kDynamicMap);
+  const uint8_t* codes = static_cast<const uint8_t*>(view.scale) + at;
+  const F offset = set1(view.scale_offset), factor = set1(by);
+  uint8_t rest[32] = {};
+  for (int64_t i = 0; i < count;) {
+    const int64_t block = (at + i) / kDoubleQuantBlock;
+    int64_t end = (block + 1) * kDoubleQuantBlock - at;
+    if (end > count) end = count;
+    const F absmax = set1(view.scale_absmax[block]);
+    for (; i < end; i += 32) {
+      const uint8_t* from = codes + i;
+      if (count - i < 32)
+        from = static_cast<uint8_t*>(memcpy(rest, from, static_cast<size_t>(count - i)));
+      F value[2];
+      lookup_wide(map, from, value);
+      // Rounded as where a scale is decoded alone: near zero the last bit is all that is left.
+      for (int half = 0; half < 2; ++half)
+        store(out + i + 16 * half, mul(add(mul(value[half], absmax), offset), factor));
+    }
+    i = end;  // what was written beyond is the next block's
+  }
+}
+
 // out[i] = the scale at + i times `by`, i < count, and 64 zeros after them.
 static inline void load_scales(const PackedView& view, int64_t at, int64_t count, float by,
                                float* out) {
-  int64_t i = 0;
-  if (view.scale_kind == ScaleKind::kDoubleQuant && count >= 32) {
-    const WideTable map = wide_table(kDynamicMap);
-    const uint8_t* codes = static_cast<const uint8_t*>(view.scale) + at;
-    const F offset = set1(view.scale_offset), factor = set1(by);
-    for (; i + 32 <= count; i += 32) {
-      F value[2];
-      lookup_wide(map, codes + i, value);
-      for (int half = 0; half < 2; ++half) {
-        const int64_t first = at + i + 16 * half, block = first / kDoubleQuantBlock;
-        F absmax = set1(view.scale_absmax[block]);
-        if ((first + 15) / kDoubleQuantBlock != block) {
-          float each[16];
-          for (int lane = 0; lane < 16; ++lane)
-            each[lane] = view.scale_absmax[(first + lane) / kDoubleQuantBlock];
-          absmax = load(each);
-        }
-        store(out + i + 16 * half, mul(add(mul(value[half], absmax), offset), factor));
-      }
+  if (view.scale_kind == ScaleKind::kDoubleQuant) {
+    load_coded_scales(view, at, count, by, out);
+  } else {
+    for (int64_t i = 0; i < count; i += 16) {
+      const int n = static_cast<int>(count - i < 16 ? count - i : 16);
+      store_part(out + i, mul(scales_of(view, at + i, n), set1(by)), n);
     }
   }
-  for (; i < count; i += 16) {
-    const int n = static_cast<int>(count - i < 16 ? count - i : 16);
-    store_part(out + i, mul(scales_of(view, at + i, n), set1(by)), n);
-  }
-  for (i = 0; i < 64; i += 16) store(out + count + i, zero());
+  for (int64_t i = 0; i < 64; i += 16) store(out + count + i, zero());
 }
 
 // Floats that load_units decodes into: scales of `rows` rows and the zero points of one.
