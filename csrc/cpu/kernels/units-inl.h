@@ -38,8 +38,9 @@ static inline void load_coded_scales(const PackedView& view, int64_t at, int64_t
 }
 
 // out[i] = the scale at + i times `by`, i < count, and 64 zeros after them.
-static inline void load_scales(const PackedView& view, int64_t at, int64_t count, float by,
+static inline void load_scales(const PackedView& of, int64_t at, int64_t count, float by,
                                float* out) {
+  const PackedView view = of;  // what is stored to out cannot change a copy
   if (view.scale_kind == ScaleKind::kDoubleQuant) {
     load_coded_scales(view, at, count, by, out);
   } else {
@@ -107,9 +108,10 @@ static inline void ask_for_units(const PackedView& view, int64_t row, int64_t ro
 // another row's may be read first, and theirs need not be finite.
 // `ranges`: of each row; `decoded`: decoded_floats of scratch.
 template <int Bits>
-static inline void load_units(const PackedView& view, int64_t row, int64_t rows, int64_t unit,
+static inline void load_units(const PackedView& of, int64_t row, int64_t rows, int64_t unit,
                               int64_t units, const OperandRange* ranges, float* decoded,
                               float* factors, float* shifts) {
+  const PackedView view = of;  // what is stored to factors cannot change a copy
   const int64_t groups = view.groups, used = (view.cols + unit - 1) / unit;
   const bool of_tensor = view.scale_row_stride == 0;
   const Spread spread(groups == 1 ? units : view.group_size / unit, groups);
@@ -120,6 +122,13 @@ static inline void load_units(const PackedView& view, int64_t row, int64_t rows,
   load_scales(view, row * view.scale_row_stride, count, as_they_lie ? ranges[0].factor : 1.0f,
               as_they_lie ? factors : decoded);
   if (as_they_lie && !shifts) return;
+  // And so do zero points, but for third bits of 3-bit ones, which begin anew in each row.
+  if (as_they_lie && (Bits != 3 || view.zero_kind != Zero::kInt)) {
+    const F offset = set1(-ranges[0].offset);
+    for (int64_t i = 0; i < count; i += 16)
+      store(shifts + i, mul(load(factors + i), sub(offset, zeros_of<Bits>(view, row, i, 16))));
+    return;
+  }
   float* zeros = decoded + count + 64;
   // Lanes beyond the row become zeros, whatever they were.
   const auto used_of = [used](int64_t u, F v) {
