@@ -13,8 +13,8 @@ template <class Codec, Operand kOperand, int kTurned, int kX, int kW>
   constexpr bool kTwo = kOperand == Operand::kTwoBytes;
   // Two products begin in a cycle and take four: fewer than eight sums would wait for themselves,
   // short rows for them, and eight (four rows of x) when memory is late (measured: 4 %). Two planes
-  // of bytes have two anyway.
-  constexpr int kChains = kTwo || kX > 1 ? 2 : 4;
+  // of bytes have two anyway; codes of 3 bits leave no registers for more.
+  constexpr int kChains = kTwo ? 2 : kX == 1 ? 4 : kX > 2 && Codec::kBits == 3 ? 1 : 2;
   constexpr int kPart = kPartBytes<kOperand>;
   I sums[kChains][kW][kX];
 #pragma GCC unroll 4

@@ -121,12 +121,15 @@ static inline void load_units(const PackedView& of, int64_t row, int64_t rows, i
       spread.per_group == 1 && units == groups && !of_tensor && !has_own_levels(view);
   load_scales(view, row * view.scale_row_stride, count, as_they_lie ? ranges[0].factor : 1.0f,
               as_they_lie ? factors : decoded);
-  if (as_they_lie && !shifts) return;
-  // And so do zero points, but for third bits of 3-bit ones, which begin anew in each row.
-  if (as_they_lie && (Bits != 3 || view.zero_kind != Zero::kInt)) {
+  if (as_they_lie) {
     const F offset = set1(-ranges[0].offset);
-    for (int64_t i = 0; i < count; i += 16)
-      store(shifts + i, mul(load(factors + i), sub(offset, zeros_of<Bits>(view, row, i, 16))));
+    for (int64_t j = 0; shifts && j < rows; ++j) {
+      for (int64_t u = 0; u < units; u += 16) {
+        const int64_t i = j * units + u;
+        store(shifts + i,
+              mul(load(factors + i), sub(offset, zeros_of<Bits>(view, row + j, u, 16))));
+      }
+    }
     return;
   }
   float* zeros = decoded + count + 64;
