@@ -128,11 +128,11 @@ class PanelsProduct {
                            .sums = sums(panel)});
   }
   void finish(int64_t panel, int64_t row, FloatType dtype, void* y) {
-    for (int64_t i = 0; i < x_.rows; ++i) {
-      if (i % Tile::kRows == 0) k_.bfloat16->turn_sums(sums(panel) + i * kPanelRows, rows_.data());
-      k_.from_float(rows_.data() + i % Tile::kRows * kPanelRows,
-                    std::min(kPanelRows, w_.rows - row), dtype,
-                    advance(y, dtype, i * w_.rows + row));
+    for (int64_t i = 0; i < x_.rows; i += Tile::kRows) {
+      k_.bfloat16->turn_sums(sums(panel) + i * kPanelRows, rows_.data());
+      k_.rows_from_float(rows_.data(), kPanelRows, std::min(Tile::kRows, x_.rows - i),
+                         std::min(kPanelRows, w_.rows - row), dtype,
+                         advance(y, dtype, i * w_.rows + row), w_.rows);
     }
   }
 

@@ -72,9 +72,7 @@ void multiply_floats(const KernelTable& k, const PackedView& w, const void* x, i
         k.gemm_nt(x_f.data() + col, w.cols, decoded.data(), tile.cols, sums.data(), tile.rows, m,
                   rows, n);
       }
-      for (int64_t i = 0; i < m; ++i) {
-        k.from_float(sums.data() + i * tile.rows, rows, dtype, advance(y, dtype, i * w.rows + r0));
-      }
+      k.rows_from_float(sums.data(), tile.rows, m, rows, dtype, advance(y, dtype, r0), w.rows);
     }
   });
 }
@@ -101,10 +99,7 @@ void multiply_floats_transposed(const KernelTable& k, const PackedView& w, const
                  k.gemm_nn(g_f.data() + r0, w.rows, decoded.data(), strip, sums.data(), strip, m,
                            rows, n);
                }
-               for (int64_t i = 0; i < m; ++i) {
-                 k.from_float(sums.data() + i * strip, n, dtype,
-                              advance(gx, dtype, i * w.cols + col));
-               }
+               k.rows_from_float(sums.data(), strip, m, n, dtype, advance(gx, dtype, col), w.cols);
              }
            });
 }

@@ -13,15 +13,10 @@ namespace {
 // What a thread should have to do, in multiply-adds, or starting it costs more than it saves.
 constexpr int64_t kGrainWork = 1 << 18;
 
-// y[i, 0..n) = bias or zero, for every row of x.
+// y[i, 0..n) = bias or zero, for every row of x; y is [m, ldy].
 void begin_sums(const float* bias, int64_t m, int64_t n, float* y, int64_t ldy) {
-  for (int64_t i = 0; i < m; ++i) {
-    if (bias) {
-      std::copy_n(bias, n, y + i * ldy);
-    } else {
-      std::fill_n(y + i * ldy, n, 0.0f);
-    }
-  }
+  if (!bias) std::fill_n(y, m * ldy, 0.0f);
+  for (int64_t i = 0; bias && i < m; ++i) std::copy_n(bias, n, y + i * ldy);
 }
 
 // Whether integers up to kLevelLimit stand for learned levels well enough. k-means puts a level on
@@ -82,8 +77,7 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
 
   // Rows [r, r + n) of w, computed as floats [m, ldy], become columns of y.
   const auto finish = [&](const float* sums, int64_t ldy, int64_t r, int64_t n) {
-    for (int64_t i = 0; i < m; ++i)
-      k.from_float(sums + i * ldy, n, dtype, advance(y, dtype, i * w.rows + r));
+    k.rows_from_float(sums, ldy, m, n, dtype, advance(y, dtype, r), w.rows);
   };
   if (walk == Walk::kRows) {
     parallel(w.rows, grain(m * w.cols, kGrainWork), [&](int64_t begin, int64_t end) {

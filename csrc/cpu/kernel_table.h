@@ -159,6 +159,9 @@ struct KernelTable {
   // Contiguous spans between float and half / bfloat16 bits (or a copy for float32).
   void (*to_float)(const void* source, FloatType dtype, int64_t n, float* out);
   void (*from_float)(const float* source, int64_t n, FloatType dtype, void* out);
+  // The same for rows, `ld` and `ld_out` elements apart.
+  void (*rows_from_float)(const float* source, int64_t ld, int64_t rows, int64_t n, FloatType dtype,
+                          void* out, int64_t ld_out);
 
   // y[m, n] += x[m, k] * w[n, k]^T; leading dimensions in elements, all rows contiguous.
   void (*gemm_nt)(const float* x, int64_t ldx, const float* w, int64_t ldw, float* y, int64_t ldy,

@@ -128,9 +128,7 @@ void multiply_rows(const KernelTable& k, const PackedView& w, const void* x, int
       if (count > 0)
         k.gemm_nt(a.floats.data(), count, weight.data(), count, floats.data(), kWeightRows, m, n,
                   count);
-      for (int64_t i = 0; i < m; ++i) {
-        k.from_float(floats.data() + i * kWeightRows, n, dtype, advance(y, dtype, i * w.rows + r0));
-      }
+      k.rows_from_float(floats.data(), kWeightRows, m, n, dtype, advance(y, dtype, r0), w.rows);
     }
   });
 }

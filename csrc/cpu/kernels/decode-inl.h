@@ -192,8 +192,12 @@ static void span_to_float(const void* source, FloatType dtype, int64_t n, float*
 }
 
 static void span_from_float(const float* source, int64_t n, FloatType dtype, void* out) {
-  if (dtype == FloatType::kFloat32) {
-    memcpy(out, source, sizeof(float) * static_cast<size_t>(n));
+  const int64_t whole = n / 16 * 16;
+  const int rest = static_cast<int>(n - whole);
+  if (dtype == FloatType::kFloat32) {  // not memcpy, whose call costs as much as a short span
+    float* to = static_cast<float*>(out);
+    for (int64_t i = 0; i < whole; i += 16) store(to + i, load(source + i));
+    if (rest) store_part(to + whole, load_part(source + whole, rest), rest);
     return;
   }
   uint16_t* to = static_cast<uint16_t*>(out);
@@ -201,11 +205,16 @@ static void span_from_float(const float* source, int64_t n, FloatType dtype, voi
   const auto convert = [is_half](uint16_t* p, F v) {
     is_half ? store_half(p, v) : store_bfloat16(p, v);
   };
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) convert(to + i, load(source + i));
-  if (i == n) return;
-  const int rest = static_cast<int>(n - i);
+  for (int64_t i = 0; i < whole; i += 16) convert(to + i, load(source + i));
+  if (rest == 0) return;
   uint16_t bits[16];
-  convert(bits, load_part(source + i, rest));
-  memcpy(to + i, bits, sizeof(uint16_t) * static_cast<size_t>(rest));
+  convert(bits, load_part(source + whole, rest));
+  memcpy(to + whole, bits, sizeof(uint16_t) * static_cast<size_t>(rest));
+}
+
+static void rows_from_float(const float* source, int64_t ld, int64_t rows, int64_t n,
+                            FloatType dtype, void* out, int64_t ld_out) {
+  const int64_t stride = ld_out * (dtype == FloatType::kFloat32 ? 4 : 2);
+  for (int64_t i = 0; i < rows; ++i)
+    span_from_float(source + i * ld, n, dtype, static_cast<char*>(out) + i * stride);
 }

@@ -65,6 +65,7 @@ const KernelTable table = {
     .decode_row = decode_row,
     .to_float = span_to_float,
     .from_float = span_from_float,
+    .rows_from_float = rows_from_float,
     .gemm_nt = gemm_nt,
     .gemm_nn = gemm_nn,
     .quantize_activations = quantize_activations,
