@@ -156,6 +156,7 @@ set(BITFOLD_CPP_TESTS
   cpu/bfloat16_product
   cpu/instruction_sets
   cpu/isa
+  cpu/scratch
   solvers/awq_clip
   solvers/awq_scale
   solvers/cuda/awq

@@ -9,7 +9,7 @@
 namespace bitfold {
 
 // body(begin, end) handles the half-open range; ranges may run concurrently and cover [0, n)
-// exactly once. It must not throw.
+// exactly once. It must not throw, unless memory runs out.
 using RangeBody = std::function<void(int64_t begin, int64_t end)>;
 
 // run(n, grain, body): splits [0, n) in pieces of at least `grain`.

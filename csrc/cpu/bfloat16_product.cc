@@ -15,7 +15,7 @@ namespace {
 using Tile = Bfloat16Tile;
 
 constexpr int64_t kPanelRows = 2 * Tile::kRows;
-constexpr int64_t kChunkCols = 256;  // two planes of a panel's fill two thirds of the first cache
+constexpr int64_t kChunkCols = 256;  // two planes of a panel's are 32 KiB: within the first cache
 // Panels that meet a chunk of the activations one after another, while it is in the second cache.
 constexpr int64_t kPanelsTogether = 8;
 // What a thread should have to do, in weights or activations, or starting it costs more than it
@@ -24,22 +24,32 @@ constexpr int64_t kGrainElements = 1 << 15;
 
 int64_t tiles_of(int64_t n, int64_t of_one) { return (n + of_one - 1) / of_one; }
 
+// Where tiles go: rows of them, and planes, so many elements apart.
+struct TilesOf {
+  uint16_t* first;
+  int64_t row_tiles, row_stride;
+  int64_t planes, plane;
+  bool turned;
+};
+
 // Floats [row_tiles * 16, kChunkCols] to tiles; what lies beyond `rows` and `cols` becomes zeros.
-void split_chunk(const KernelTable& k, float* floats, int64_t rows, int64_t cols, int64_t row_tiles,
-                 int64_t planes, bool turned, uint16_t* to, int64_t row_stride, int64_t plane) {
+void split_chunk(const KernelTable& k, float* floats, int64_t rows, int64_t cols,
+                 const TilesOf& to) {
   const int64_t col_tiles = tiles_of(cols, Tile::kCols);
-  for (int64_t i = 0; i < row_tiles * Tile::kRows; ++i) {
+  for (int64_t i = 0; i < to.row_tiles * Tile::kRows; ++i) {
     float* row = floats + i * kChunkCols;
     std::fill(row + (i < rows ? cols : 0), row + col_tiles * Tile::kCols, 0.0f);
   }
-  for (int64_t i = 0; i < row_tiles; ++i)
+  for (int64_t i = 0; i < to.row_tiles; ++i)
     for (int64_t c = 0; c < col_tiles; ++c)
-      k.bfloat16->split(floats + i * Tile::kRows * kChunkCols + c * Tile::kCols, kChunkCols, planes,
-                        turned, to + i * row_stride + c * Tile::kSize, plane);
+      k.bfloat16->split(floats + i * Tile::kRows * kChunkCols + c * Tile::kCols, kChunkCols,
+                        to.planes, to.turned, to.first + i * to.row_stride + c * Tile::kSize,
+                        to.plane);
 }
 
-// Whether float sums of products with these neither overflow nor lose what is small.
-bool fits(const KernelTable& k, const float* x, int64_t n) {
+// Whether float sums of products with these, and weights as they are, neither overflow nor lose
+// what is small. (Tiles take numbers below 1.2e-38 for zero, products too.)
+bool tiles_suit(const KernelTable& k, const float* x, int64_t n) {
   float low, high;
   if (!k.stats(x, n, n, &low, &high)) return false;
   const float largest = std::max(high, -low);
@@ -69,10 +79,16 @@ class SplitActivations {
           for (int64_t i = 0; i < n; ++i) {
             float* row = floats.data() + i * kChunkCols;
             k.to_float(advance(x, dtype, (first + i) * cols + col), dtype, width, row);
-            if (!fits(k, row, width)) all_fit = false;
+            if (!tiles_suit(k, row, width)) all_fit = false;
           }
-          split_chunk(k, floats.data(), n, width, 1, planes, /*turned=*/true,
-                      data() + (tile * col_tiles + col / Tile::kCols) * Tile::kSize, 0, plane());
+          uint16_t* const to = data() + (tile * col_tiles + col / Tile::kCols) * Tile::kSize;
+          split_chunk(k, floats.data(), n, width,
+                      {.first = to,
+                       .row_tiles = 1,
+                       .row_stride = 0,
+                       .planes = planes,
+                       .plane = plane(),
+                       .turned = true});
         }
       }
     });
@@ -92,13 +108,14 @@ class SplitActivations {
 class PanelsProduct {
  public:
   PanelsProduct(const KernelTable& k, const PackedView& w, const SplitActivations& x,
-                int64_t w_planes, int64_t most)
+                int64_t w_planes, int64_t most_panels)
       : k_(k),
         w_(w),
         x_(x),
         w_planes_(w_planes),
-        tiles_(2 * w_planes * kPanelRows * kChunkCols),
-        sums_(4 * most * panel_sums()),
+        scratch_(4 * most_panels * panel_sums() + 2 * w_planes * kPanelRows * kChunkCols),
+        sums_(reinterpret_cast<float*>(scratch_.data())),
+        tiles_(reinterpret_cast<uint16_t*>(sums_ + most_panels * panel_sums())),
         decoded_(static_cast<size_t>(kPanelRows * kChunkCols)),
         rows_(static_cast<size_t>(Tile::kRows * kPanelRows)),
         decode_(k, w) {}
@@ -114,12 +131,16 @@ class PanelsProduct {
     const int64_t n = std::min(kPanelRows, w_.rows - row),
                   cols = std::min(kChunkCols, w_.cols - col);
     for (int64_t i = 0; i < n; ++i) decode_(row + i, col, cols, decoded_.data() + i * kChunkCols);
-    auto* const tiles = reinterpret_cast<uint16_t*>(tiles_.data());
     const int64_t col_tiles = tiles_of(cols, Tile::kCols), stride = col_tiles * Tile::kSize;
-    split_chunk(k_, decoded_.data(), n, cols, 2, w_planes_, /*turned=*/false, tiles, stride,
-                2 * stride);
+    split_chunk(k_, decoded_.data(), n, cols,
+                {.first = tiles_,
+                 .row_tiles = 2,
+                 .row_stride = stride,
+                 .planes = w_planes_,
+                 .plane = 2 * stride,
+                 .turned = false});
     k_.bfloat16->multiply({.cols = col_tiles,
-                           .w = tiles,
+                           .w = tiles_,
                            .w_planes = w_planes_,
                            .x = x_.data() + col / Tile::kCols * Tile::kSize,
                            .x_planes = x_.planes,
@@ -129,7 +150,7 @@ class PanelsProduct {
   }
   void finish(int64_t panel, int64_t row, FloatType dtype, void* y) {
     for (int64_t i = 0; i < x_.rows; i += Tile::kRows) {
-      k_.bfloat16->turn_sums(sums(panel) + i * kPanelRows, rows_.data());
+      k_.bfloat16->turn_sums(sums(panel) + i / Tile::kRows * 2 * Tile::kSums, rows_.data());
       k_.rows_from_float(rows_.data(), kPanelRows, std::min(Tile::kRows, x_.rows - i),
                          std::min(kPanelRows, w_.rows - row), dtype,
                          advance(y, dtype, i * w_.rows + row), w_.rows);
@@ -137,16 +158,16 @@ class PanelsProduct {
   }
 
  private:
-  int64_t panel_sums() const { return x_.row_tiles * Tile::kRows * kPanelRows; }
-  float* sums(int64_t panel) {
-    return reinterpret_cast<float*>(sums_.data()) + panel * panel_sums();
-  }
+  int64_t panel_sums() const { return x_.row_tiles * 2 * Tile::kSums; }
+  float* sums(int64_t panel) { return sums_ + panel * panel_sums(); }
 
   const KernelTable& k_;
   const PackedView& w_;
   const SplitActivations& x_;
   const int64_t w_planes_;
-  const Scratch tiles_, sums_;
+  const Scratch scratch_;
+  float* const sums_;      // [panels][row tiles of x][2][sums of a tile]
+  uint16_t* const tiles_;  // of one panel and chunk
   std::vector<float> decoded_, rows_;
   Decoder decode_;
 };

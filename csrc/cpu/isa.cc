@@ -63,7 +63,8 @@ const KernelTable& table_with_tiles() {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> list = {
 #if defined(__x86_64__)
-    {"amx", "AVX-512 VNNI and BF16, and AMX BF16", &has_amx, &table_with_tiles()},
+    {"amx", "AVX-512 VNNI and BF16, and AMX BF16 that the system lets us use", &has_amx,
+     &table_with_tiles()},
     {"avx512vnni", "AVX-512 F/BW/VL/DQ and VNNI", &has_avx512vnni, &avx512vnni::table},
     {"avx512", "AVX-512 F/BW/VL/DQ", &has_avx512, &avx512::table},
     {"avx2", "AVX2 with FMA and F16C", &has_avx2, &avx2::table},

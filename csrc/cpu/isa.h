@@ -11,7 +11,8 @@ namespace bitfold {
 struct InstructionSet {
   const char* name;
   const char* description;
-  bool (*supported)();  // by CPU and operating system
+  // By CPU and operating system; of AMX this asks the system for leave, for the whole process.
+  bool (*supported)();
   const KernelTable* table;
 };
 

@@ -1,8 +1,8 @@
 // The only thing that an instruction set exports: pointers to its hot functions. Every body works
 // on sixteen lanes, whatever the register width, and none lets the compiler fuse a multiplication
 // with an addition unless it says so; so codes, scales and dequantized weights are the same bits on
-// every instruction set. Only products (gemm_*, multiply_*) differ, in the last
-// bits of their float sums.
+// every instruction set. Only products (gemm_*, multiply_*) differ, in the last bits of their float
+// sums; those of tiles (bfloat16) by what their operands lose.
 #pragma once
 
 #include <cstdint>
@@ -81,7 +81,7 @@ struct ShrinkSums {
 // of activations, 32 columns of both. A float is split into planes: the nearest bfloat16 number,
 // and the nearest to what that leaves.
 struct Bfloat16Tile {
-  static constexpr int64_t kRows = 16, kCols = 32, kSize = kRows * kCols;
+  static constexpr int64_t kRows = 16, kCols = 32, kSize = kRows * kCols, kSums = kRows * kRows;
 };
 struct Bfloat16Product {
   int64_t cols;       // tiles of them, here

@@ -19,27 +19,30 @@ constexpr int64_t kBatchRowsOfOutliers = 128;
 // about forty. (Counted in instructions: no such CPU was at hand to measure.)
 constexpr int64_t kLeastRowsOfTiles = 64;
 
+bool takes_tiles(const KernelTable& k, int64_t m, Accuracy accuracy) {
+  return k.bfloat16 && m >= kLeastRowsOfTiles && accuracy != Accuracy::kFp32;
+}
+
 // With operands of fewer digits than float32 has; false where only float32 will do.
 bool multiply_narrow(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
-                     const void* bias, FloatType dtype, bool eight_bits, void* y,
+                     const void* bias, FloatType dtype, Accuracy accuracy, void* y,
                      const Parallel& parallel) {
-  return k.bfloat16 && m >= kLeastRowsOfTiles
-             ? multiply_bfloat16(k, w, x, m, bias, dtype, eight_bits, y, parallel)
-             : multiply_integers(k, w, x, m, bias, dtype, eight_bits, y, parallel);
+  if (accuracy == Accuracy::kFp32) return false;
+  const auto multiply = takes_tiles(k, m, accuracy) ? multiply_bfloat16 : multiply_integers;
+  return multiply(k, w, x, m, bias, dtype, accuracy == Accuracy::kInt8, y, parallel);
 }
 
 }  // namespace
 
 void linear(const KernelTable& k, const PackedView& w, const void* x, int64_t m, const void* bias,
             FloatType dtype, void* y, Accuracy accuracy, const Parallel& parallel) {
-  const int64_t most = w.outliers.count > 0 ? kBatchRowsOfOutliers : kBatchRows;
+  const bool transposed = w.outliers.count > 0 && !takes_tiles(k, m, accuracy);
+  const int64_t most = transposed ? kBatchRowsOfOutliers : kBatchRows;
   for (int64_t m0 = 0; m0 < m; m0 += most) {
     const int64_t batch = std::min(most, m - m0);
     const void* rows = advance(x, dtype, m0 * w.cols);
     void* out = advance(y, dtype, m0 * w.rows);
-    if (accuracy == Accuracy::kFp32 ||
-        !multiply_narrow(k, w, rows, batch, bias, dtype, accuracy == Accuracy::kInt8, out,
-                         parallel)) {
+    if (!multiply_narrow(k, w, rows, batch, bias, dtype, accuracy, out, parallel)) {
       multiply_floats(k, w, rows, batch, bias, dtype, out, parallel);
     }
   }

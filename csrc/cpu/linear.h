@@ -11,7 +11,7 @@ namespace bitfold {
 enum class Accuracy : uint8_t {
   kAuto,  // at the level of rounding: 2e-4 for float32 x, 2e-3 for float16 and bfloat16
   kFp32,  // float32 multiply-adds
-  kInt8,  // activations, and levels of codebooks, of 8 bits: about 1.4e-2
+  kInt8,  // activations, and levels of codebooks, of 8 bits: about 1.4e-2 (or less, on tiles)
 };
 
 // y [m, w.rows] = x [m, w.cols] * w^T + bias [w.rows] or null; x, y and bias contiguous, of the

@@ -8,7 +8,7 @@ namespace bitfold {
 namespace {
 
 constexpr std::align_val_t kPage{4096};
-constexpr int64_t kMostKept = int64_t{1} << 24;  // of each piece
+constexpr int64_t kMostKept = int64_t{1} << 25;  // of each piece
 
 void release(Scratch::Piece* piece) {
   ::operator delete(piece->data, kPage);

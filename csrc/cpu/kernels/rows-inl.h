@@ -11,9 +11,10 @@ template <class Codec, Operand kOperand, int kTurned, int kX, int kW>
                                                          const Stored (*codes)[kTurned],
                                                          const uint8_t* x, I (*sum)[kX]) {
   constexpr bool kTwo = kOperand == Operand::kTwoBytes;
-  // Two products begin in a cycle and take four: fewer than eight sums would wait for themselves,
-  // short rows for them, and eight (four rows of x) when memory is late (measured: 4 %). Two planes
-  // of bytes have two anyway; codes of 3 bits leave no registers for more.
+  // Two products begin in a cycle and take four, so eight sums at least must wait for none of the
+  // others; and some more for when memory is late (measured with four rows of x: 4 %). With one row
+  // four do, for the stream is what counts. Two planes of bytes have two chains anyway, and from
+  // three rows of x on codes of 3 bits leave no registers for a second.
   constexpr int kChains = kTwo ? 2 : kX == 1 ? 4 : kX > 2 && Codec::kBits == 3 ? 1 : 2;
   constexpr int kPart = kPartBytes<kOperand>;
   I sums[kChains][kW][kX];

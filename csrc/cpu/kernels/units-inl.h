@@ -150,8 +150,7 @@ static inline void load_units(const PackedView& of, int64_t row, int64_t rows, i
     for (int64_t u = 0; u < units; u += 16) {
       F factor = zero(), shift = zero();
       if (u < used) {
-        factor =
-            as_they_lie ? load(factors + j * units + u) : used_of(u, mul(spread.at(scales, u), by));
+        factor = used_of(u, mul(spread.at(scales, u), by));
         if (shifts) {
           const F point = spread.per_group > 1 ? spread.at(zeros, u) : zeros_at(u);
           shift = mul(factor, used_of(u, sub(offset, point)));

@@ -31,7 +31,8 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
 
     Raises:
         ValueError: no data, ids outside of the vocabulary, texts without a tokenizer, an item of another
-            kind, arguments that the model does not take; the item is named by its number.
+            kind, arguments that the model does not take; the item, or the batch made of items, is named by
+            its number.
     """
     if calibration is None:
         msg = "calibration: no data; give texts, token ids or batches of the model's arguments"
@@ -59,9 +60,9 @@ def as_batches(calibration: Any, model: nn.Module, tokenizer: Any, settings: Set
         raise ValueError(msg)
     batches = [batch.mapped(_normal) for batch in batches]
     for number, batch in enumerate(batches):
-        check_arguments(batch, model, f"calibration batch {number}")
         _check_vocabulary(batch, model, number)
         _complete_decoder(batch, model)
+        check_arguments(batch, model, f"calibration batch {number}")
     return batches
 
 

@@ -3,10 +3,12 @@
 #include <signal.h>
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 
 #include "core/float16.h"
 
@@ -123,6 +125,8 @@ float bfloat16_of(const uint8_t* bytes) {
   return bfloat16_to_float(bits);
 }
 
+float flushed(float v) { return std::fabs(v) < std::numeric_limits<float>::min() ? 0.0f : v; }
+
 void dot_bfloat16(int to, int left, int right) {
   int rows, to_bytes, left_rows, left_bytes, right_rows, right_bytes;
   Tile& sums = tile(to, &rows, &to_bytes);
@@ -134,11 +138,11 @@ void dot_bfloat16(int to, int left, int right) {
     for (int n = 0; n < to_bytes / 4; ++n) {
       float even = 0.0f, odd = 0.0f, sum;
       for (int k = 0; k < right_rows; ++k) {
-        even += bfloat16_of(a.bytes[m] + 4 * k) * bfloat16_of(b.bytes[k] + 4 * n);
-        odd += bfloat16_of(a.bytes[m] + 4 * k + 2) * bfloat16_of(b.bytes[k] + 4 * n + 2);
+        even += flushed(bfloat16_of(a.bytes[m] + 4 * k) * bfloat16_of(b.bytes[k] + 4 * n));
+        odd += flushed(bfloat16_of(a.bytes[m] + 4 * k + 2) * bfloat16_of(b.bytes[k] + 4 * n + 2));
       }
       memcpy(&sum, sums.bytes[m] + 4 * n, 4);
-      sum += even + odd;
+      sum = flushed(sum + (even + odd));
       memcpy(sums.bytes[m] + 4 * n, &sum, 4);
     }
   }

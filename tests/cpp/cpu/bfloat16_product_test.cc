@@ -22,6 +22,7 @@ const KernelTable* tile_kernels() {
   const InstructionSet& best = instruction_sets().front();
   if (best.supported()) return best.table;
   __builtin_cpu_init();
+  if (__builtin_cpu_supports("amx-tile")) return nullptr;  // and the system does not let us
   if (!__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bf16"))
     return nullptr;
   testing::emulate_amx();
@@ -34,7 +35,7 @@ const KernelTable* tile_kernels() {
 class Bfloat16Product : public ::testing::Test {
  protected:
   void SetUp() override {
-    if (!kernels_) GTEST_SKIP() << "neither AMX nor AVX-512 VNNI and BF16 here";
+    if (!kernels_) GTEST_SKIP() << "neither AMX that may be used nor AVX-512 VNNI and BF16 here";
   }
   const KernelTable& k() const { return *kernels_; }
 
@@ -147,6 +148,64 @@ TEST_F(Bfloat16Product, LeavesWhatFloatsAloneCanDo) {
                                    y.data(), run_serially))
         << value;
     EXPECT_EQ(y, std::vector<float>(y.size(), 99.0f));
+  }
+}
+
+TEST_F(Bfloat16Product, WeightsNearTheEndsOfFloats) {
+  Owned w(format_of("nf4-g32-nodq"), 5, 64);
+  w.fill_randomly(1);
+  auto* scales = reinterpret_cast<float*>(w.buffer(BufferRole::kScale));
+  const float ends[] = {3.3e38f, 1e38f, 1.0f, 1e-20f, 1e-30f};
+  for (int64_t r = 0; r < 5; ++r) scales[2 * r] = ends[r], scales[2 * r + 1] = ends[r];
+  std::vector<float> x(64);
+  x[0] = 1e-3f;
+  const std::vector<float> weight = w.decoded();
+  const std::vector<float> y =
+      product(k(), w, Values(FloatType::kFloat32, x), 1, nullptr, Accuracy::kAuto);
+  for (size_t r = 0; r < 5; ++r) {
+    const float exact = 1e-3f * weight[64 * r];
+    EXPECT_NEAR(y[r], exact, 5e-5f * std::fabs(exact)) << r;
+  }
+}
+
+// The level's promise, in the mean over outputs, also with channels far larger than the rest.
+TEST_F(Bfloat16Product, KeepsWhatTheLevelsPromise) {
+  const int64_t m = 64, n = 32, cols = 1024;
+  for (const char* text : {"nf4", "int4-g64", "int8-row", "int2-g64"}) {
+    Owned w(format_of(text), n, cols);
+    w.fill_randomly(2);
+    std::vector<float> rows = random_weights(m * cols, 3);
+    for (size_t i = 7; i < rows.size(); i += 128) rows[i] *= 20.0f;
+    for (FloatType dtype : testing::kDtypes) {
+      const Values x(dtype, rows);
+      std::vector<double> exact(static_cast<size_t>(m * n));
+      reference::linear(w.view(), x.floats.data(), m, nullptr, exact.data());
+      for (Accuracy level : kIntegerLevels) {
+        const auto y = testing::multiply(k(), w.view(), x, m, nullptr, level);
+        double error = 0.0, size = 0.0;
+        for (size_t i = 0; i < y.size(); ++i) {
+          error += (y[i] - exact[i]) * (y[i] - exact[i]);
+          size += exact[i] * exact[i];
+        }
+        const double promised = level == Accuracy::kInt8       ? 2.5e-2
+                                : dtype == FloatType::kFloat32 ? 2e-4
+                                                               : 2e-3;
+        EXPECT_LE(std::sqrt(error / size), promised)
+            << text << " " << testing::name_of(level) << " dtype " << int(dtype);
+      }
+    }
+  }
+}
+
+// More rows than go at a time, and few enough left that they go as integers; outliers in both.
+TEST_F(Bfloat16Product, HugeBatchesAndOutliers) {
+  for (const char* text : {"nf4", "int4-g64-outliers10"}) {
+    const int64_t m = 512 + 63, n = 19, cols = 130;
+    Owned w(format_of(text), n, cols);
+    ASSERT_TRUE(w.quantize(k(), Method::kRound, random_weights(n * cols, 1)).ok());
+    const Values x(FloatType::kFloat32, random_weights(m * cols, 2));
+    expect_near(w, x, m, nullptr, testing::multiply(k(), w.view(), x, m, nullptr, Accuracy::kAuto),
+                Accuracy::kAuto, text);
   }
 }
 
