@@ -17,6 +17,7 @@ set(BITFOLD_CORE_SOURCES
 set(BITFOLD_CPU_SOURCES
   csrc/cpu/activations.cc
   csrc/cpu/bfloat16_product.cc
+  csrc/cpu/decoder.cc
   csrc/cpu/dequantize.cc
   csrc/cpu/float_product.cc
   csrc/cpu/integer_product.cc
@@ -178,6 +179,7 @@ set(BITFOLD_CPP_PER_ISA_TESTS
   cpu/feedback
   cpu/gemm
   cpu/integer_product
+  cpu/layout
   cpu/linear
   cpu/mixed_product
   cpu/outliers

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/format.h"
+#include "core/layout.h"
 
 namespace bitfold {
 
@@ -46,6 +47,7 @@ struct PackedView {
   Family family;
   ScaleKind scale_kind;
   Zero zero_kind;
+  Layout layout;
   int64_t rows, cols;
   int64_t group_size;        // cols where one group spans the row
   int64_t groups;            // per row

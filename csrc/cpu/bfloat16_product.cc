@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cpu/activations.h"
-#include "cpu/outliers.h"
+#include "cpu/decoder.h"
 #include "cpu/scratch.h"
 
 namespace bitfold {

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <atomic>
 
-#include "cpu/outliers.h"
+#include "cpu/decoder.h"
 
 namespace bitfold {
 namespace {

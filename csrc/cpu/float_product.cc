@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/outliers.h"
+#include "cpu/decoder.h"
 
 namespace bitfold {
 namespace {

@@ -50,10 +50,11 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
                        const void* bias, FloatType dtype, bool eight_bits, void* y,
                        const Parallel& parallel) {
   if (!levels_fit(k, w)) return false;
-  const Walk walk = m <= k.walked_rows ? Walk::kRows : Walk::kPanels;
+  const bool walks_rows = m <= k.walked_rows && w.layout == Layout::kRows;
+  const Walk walk = walks_rows ? Walk::kRows : Walk::kPanels;
   // Codes as bytes need no table and no widening; for more rows a product of words costs no more
   // and needs half the sums.
-  const bool codes_suffice = m == 1 && w.family == Family::kInteger;
+  const bool codes_suffice = walks_rows && m == 1 && w.family == Family::kInteger;
   const Operand operand = eight_bits      ? Operand::kBytes
                           : codes_suffice ? Operand::kTwoBytes
                                           : Operand::kWords;
@@ -79,7 +80,7 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
   const auto finish = [&](const float* sums, int64_t ldy, int64_t r, int64_t n) {
     k.rows_from_float(sums, ldy, m, n, dtype, advance(y, dtype, r), w.rows);
   };
-  if (walk == Walk::kRows) {
+  if (walks_rows) {
     parallel(w.rows, grain(m * w.cols, kGrainWork), [&](int64_t begin, int64_t end) {
       const int64_t scratch_bytes = k.rows_scratch_bytes(w, xs);
       const int64_t n = end - begin;

@@ -40,21 +40,6 @@ OutlierReader::Row OutlierReader::operator()(int64_t row) {
   return {value_.data(), column_.data(), n};
 }
 
-void Decoder::add(int64_t row, int64_t col, int64_t n, float* out) {
-  const OutlierReader::Row outliers = outliers_(row);
-  for (int64_t i = 0; i < outliers.count; ++i) {
-    const int64_t at = outliers.column[i] - col;
-    if (at >= 0 && at < n) out[at] += outliers.value[i];
-  }
-}
-
-void RowDecoder::decode_and_round(int64_t row, FloatType dtype, void* out) {
-  if (dtype == FloatType::kFloat32) return decode_(row, 0, w_.cols, static_cast<float*>(out));
-  row_.resize(static_cast<size_t>(w_.cols));
-  decode_(row, 0, w_.cols, row_.data());
-  k_.from_float(row_.data(), w_.cols, dtype, out);
-}
-
 OutlierProduct::OutlierProduct(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
                                FloatType dtype, const Parallel& parallel)
     : k_(k), w_(w), m_(m) {

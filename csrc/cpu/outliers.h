@@ -31,44 +31,6 @@ class OutlierReader {
   std::vector<int32_t> column_;
 };
 
-// Pieces of rows as floats, outliers added: KernelTable::decode for any weight.
-class Decoder {
- public:
-  Decoder(const KernelTable& k, const PackedView& w) : k_(k), w_(w), outliers_(k, w) {}
-
-  // out[n] = w[row, col .. col + n); col a multiple of 16.
-  void operator()(int64_t row, int64_t col, int64_t n, float* out) {
-    k_.decode(w_, row, col, n, out);
-    if (w_.outliers.count > 0) add(row, col, n, out);
-  }
-
- private:
-  void add(int64_t row, int64_t col, int64_t n, float* out);
-
-  const KernelTable& k_;
-  const PackedView& w_;
-  OutlierReader outliers_;
-};
-
-// Whole rows in any dtype: KernelTable::decode_row for any weight.
-class RowDecoder {
- public:
-  RowDecoder(const KernelTable& k, const PackedView& w) : k_(k), w_(w), decode_(k, w) {}
-
-  void operator()(int64_t row, FloatType dtype, void* out, bool stream) {
-    if (w_.outliers.count == 0) return k_.decode_row(w_, row, dtype, out, stream);
-    decode_and_round(row, dtype, out);
-  }
-
- private:
-  void decode_and_round(int64_t row, FloatType dtype, void* out);
-
-  const KernelTable& k_;
-  const PackedView& w_;
-  Decoder decode_;
-  std::vector<float> row_;
-};
-
 // The product of activations with the sparse part alone, in float32.
 class OutlierProduct {
  public:

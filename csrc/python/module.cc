@@ -4,6 +4,7 @@
 
 #include "core/bitpack.h"
 #include "core/format.h"
+#include "core/layout.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -223,7 +224,14 @@ PYBIND11_MODULE(_C, m) {
             check_shape(f, shape);
             return py::list(py::cast(make_spec(f, shape.first, shape.second)));
           },
-          py::arg("shape"), "The ints that torch.ops.bitfold.* take for a weight (out, in).");
+          py::arg("shape"), "The ints that torch.ops.bitfold.* take for a weight (out, in).")
+      .def(
+          "suits_panels",
+          [](const Format& f, const Shape& shape) {
+            check_shape(f, shape);
+            return suits_panels(f, shape.first, shape.second);
+          },
+          py::arg("shape"), "Whether the codes of a weight (out, in) can lie in panels.");
 
   m.def("buffers_of_spec", &buffers_of_spec, py::arg("spec"),
         "Format.buffers for the ints of Format.spec.");

@@ -193,6 +193,13 @@ namespace {
                what_came(got));
 }
 
+// Whether `got` are the codes of the weight in panels. Their dtype tells them from rows.
+bool lies_in_panels(const PackedBuffers& weight, const BufferSpec& codes, const Tensor& got) {
+  return got.is_cpu() && got.scalar_type() == ScalarType::Int && got.dim() == 2 &&
+         got.size(0) == weight.rows / kPanelHeight && 4 * got.numel() == codes.numel() &&
+         got.is_contiguous() && suits_panels(weight.format, weight.rows, weight.cols);
+}
+
 }  // namespace
 
 PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
@@ -207,8 +214,10 @@ PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vecto
   for (size_t i = 0; i < buffers.size(); ++i) {
     const BufferSpec& want = buffers[i];
     const Tensor& got = packed[i];
-    if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() ||
-        !is_on(got, place) || !got.is_contiguous()) {
+    if (i == 0 && !place.on_gpu && lies_in_panels(result, want, got)) {
+      result.layout = Layout::kPanels;
+    } else if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() ||
+               !is_on(got, place) || !got.is_contiguous()) {
       fail_buffer(result, want, got, place, op);
     }
     result.data.push_back(got.const_data_ptr());
@@ -219,6 +228,7 @@ PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vecto
 Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op) {
   Packed result{unpack_buffers(packed, spec, op), {}};
   result.view = make_view(result.format, result.rows, result.cols, result.data.data());
+  result.view.layout = result.layout;
   return result;
 }
 

@@ -98,6 +98,7 @@ std::vector<Tensor> empty_buffers(const Tensor& like, const Folding& folding,
 struct PackedBuffers {
   Format format;
   int64_t rows = 0, cols = 0;
+  Layout layout = Layout::kRows;
   ShortList<const void*, kMaxBuffers> data;
 };
 struct Packed : PackedBuffers {
@@ -105,7 +106,7 @@ struct Packed : PackedBuffers {
 };
 
 // Checks number, dtype, device, size and contiguity of every buffer against the spec. They must
-// lie on `place`.
+// lie on `place`. On the CPU codes may lie in panels: int32 [rows / 16, words of sixteen rows].
 PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
                              const char* op, const Place& place = kCpu);
 // The same on the CPU, and looks at the bytes.

@@ -25,6 +25,8 @@ Tensor linear_mixed(const Tensor& x, const std::vector<Tensor>& packed,
   constexpr const char* kOp = "linear_mixed";
   const Packed w = unpack(packed, spec, kOp);
   check_mixed(w.format, w.cols, threshold, columns, kOp);
+  if (w.layout != Layout::kRows)
+    fail(kOp, "weight must lie in rows, got panels; set the layer's layout to \"rows\"");
   const LinearArguments a = linear_arguments(x, w, bias, kOp);
   MixedColumns chosen{static_cast<float>(threshold), columns.has_value(), nullptr, 0};
   if (columns.has_value()) {

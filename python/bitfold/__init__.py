@@ -25,7 +25,7 @@ try:
     from bitfold import nn
     from bitfold.formats import Format
     from bitfold.hf.registration import install as _install_hf
-    from bitfold.nn import set_accuracy, set_llm_int8
+    from bitfold.nn import set_accuracy, set_layout, set_llm_int8
     from bitfold.quantizing import quantize
     from bitfold.summarizing import summary
 except (ImportError, OSError, RuntimeError) as _error:
@@ -66,6 +66,7 @@ __all__ = [
     "save",
     "save_pretrained",
     "set_accuracy",
+    "set_layout",
     "set_llm_int8",
     "summary",
 ]

@@ -236,6 +236,38 @@ class Owned {
   std::vector<BufferRole> roles_;
 };
 
+// The codes of a weight in panels, as core/layout.h says, and that weight.
+class InPanels {
+ public:
+  explicit InPanels(const PackedView& w)
+      : codes_(static_cast<size_t>(w.rows * w.row_bytes)), view_(w) {
+    uint8_t* to = codes_.data();
+    const int64_t low = w.bits == 3 ? w.plane_bytes : w.row_bytes;
+    for (int64_t row = 0; row < w.rows; row += kPanelHeight) {
+      to = place(w, row, 0, low, 4, to);
+      to = place(w, row, low, w.row_bytes, 2, to);
+    }
+    view_.codes = codes_.data();
+    view_.layout = Layout::kPanels;
+  }
+  InPanels(const InPanels&) = delete;
+  const PackedView& view() const { return view_; }
+
+ private:
+  // The bytes [begin, end) of sixteen rows, `piece` of them at a time.
+  static uint8_t* place(const PackedView& w, int64_t row, int64_t begin, int64_t end, int64_t piece,
+                        uint8_t* to) {
+    for (int64_t at = begin; at < end; at += piece) {
+      for (int64_t i = 0; i < kPanelHeight; ++i, to += piece)
+        memcpy(to, w.codes + (row + i) * w.row_bytes + at, static_cast<size_t>(piece));
+    }
+    return to;
+  }
+
+  std::vector<uint8_t> codes_;
+  PackedView view_;
+};
+
 inline double squared_error(const std::vector<float>& a, const std::vector<float>& b) {
   double sum = 0.0;
   for (size_t i = 0; i < a.size(); ++i)

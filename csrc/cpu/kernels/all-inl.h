@@ -17,6 +17,8 @@
 #include "cpu/kernels/scratch-inl.h"
 #include "cpu/kernels/units-inl.h"
 
+#include "cpu/kernels/tile-inl.h"
+
 #include "cpu/kernels/panels-inl.h"
 #include "cpu/kernels/rows-inl.h"
 

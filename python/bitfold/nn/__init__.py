@@ -4,6 +4,7 @@ from bitfold.nn._base import PackedModule
 from bitfold.nn.accuracy import set_accuracy
 from bitfold.nn.conv1d import QuantConv1D
 from bitfold.nn.embedding import QuantEmbedding
+from bitfold.nn.layout import set_layout
 from bitfold.nn.linear import QuantLinear
 from bitfold.nn.mixed import set_llm_int8
 from bitfold.nn.tied import TiedEmbedding, TiedHead
@@ -16,5 +17,6 @@ __all__ = [
     "TiedEmbedding",
     "TiedHead",
     "set_accuracy",
+    "set_layout",
     "set_llm_int8",
 ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bitfold import ops
 from bitfold.errors import PackedDataError, WeightError
 from bitfold.formats import Format, as_format
+from bitfold.nn.layout import LiesInMemory
 from bitfold.outliers import outlier_problem
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def check_finite(weight: Tensor, name: str = "weight") -> None:
         raise WeightError(msg)
 
 
-class PackedModule(nn.Module):
+class PackedModule(LiesInMemory):
     """A module whose matrix `[out, in]` lives in plain integer buffers `weight<suffix>`.
 
     The buffers' names, dtypes and shapes follow from `format` and `shape` (`Format.buffers`); all are
@@ -167,11 +168,6 @@ class PackedModule(nn.Module):
             msg = f"{cls.__name__} cannot take the place of a {type(module).__name__}"
             raise TypeError(msg)
 
-    def packed(self) -> list[Tensor]:
-        """The packed buffers in the order of `Format.buffers`, as the ops take them."""
-        # nn.Module's attribute look-up would cost microseconds per call, a comprehension a quarter of one
-        return list(map(self._buffers.__getitem__, self.packed_names))  # type: ignore[arg-type]
-
     def packed_nbytes(self) -> int:
         """Bytes of the packed matrix, metadata included: on disk and resident alike."""
         return int(self.format.nbytes(self.shape))
@@ -184,7 +180,7 @@ class PackedModule(nn.Module):
         """The matrix as floats, shape `[out, in]`, a fresh tensor of `out * in * itemsize` bytes."""
         if dtype == torch.float64:
             return self.dequantize(torch.float32).double()
-        return ops.dequantize(self.packed(), self.format, self.shape, dtype)
+        return ops.dequantize(self.operands(), self.format, self.shape, dtype)
 
     def _fill(self, weight: Tensor, method: str | None = None, solution: Solution | None = None) -> Solution:
         """Fold `weight` `[out, in]` into the buffers, or put a `solution` made elsewhere there.
@@ -198,16 +194,18 @@ class PackedModule(nn.Module):
             if weight.dtype == torch.float64:
                 weight = weight.float()
             solution = fold_weight(weight, self.format, method)
-        check_packed(self, solution.packed)
-        for name, tensor in zip(self.packed_names, solution.packed, strict=True):
-            self._buffers[name] = tensor
+        self._hold(solution.packed)
         return solution
+
+    def _hold(self, packed: Sequence[Tensor]) -> None:
+        check_packed(self, packed)
+        self._replace_codes(packed[0])
+        for name, tensor in zip(self.packed_names[1:], packed[1:], strict=True):
+            self._buffers[name] = tensor
 
     def take(self, solution: Solution, bias: Tensor | None) -> None:
         """Hold the matrix of `solution` instead, and `bias` shifted by what it says."""
-        check_packed(self, solution.packed)
-        for name, tensor in zip(self.packed_names, solution.packed, strict=True):
-            self._buffers[name] = tensor
+        self._hold(solution.packed)
         if solution.bias_shift is not None and bias is not None:
             shifted = bias.detach() + solution.bias_shift.to(bias)  # as in `from_float`
             self.bias = nn.Parameter(shifted, requires_grad=bias.requires_grad)
@@ -221,7 +219,7 @@ class PackedModule(nn.Module):
             return tensor.to(result.device)
 
         super()._apply(keep_integers, recurse)
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.operands()[0].device))
         if probe.is_floating_point():
             self.dtype = probe.dtype
         return self
@@ -280,7 +278,8 @@ class PackedModule(nn.Module):
     def _size_repr(self) -> str:
         before, after = self.original_nbytes(), self.packed_nbytes()
         dtype = dtype_name(self.original_dtype)
-        return f"format={self.format}, {after:,} bytes, {before / after:.2f}x smaller than {dtype}"
+        size = f"{after:,} bytes, {before / after:.2f}x smaller than {dtype}"
+        return f"format={self.format}, {size}{self._layout_repr()}"
 
 
 def tensor_problem(

@@ -133,7 +133,7 @@ class QuantEmbedding(PackedModule, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Take integer indices `[...]` -> `[..., embedding_dim]` in `self.dtype`."""
-        rows = embedding(input, self.packed(), self._spec, self.dtype)
+        rows = embedding(input, self.operands(), self._spec, self.dtype)
         return apply_scale(rows, self.scale, self.round_scale)
 
     def manifest_entry(self) -> dict[str, Any]:

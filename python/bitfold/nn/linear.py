@@ -150,7 +150,7 @@ class QuantLinear(Multiplies, MixesProducts, PackedModule, nn.Linear):
         """Take x `[..., in_features]` in any float dtype -> `[..., out_features]` in the same dtype."""
         if self._mixed is not None:
             return linear_mixed(x, self.packed(), self._spec, bias_of(self), *self._mixed)
-        return linear(x, self.packed(), self._spec, bias_of(self), self._accuracy)
+        return linear(x, self.operands(), self._spec, bias_of(self), self._accuracy)
 
     def manifest_entry(self) -> dict[str, Any]:
         """JSON for `bitfold.manifest`."""

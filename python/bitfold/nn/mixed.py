@@ -73,6 +73,8 @@ class MixesProducts:
             wrong = fixed[0] if fixed[0] < 0 else fixed[-1]
             msg = f"set_llm_int8(): columns must be within [0, {size}), got {wrong}"
             raise ValueError(msg)
+        owner: Any = getattr(self, "source", self)
+        owner.layout = "rows"  # this product reads no others
         self._mixed = (threshold, fixed)
 
     def _mixed_repr(self) -> str:

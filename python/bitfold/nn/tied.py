@@ -63,12 +63,16 @@ class _Tied(nn.Module):
         if (
             not isinstance(value, Tensor)
             or value.device != source.device
-            or value.data_ptr() != source.data_ptr()
+            or (value.data_ptr() != source.data_ptr() and not self._copies_panels(value))
         ):
             msg = (
                 f"{type(self).__name__}: shares the packed matrix of another module; its weight cannot be set"
             )
             raise PackedDataError(msg)
+
+    def _copies_panels(self, value: Tensor) -> bool:
+        # the weight of a source that lies in panels is a copy each time that it is asked for
+        return self.source.layout == "panels" and torch.equal(value.flatten(), self.source.weight)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The shared matrix as floats, `[out, in]`."""
@@ -129,7 +133,7 @@ class TiedHead(Multiplies, MixesProducts, _Tied):
         source = self._source
         if self._mixed is not None:
             return linear_mixed(x, source.packed(), source._spec, bias, *self._mixed)
-        return linear(x, source.packed(), source._spec, bias, self._accuracy)
+        return linear(x, source.operands(), source._spec, bias, self._accuracy)
 
     def manifest_entry(self, names: Mapping[nn.Module, str]) -> dict[str, Any]:
         """JSON for `bitfold.manifest`; `names` gives the modules' names in the model."""
@@ -192,12 +196,12 @@ class TiedEmbedding(_Tied):
     def forward(self, input: Tensor) -> Tensor:
         """Take integer indices `[...]` -> `[..., embedding_dim]` in `self.dtype`."""
         source = self._source
-        rows = embedding(input, source.packed(), source._spec, self.dtype)
+        rows = embedding(input, source.operands(), source._spec, self.dtype)
         return apply_scale(rows, self.scale, self.round_scale)
 
     def _apply(self, fn: Any, recurse: bool = True) -> TiedEmbedding:
         super()._apply(fn, recurse)
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.source.operands()[0].device))
         if probe.is_floating_point():
             self.dtype = probe.dtype
         return self

@@ -62,6 +62,32 @@ class WeightAtPageEnd {
   std::vector<const void*> pointers_;
 };
 
+// Products and decoding, where codes lie in panels.
+void check_panels(const std::string& text, int64_t n, int64_t cols) {
+  const KernelTable& k = active_kernels();
+  const Format format = testing::format_of(text);
+  if (!suits_panels(format, n, cols)) return;
+  Owned owned(format, n, cols);
+  owned.fill_randomly(static_cast<unsigned>(cols));
+  const WeightAtPageEnd rows(owned, n, cols);
+  const testing::InPanels in_panels(owned.view());
+  PackedView w = rows.view();
+  const AtPageEnd codes(in_panels.view().codes, static_cast<size_t>(n * w.row_bytes));
+  w.codes = codes.data();
+  w.layout = Layout::kPanels;
+  std::vector<float> decoded(static_cast<size_t>(n * cols));
+  dequantize(k, w, FloatType::kFloat32, decoded.data(), run_serially);
+  EXPECT_EQ(decoded, owned.decoded()) << text;
+  for (int64_t m : {1, 5, 13}) {
+    const Values x(FloatType::kFloat32, testing::random_weights(m * cols, 1));
+    for (Accuracy level : testing::kLevels) {
+      EXPECT_EQ(multiply(k, w, x, m, nullptr, level),
+                multiply(k, in_panels.view(), x, m, nullptr, level))
+          << text << " " << testing::name_of(level) << " " << m << "x" << n << "x" << cols;
+    }
+  }
+}
+
 void check(const std::string& text, int64_t n, int64_t cols, FloatType dtype) {
   const KernelTable& k = active_kernels();
   const Format format = testing::format_of(text);
@@ -103,6 +129,13 @@ TEST(PageEnd, Halves) {
       check(text, 5, cols, FloatType::kFloat16);
       check(text, 5, cols, FloatType::kBFloat16);
     }
+  }
+}
+
+TEST(PageEnd, Panels) {
+  for (const std::string& text : testing::every_format()) {
+    for (int64_t cols : {64, 192, 320})
+      for (int64_t n : {16, 48}) check_panels(text, n, cols);
   }
 }
 

@@ -1,0 +1,295 @@
+"""Panels: codes in another order in memory, and rows wherever else anybody looks."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import bitfold
+from bitfold import Format
+from bitfold.nn import QuantConv1D, QuantEmbedding, QuantLinear, TiedEmbedding, TiedHead
+from bitfold.nn.layout import to_panels, to_rows
+from products import assert_promise
+
+FORMATS = [
+    "nf4",
+    "nf3",
+    "nf2",
+    "int8-row",
+    "int4-g64",
+    "int3-g64",
+    "int2-g64",
+    "kmeans4-tensor",
+    "nf4-outliers",
+]
+
+
+@pytest.fixture(params=FORMATS)
+def fmt(request):
+    return request.param
+
+
+def layer_of(fmt: str, out: int = 48, cols: int = 192) -> QuantLinear:
+    torch.manual_seed(0)
+    return QuantLinear.from_float(nn.Linear(cols, out), fmt)
+
+
+def in_panels(fmt: str, **shape: int) -> tuple[QuantLinear, QuantLinear]:
+    """The same layer twice: in rows and in panels."""
+    rows = layer_of(fmt, **shape)
+    panels = copy.deepcopy(rows)
+    panels.layout = "panels"
+    assert (rows.layout, panels.layout) == ("rows", "panels")
+    return rows, panels
+
+
+def assert_same_state(a: nn.Module, b: nn.Module) -> None:
+    a_state, b_state = a.state_dict(), b.state_dict()
+    assert a_state.keys() == b_state.keys()
+    for name in a_state:
+        assert a_state[name].dtype == b_state[name].dtype
+        assert torch.equal(a_state[name], b_state[name]), name
+
+
+def test_where_each_byte_goes():
+    # 32 rows of 64 codes of 4 bits: 8 words a row. Byte b of word w of row r is told by its value.
+    rows = torch.arange(32 * 32).view(32, 8, 4)
+    panels = to_panels((rows % 128).to(torch.int8).flatten(), Format("nf4"), (32, 64))
+    assert (panels.dtype, tuple(panels.shape)) == (torch.int32, (2, 128))
+    places = panels.view(torch.int8).view(2, 8, 16, 4)
+    for row, word, byte in [(0, 0, 0), (3, 5, 2), (15, 7, 3), (16, 0, 1), (31, 6, 0)]:
+        assert places[row // 16, word, row % 16, byte] == rows[row, word, byte] % 128
+
+
+def test_there_and_back(fmt):
+    codes = torch.randint(-128, 128, (layer_of(fmt).weight.numel(),), dtype=torch.int8)
+    # as in a mapped file, at an odd address
+    odd = torch.cat([codes.new_zeros(1), codes])[1:]
+    panels = to_panels(odd, Format(fmt), (48, 192))
+    assert panels.nbytes == codes.nbytes
+    assert torch.equal(to_rows(panels, Format(fmt), (48, 192)), codes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("accuracy", ["auto", "fp32", "int8"])
+def test_products_keep_their_promise(fmt, dtype, accuracy):
+    rows, panels = in_panels(fmt)
+    rows.accuracy = panels.accuracy = accuracy
+    for m in (1, 2, 5, 17):
+        x = torch.randn(m, 192, dtype=dtype)
+        exact = x.double() @ rows.dequantize().double().T + rows.bias.double()
+        with torch.no_grad():
+            assert_promise(panels(x), exact.numpy(), accuracy)
+
+
+def test_gradients_are_those_of_rows(fmt):
+    rows, panels = in_panels(fmt)
+    gradients = []
+    for layer in (rows, panels):
+        x = torch.randn(7, 192, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        layer(x).square().sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-3)
+
+
+def test_every_reader_gets_rows(fmt):
+    rows, panels = in_panels(fmt)
+    assert_same_state(rows, panels)
+    assert torch.equal(panels.weight, rows.weight)
+    assert torch.equal(panels.dequantize(), rows.dequantize())
+    assert all(torch.equal(a, b) for a, b in zip(panels.packed(), rows.packed(), strict=True))
+    assert "layout=panels" in repr(panels)
+    assert "layout" not in repr(rows)
+
+
+def test_no_bytes_twice():
+    rows, panels = in_panels("nf4")
+    held = [panels._panels, *(b for b in panels._buffers.values() if not b.is_meta)]
+    assert sum(tensor.nbytes for tensor in held) == rows.packed_nbytes()
+    total = bitfold.summary(nn.Sequential(panels))
+    assert str(total) == str(bitfold.summary(nn.Sequential(rows)))
+
+
+def test_there_and_back_again():
+    rows, panels = in_panels("int3-g64")
+    panels.layout = "panels"  # again: nothing happens
+    panels.layout = "rows"
+    assert panels._panels is None
+    assert_same_state(rows, panels)
+    x = torch.randn(3, 192)
+    assert torch.equal(panels(x), rows(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_lie_the_same_way_and_stand_alone(copied):
+    rows, panels = in_panels("nf4")
+    twin = copied(panels)
+    assert twin.layout == "panels"
+    twin.layout = "rows"
+    assert panels.layout == "panels"
+    assert_same_state(rows, twin)
+
+
+def test_torch_save_of_the_whole_module():
+    rows, panels = in_panels("nf4")
+    file = io.BytesIO()
+    torch.save(panels, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert loaded.layout == "panels"
+    assert_same_state(rows, loaded)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_brings_rows(assign):
+    _, panels = in_panels("nf4")
+    other = QuantLinear.from_float(nn.Linear(192, 48), "nf4")
+    panels.load_state_dict(other.state_dict(), assign=assign)
+    assert panels.layout == "rows"
+    assert_same_state(other, panels)
+
+
+def test_a_load_that_fails_leaves_everything():
+    rows, panels = in_panels("nf4")
+    with pytest.raises(RuntimeError, match="found format int4-g64"):
+        panels.load_state_dict(layer_of("int4-g64").state_dict())
+    assert panels.layout == "panels"
+    assert_same_state(rows, panels)
+
+
+def test_casts_keep_panels():
+    rows, panels = in_panels("nf4")
+    for module in (rows, panels):
+        module.half().cpu().to("cpu", torch.bfloat16).share_memory()
+    assert panels.layout == "panels"
+    assert (panels.dtype, panels.bias.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert panels._panels.is_shared()
+    assert_same_state(rows, panels)
+
+
+def test_leaving_the_cpu_brings_rows():
+    _, panels = in_panels("nf4")
+    panels.to("meta")
+    assert panels.layout == "rows"
+    assert panels.weight.is_meta
+    assert panels._panels is None
+    with pytest.raises(ValueError, match="panels are for the CPU, the module is on meta"):
+        panels.layout = "panels"
+
+
+def test_bad_input():
+    layer = layer_of("nf4", out=40)
+    with pytest.raises(ValueError, match=r"multiple of 16, in of 64 .* got nf4 \[40, 192\]"):
+        layer.layout = "panels"
+    with pytest.raises(ValueError, match="layout must be one of 'rows', 'panels', got 'tiles'"):
+        layer.layout = "tiles"
+    with pytest.raises(ValueError, match="layout must be one of"):
+        bitfold.set_layout(layer, "tiles")
+    with pytest.raises(ValueError, match=r"got kmeans4-row \[48, 192\]"):
+        layer_of("kmeans4-row").layout = "panels"
+
+
+def test_ops_know_panels_by_their_dtype_and_refuse_others():
+    _, panels = in_panels("nf4")
+    spec = Format("nf4").spec((48, 192))
+    codes, *rest = panels.operands()
+    x = torch.randn(2, 192)
+    for bad in (codes[:2], codes.flatten(), codes.to(torch.int64), codes.t().contiguous().t()):
+        with pytest.raises(RuntimeError, match=r"weight\(nf4\) must be a contiguous int8 CPU tensor"):
+            bitfold.ops.linear(x, [bad, *rest], spec)
+
+
+def test_llm_int8_takes_rows():
+    rows, panels = in_panels("int8-row")
+    panels.set_llm_int8(6.0)
+    assert panels.layout == "rows"
+    assert bitfold.set_layout(panels, "panels") == 0
+    assert torch.equal(panels.weight, rows.weight)
+    spec = Format("int8-row").spec((48, 192))
+    panels.set_llm_int8(None)
+    panels.layout = "panels"
+    with pytest.raises(RuntimeError, match="weight must lie in rows, got panels"):
+        bitfold.ops.linear_mixed(torch.randn(2, 192), panels.operands(), spec)
+
+
+def test_a_whole_model():
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "embed": QuantEmbedding.from_float(nn.Embedding(64, 128), "nf4"),
+            "conv": QuantConv1D(64, 128, format="int4-g64"),
+            "narrow": QuantLinear.from_float(nn.Linear(48, 16), "nf4"),
+            "alone": QuantEmbedding.from_float(nn.Embedding(32, 64), "nf4"),
+        }
+    )
+    model["head"] = TiedHead(model["embed"])
+    model["shared"] = TiedEmbedding(model["embed"])
+    before = copy.deepcopy(model)
+    assert bitfold.set_layout(model, "panels") == 2
+    layouts = {name: model[name].layout for name in ("embed", "conv", "narrow", "alone")}
+    assert layouts == {"embed": "panels", "conv": "panels", "narrow": "rows", "alone": "rows"}
+    assert_same_state(before, model)
+    indices = torch.tensor([[0, 63, 17]])
+    for name in ("embed", "shared"):
+        assert torch.equal(model[name](indices), before[name](indices))
+    x = torch.randn(9, 128)
+    torch.testing.assert_close(model["head"](x), before["head"](x), rtol=1e-3, atol=1e-3)
+    model["head"].weight = model["embed"].weight  # as transformers' tie_weights does
+    for changed in (before, model):
+        changed.half()
+    assert model["shared"].dtype == torch.float16
+    assert bitfold.set_layout(model, "rows") == 3
+    assert_same_state(before, model)
+
+
+def test_saving_and_loading_a_model(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+    bitfold.quantize(model, "nf4", progress=False)
+    bitfold.save(model, tmp_path / "rows.safetensors")
+    bitfold.set_layout(model, "panels")
+    bitfold.save(model, tmp_path / "panels.safetensors")
+    assert (tmp_path / "rows.safetensors").read_bytes() == (tmp_path / "panels.safetensors").read_bytes()
+    fresh = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+    bitfold.load_into(fresh, tmp_path / "panels.safetensors")
+    assert_same_state(model, fresh)
+
+
+def test_compile():
+    rows, panels = in_panels("nf4")
+    x = torch.randn(4, 192)
+    with torch.no_grad():
+        compiled = torch.compile(panels, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), panels(x))
+        panels.layout = "rows"
+        assert torch.equal(compiled(x), rows(x))
+
+
+def test_functional_call_with_other_codes():
+    rows, panels = in_panels("nf4")
+    other = QuantLinear.from_float(nn.Linear(192, 48), "nf4")
+    x = torch.randn(4, 192)
+    with torch.no_grad():
+        y = torch.func.functional_call(panels, other.state_dict(), (x,))
+        assert torch.equal(y, other(x))
+    assert_same_state(rows, panels)
+
+
+def test_offloading():
+    accelerate = pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+    bitfold.quantize(model, "nf4", progress=False)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected, state = model(x), {name: t.clone() for name, t in model.state_dict().items()}
+        bitfold.set_layout(model, "panels")
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+        assert torch.equal(model(x), expected)
+        accelerate.hooks.remove_hook_from_submodules(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name]), name
