@@ -59,8 +59,8 @@ def _exact(
             nf4 = [
                 r
                 for r in records
-                if (r["m"], r["format"], r["level"], r["activations"])
-                == (1, "nf4", "auto", one["activations"])
+                if (r["m"], r["format"], r["level"], r["activations"], r["layout"])
+                == (1, "nf4", "auto", one["activations"], one["layout"])
             ]
             need = 1.15 if one["format"].startswith("int3") else 1.4
             found.append(goal("M=1, faster than nf4", case, need, _ratio(nf4, mine[1])))

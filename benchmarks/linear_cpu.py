@@ -41,11 +41,13 @@ from torch import nn
 
 from bitfold import Format, ops
 from bitfold.nn import QuantLinear
+from bitfold.nn.layout import LAYOUTS, to_panels
 
 FORMATS = ["nf4", "int4-g64", "int4-g128", "int8-row", "int3-g64", "int2-g64"]
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LEVELS = {"auto": 0, "fp32": 1, "int8": 2}  # the int argument of the op
+KEPT = ("case", "kind", "format", "layout", "activations", "level", "nbytes")  # of a case, in each record
 TURN = 0.009  # seconds; short calls are made in a row, see harness.interleaved
 
 
@@ -92,17 +94,21 @@ def own_cases(
         packed = ops.quantize(weight, fmt)
         decoded = ops.dequantize(packed, fmt, (n, k))
         oracles = {a: Oracle(x[a], decoded, args.rows) for a in args.activations}
+        layouts = {"rows": packed}
+        if fmt.suits_panels((n, k)):
+            layouts["panels"] = [to_panels(packed[0], fmt, (n, k)), *packed[1:]]
+        copies = {layout: copies_of(layouts[layout]) for layout in args.layouts if layout in layouts}
         common = {
             "kind": "bitfold",
             "format": name,
-            "copies": copies_of(packed),
             "spec": fmt.spec((n, k)),
             "nbytes": sum(t.numel() * t.itemsize for t in packed),
         }
-        for activation, level in itertools.product(args.activations, args.levels):
-            title = f"{name}, {activation} x" + ("" if level == "auto" else f", level {level}")
+        for layout, activation, level in itertools.product(copies, args.activations, args.levels):
+            title = name + (" in panels" if layout == "panels" else "") + f", {activation} x"
+            title += "" if level == "auto" else f", level {level}"
             own = {"activations": activation, "level": level, "oracle": oracles[activation]}
-            case = {"case": title, **common, **own}
+            case = {"case": title, "layout": layout, "copies": copies[layout], **common, **own}
             try:
                 own_call(case, x[activation][:1])(0)
             except RuntimeError as error:
@@ -125,6 +131,7 @@ def peer_case(peer: Peer, x: dict[str, torch.Tensor], rows: list[int]) -> dict[s
         "case": peer.name,
         "kind": "dense" if peer.dense else "peer",
         "format": None,
+        "layout": None,
         "activations": activations,
         "level": "int8" if peer.int8 else "exact",
         "nbytes": peer.nbytes,
@@ -158,7 +165,7 @@ def time_shape(
         timings = interleaved(calls, seconds=args.seconds, least=3, turn=TURN, clock=clock)
         reads[m] = floors.bandwidth(timings)
         for case in cases:
-            record = {key: case[key] for key in ("case", "kind", "format", "activations", "level", "nbytes")}
+            record = {key: case[key] for key in KEPT}
             rate = compute_rate(rates, case["level"])
             record |= {"shape": [n, k], "m": m, "error": errors[case["case"]]}
             record |= timings[case["case"]].to_dict()
@@ -230,6 +237,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--activations", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
+    parser.add_argument(
+        "--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="of codes in memory"
+    )
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS, help="rows M of the input")
     parser.add_argument(
         "--shapes",
