@@ -12,6 +12,7 @@ bitsandbytes' variant, whose layers replace `nn.Linear` one for one. MiniLM is t
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -33,6 +34,8 @@ from harness import (
 from torch import nn
 
 import bitfold
+from bitfold.nn import PackedModule
+from bitfold.nn.layout import LAYOUTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 FORMATS = ["nf4", "int4-g64", "int8-row"]
@@ -74,15 +77,20 @@ def variants(model: nn.Module, args: Any) -> dict[str, nn.Module]:
         found[f"torch {name}"] = copy.deepcopy(model).to(dtype)
         if args.bitsandbytes:
             found[f"bitsandbytes nf4, {name}"] = with_bitsandbytes(copy.deepcopy(model).to(dtype), dtype)
-        for fmt in args.formats:
+        for fmt, layout in itertools.product(args.formats, args.layouts):
             folded = copy.deepcopy(model).to(dtype)
-            found[f"bitfold {fmt}, {name}"] = bitfold.quantize(folded, fmt, embeddings=None, progress=False)
+            bitfold.quantize(folded, fmt, embeddings=None, progress=False)
+            bitfold.set_layout(folded, layout)
+            title = f"bitfold {fmt}{' in panels' if layout == 'panels' else ''}, {name}"
+            found[title] = folded
     return found
 
 
 def nbytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, shared memory once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    folded = [module for module in model.modules() if isinstance(module, PackedModule)]
+    codes = [module.operands()[0] for module in folded]  # in panels they are no buffers
+    tensors = [*model.parameters(), *(b for b in model.buffers() if not b.is_meta), *codes]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -190,6 +198,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = arguments("Whole models on the CPU.")
     parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--activations", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument(
+        "--layouts", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="of codes in memory"
+    )
     parser.add_argument("--prompts", nargs="*", type=int, default=[128, 512], help="lengths in tokens")
     parser.add_argument("--batches", nargs="*", type=int, default=[1, 64], help="sentences for MiniLM")
     parser.add_argument("--tokens", type=int, default=16, help="generated per call")
@@ -224,7 +235,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result = {"environment": env, **settings, "models": models}
     write_json(args.out, "models_cpu", result)
     if not args.no_picture:
-        write_picture(args.out, "models_cpu", lambda figure: draw(figure, models), (15, 4))
+        write_picture(args.out, "models_cpu", lambda figure: draw(figure, models), (15, 6))
     return result
 
 

@@ -176,6 +176,7 @@ class PanelReader {
     const int64_t n = left < 1 ? 1 : left < 16 ? left : 16;  // rows that do not exist repeat others
     load_units<Codec::kBits>(w_, row_at(j), n, x_.unit, units, ranges, pieces_.decoded,
                              pieces_.factors, shifted_ ? pieces_.shifts : nullptr);
+    ask_for_units(w_, row_ + kTileWidth + j, 16);
     const auto transpose_to = [&](const float* from, float* to) {
       for (int64_t u = 0; u < units; u += 16) {
         I block[16];

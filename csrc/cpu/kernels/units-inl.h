@@ -106,11 +106,12 @@ static inline void ask_for_units(const PackedView& view, int64_t row, int64_t ro
 //   factor * (integer product) + shift * (sum of its q).
 // factors, shifts (null where none are wanted): [rows][units]; zero beyond a row's end, where
 // another row's may be read first, and theirs need not be finite.
-// `ranges`: of each row; `decoded`: decoded_floats of scratch.
+// `ranges`: of each row; `decoded`: decoded_floats of scratch. Never inlined: it is called amid
+// loops that fill the registers.
 template <int Bits>
-static inline void load_units(const PackedView& of, int64_t row, int64_t rows, int64_t unit,
-                              int64_t units, const OperandRange* ranges, float* decoded,
-                              float* factors, float* shifts) {
+[[gnu::noinline]] static void load_units(const PackedView& of, int64_t row, int64_t rows,
+                                         int64_t unit, int64_t units, const OperandRange* ranges,
+                                         float* decoded, float* factors, float* shifts) {
   const PackedView view = of;  // what is stored to factors cannot change a copy
   const int64_t groups = view.groups, used = (view.cols + unit - 1) / unit;
   const bool of_tensor = view.scale_row_stride == 0;
