@@ -172,5 +172,10 @@ def print_goals(goals: list[Goal]) -> None:
         for g in goals
     ]
     if rows:
-        met = sum(g["met"] is True for g in goals)
-        print_table(f"goals: {met} of {len(goals)} met", ["shape", "goal", "case", "need", "got", ""], rows)
+        parts = {"": goals}
+        if in_panels := [g for g in goals if "in panels" in g["case"]]:
+            parts = {"": [g for g in goals if g not in in_panels], " in panels": in_panels}
+        met = ", ".join(
+            f"{sum(g['met'] is True for g in p)} of {len(p)} met{name}" for name, p in parts.items()
+        )
+        print_table(f"goals: {met}", ["shape", "goal", "case", "need", "got", ""], rows)

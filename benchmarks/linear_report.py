@@ -7,7 +7,8 @@ from typing import Any
 from harness import print_table
 
 OWN = ["#1a365d", "#2b6cb0", "#3182ce", "#2f855a", "#319795", "#63b3ed", "#68d391"]
-OTHERS = ["#a0aec0", "#dd6b20", "#b83280", "#975a16", "#e53e3e", "#6b46c1", "#d69e2e"]
+PANELS = ["#e53e3e"]
+OTHERS = ["#a0aec0", "#dd6b20", "#b83280", "#975a16", "#4a5568", "#6b46c1", "#d69e2e"]
 HEAD = [
     "",
     "ms",
@@ -92,8 +93,13 @@ def draw(figure: Any, found: dict[str, Any], threads: str) -> None:
     for axes, activations in zip(halves, panels, strict=True):
         mine = [r for r in own if r["activations"] == activations]
         others = [r for r in records if r["kind"] != "bitfold" and r["activations"] == activations]
-        _lines(axes, [r for r in mine if r["level"] == "auto"], OWN, ls="-", lw=2.2)
-        _lines(axes, [r for r in mine if r["level"] == "int8" and r["format"] == "nf4"], OWN, ls="-.", lw=2.2)
+        rows_auto = [r for r in mine if r["layout"] == "rows" and r["level"] == "auto"]
+        _lines(axes, rows_auto, OWN, ls="-", lw=2.2)
+        nf4 = [r for r in mine if r["format"] == "nf4"]
+        _lines(
+            axes, [r for r in nf4 if (r["layout"], r["level"]) == ("panels", "auto")], PANELS, ls="-", lw=2.2
+        )
+        _lines(axes, [r for r in nf4 if (r["layout"], r["level"]) == ("rows", "int8")], OWN, ls="-.", lw=2.2)
         _lines(axes, others, OTHERS, ls="--", lw=1.1)
         _floors(axes, mine)
         axes.set(xscale="log", yscale="log", xlabel="M, rows of x", ylabel="milliseconds")

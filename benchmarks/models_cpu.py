@@ -34,7 +34,6 @@ from harness import (
 from torch import nn
 
 import bitfold
-from bitfold.nn import PackedModule
 from bitfold.nn.layout import LAYOUTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
@@ -88,9 +87,7 @@ def variants(model: nn.Module, args: Any) -> dict[str, nn.Module]:
 
 def nbytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, shared memory once."""
-    folded = [module for module in model.modules() if isinstance(module, PackedModule)]
-    codes = [module.operands()[0] for module in folded]  # in panels they are no buffers
-    tensors = [*model.parameters(), *(b for b in model.buffers() if not b.is_meta), *codes]
+    tensors = [*model.parameters(), *model.buffers()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -2,8 +2,8 @@
 // panels are made of them, of the very same size, where a CPU is to multiply (docs/kernels.md):
 //
 //   [rows / 16] panels, in each
-//     [words of a row][16 rows]      32 bits of codes; of 3-bit ones, of the plane of their low bits
-//     [half-words of a row][16 rows]                   and 16 of the plane of their third
+//     [words of a row][16 rows]      32 bits of codes; of 3-bit ones, of the plane of their low
+//     bits [half-words of a row][16 rows]                   and 16 of the plane of their third
 #pragma once
 
 #include <cstdint>

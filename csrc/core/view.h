@@ -66,7 +66,7 @@ struct PackedView {
   const uint16_t* codebook;   // half bits [scale rows, 2^bits], learned
   const float* levels;        // [2^bits], fixed codebook
 
-  OutlierView outliers;  // kernels do not see them: cpu/outliers.h adds them
+  OutlierView outliers;  // kernels do not see them: cpu/outliers.h and decoder.h add them
 };
 
 // `buffers` in the order of Format::buffers. Values behind _offset and _exponent are read now.

@@ -41,10 +41,10 @@ void Decoder::add_outliers(int64_t row, int64_t col, int64_t n, float* out) {
   }
 }
 
-void RowDecoder::decode_and_round(int64_t row, FloatType dtype, void* out) {
-  if (dtype == FloatType::kFloat32) return decode_(row, 0, w_.cols, static_cast<float*>(out));
+void Decoder::decode_and_round(int64_t row, FloatType dtype, void* out) {
+  if (dtype == FloatType::kFloat32) return (*this)(row, 0, w_.cols, static_cast<float*>(out));
   row_.resize(static_cast<size_t>(w_.cols));
-  decode_(row, 0, w_.cols, row_.data());
+  (*this)(row, 0, w_.cols, row_.data());
   k_.from_float(row_.data(), w_.cols, dtype, out);
 }
 

@@ -14,6 +14,7 @@ namespace bitfold {
 class RowPicker {
  public:
   explicit RowPicker(const PackedView& w);
+  RowPicker(const RowPicker&) = delete;  // view_ refers to row_
 
   // A view whose codes are right for the columns [col, col + n) of this row, until the next call.
   const PackedView& operator()(int64_t row, int64_t col, int64_t n) {
@@ -29,7 +30,7 @@ class RowPicker {
   PackedView view_;  // w_, or its only row, row_
 };
 
-// Pieces of rows as floats: KernelTable::decode for any weight.
+// Rows and pieces of rows: KernelTable::decode and decode_row for any weight.
 class Decoder {
  public:
   Decoder(const KernelTable& k, const PackedView& w) : k_(k), w_(w), pick_(w), outliers_(k, w) {}
@@ -39,22 +40,8 @@ class Decoder {
     k_.decode(pick_(row, col, n), row, col, n, out);
     if (w_.outliers.count > 0) add_outliers(row, col, n, out);
   }
-
- private:
-  void add_outliers(int64_t row, int64_t col, int64_t n, float* out);
-
-  const KernelTable& k_;
-  const PackedView& w_;
-  RowPicker pick_;
-  OutlierReader outliers_;
-};
-
-// Whole rows in any dtype: KernelTable::decode_row for any weight.
-class RowDecoder {
- public:
-  RowDecoder(const KernelTable& k, const PackedView& w) : k_(k), w_(w), pick_(w), decode_(k, w) {}
-
-  void operator()(int64_t row, FloatType dtype, void* out, bool stream) {
+  // The whole row in `dtype`, rounded once; see KernelTable::decode_row.
+  void row(int64_t row, FloatType dtype, void* out, bool stream) {
     if (w_.outliers.count == 0)
       return k_.decode_row(pick_(row, 0, w_.cols), row, dtype, out, stream);
     decode_and_round(row, dtype, out);
@@ -62,11 +49,12 @@ class RowDecoder {
 
  private:
   void decode_and_round(int64_t row, FloatType dtype, void* out);
+  void add_outliers(int64_t row, int64_t col, int64_t n, float* out);
 
   const KernelTable& k_;
   const PackedView& w_;
   RowPicker pick_;
-  Decoder decode_;
+  OutlierReader outliers_;
   std::vector<float> row_;
 };
 

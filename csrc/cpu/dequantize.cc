@@ -22,9 +22,9 @@ void dequantize(const KernelTable& k, const PackedView& w, FloatType dtype, void
   const int64_t out_bytes = w.rows * w.cols * size_of(dtype);
   const bool stream = out_bytes >= kStreamBytes;
   parallel(w.rows, grain(w.cols, kGrainWeights), [&](int64_t begin, int64_t end) {
-    RowDecoder decode_row(k, w);
+    Decoder decode(k, w);
     for (int64_t r = begin; r < end; ++r)
-      decode_row(r, dtype, advance(out, dtype, r * w.cols), stream);
+      decode.row(r, dtype, advance(out, dtype, r * w.cols), stream);
     // Streamed stores are ordered by no ordinary hand-over between threads.
     if (stream) std::atomic_thread_fence(std::memory_order_seq_cst);
   });
@@ -33,9 +33,9 @@ void dequantize(const KernelTable& k, const PackedView& w, FloatType dtype, void
 void embedding(const KernelTable& k, const PackedView& w, const int64_t* indices, int64_t count,
                FloatType dtype, void* out, const Parallel& parallel) {
   parallel(count, grain(w.cols, kGrainWeights), [&](int64_t begin, int64_t end) {
-    RowDecoder decode_row(k, w);
+    Decoder decode(k, w);
     for (int64_t i = begin; i < end; ++i)
-      decode_row(indices[i], dtype, advance(out, dtype, i * w.cols), /*stream=*/false);
+      decode.row(indices[i], dtype, advance(out, dtype, i * w.cols), /*stream=*/false);
   });
 }
 

@@ -193,17 +193,15 @@ namespace {
                what_came(got));
 }
 
-// Whether `got` are the codes of the weight in panels. Their dtype tells them from rows.
 bool lies_in_panels(const PackedBuffers& weight, const BufferSpec& codes, const Tensor& got) {
-  return got.is_cpu() && got.scalar_type() == ScalarType::Int && got.dim() == 2 &&
-         got.size(0) == weight.rows / kPanelHeight && 4 * got.numel() == codes.numel() &&
-         got.is_contiguous() && suits_panels(weight.format, weight.rows, weight.cols);
+  return got.dim() == 3 && got.size(0) == weight.rows / kPanelHeight && got.size(2) == kPanelStep &&
+         got.numel() == codes.numel() && suits_panels(weight.format, weight.rows, weight.cols);
 }
 
 }  // namespace
 
 PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
-                             const char* op, const Place& place) {
+                             const char* op, const Place& place, Layouts layouts) {
   PackedBuffers result;
   check(parse_spec(spec, &result.format, &result.rows, &result.cols), op);
   const BufferTable buffers = result.format.buffers(result.rows, result.cols);
@@ -214,19 +212,23 @@ PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vecto
   for (size_t i = 0; i < buffers.size(); ++i) {
     const BufferSpec& want = buffers[i];
     const Tensor& got = packed[i];
-    if (i == 0 && !place.on_gpu && lies_in_panels(result, want, got)) {
-      result.layout = Layout::kPanels;
-    } else if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() ||
-               !is_on(got, place) || !got.is_contiguous()) {
+    if (got.scalar_type() != scalar_type(want.dtype) || got.numel() != want.numel() ||
+        !is_on(got, place) || !got.is_contiguous()) {
       fail_buffer(result, want, got, place, op);
     }
+    if (i == 0 && lies_in_panels(result, want, got)) result.layout = Layout::kPanels;
     result.data.push_back(got.const_data_ptr());
+  }
+  if (result.layout == Layout::kPanels && layouts == Layouts::kRows) {
+    fail(op, "weight must lie in rows here, got panels " + shape_of(packed[0]) +
+                 "; take packed() of the module, or set its layout to \"rows\"");
   }
   return result;
 }
 
-Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op) {
-  Packed result{unpack_buffers(packed, spec, op), {}};
+Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op,
+              Layouts layouts) {
+  Packed result{unpack_buffers(packed, spec, op, kCpu, layouts), {}};
   result.view = make_view(result.format, result.rows, result.cols, result.data.data());
   result.view.layout = result.layout;
   return result;

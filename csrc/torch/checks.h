@@ -106,10 +106,14 @@ struct Packed : PackedBuffers {
 };
 
 // Checks number, dtype, device, size and contiguity of every buffer against the spec. They must
-// lie on `place`. On the CPU codes may lie in panels: int32 [rows / 16, words of sixteen rows].
+// lie on `place`, and the codes in one of these layouts. Panels, int8 [rows / 16, bytes of a row /
+// 4, 64], are told by their shape.
+enum class Layouts : uint8_t { kRows, kRowsOrPanels };
 PackedBuffers unpack_buffers(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
-                             const char* op, const Place& place = kCpu);
+                             const char* op, const Place& place = kCpu,
+                             Layouts layouts = Layouts::kRows);
 // The same on the CPU, and looks at the bytes.
-Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op);
+Packed unpack(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec, const char* op,
+              Layouts layouts);
 
 }  // namespace bitfold::binding

@@ -9,7 +9,7 @@ namespace {
 Tensor dequantize(const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
                   ScalarType dtype) {
   constexpr const char* kOp = "dequantize";
-  const Packed w = unpack(packed, spec, kOp);
+  const Packed w = unpack(packed, spec, kOp, Layouts::kRowsOrPanels);
   const FloatType type = float_type(dtype, kOp, "dtype");
   Tensor out = torch::stable::new_empty(packed[0], {w.rows, w.cols}, dtype);
   bitfold::dequantize(kernels(kOp), w.view, type, out.mutable_data_ptr(), torch_parallel());
@@ -19,7 +19,7 @@ Tensor dequantize(const std::vector<Tensor>& packed, const std::vector<int64_t>&
 Tensor embedding(const Tensor& indices, const std::vector<Tensor>& packed,
                  const std::vector<int64_t>& spec, ScalarType dtype) {
   constexpr const char* kOp = "embedding";
-  const Packed w = unpack(packed, spec, kOp);
+  const Packed w = unpack(packed, spec, kOp, Layouts::kRowsOrPanels);
   const FloatType type = float_type(dtype, kOp, "dtype");
   if (indices.scalar_type() != ScalarType::Long && indices.scalar_type() != ScalarType::Int) {
     fail(kOp, std::string("indices must be int64 or int32, got ") + name_of(indices.scalar_type()));

@@ -11,7 +11,7 @@ namespace {
 Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
               const std::optional<Tensor>& bias, int64_t accuracy) {
   constexpr const char* kOp = "linear";
-  const Packed w = unpack(packed, spec, kOp);
+  const Packed w = unpack(packed, spec, kOp, Layouts::kRowsOrPanels);
   const Accuracy level = accuracy_of(accuracy, kOp);
   const LinearArguments a = linear_arguments(x, w, bias, kOp);
   bitfold::linear(kernels(kOp), w.view, a.x_data(), a.m, a.bias_data(), a.dtype, a.y_data(), level,
@@ -23,10 +23,8 @@ Tensor linear_mixed(const Tensor& x, const std::vector<Tensor>& packed,
                     const std::vector<int64_t>& spec, const std::optional<Tensor>& bias,
                     double threshold, const std::optional<std::vector<int64_t>>& columns) {
   constexpr const char* kOp = "linear_mixed";
-  const Packed w = unpack(packed, spec, kOp);
+  const Packed w = unpack(packed, spec, kOp, Layouts::kRows);
   check_mixed(w.format, w.cols, threshold, columns, kOp);
-  if (w.layout != Layout::kRows)
-    fail(kOp, "weight must lie in rows, got panels; set the layer's layout to \"rows\"");
   const LinearArguments a = linear_arguments(x, w, bias, kOp);
   MixedColumns chosen{static_cast<float>(threshold), columns.has_value(), nullptr, 0};
   if (columns.has_value()) {
@@ -41,7 +39,7 @@ Tensor linear_mixed(const Tensor& x, const std::vector<Tensor>& packed,
 Tensor linear_grad_input(const Tensor& grad, const std::vector<Tensor>& packed,
                          const std::vector<int64_t>& spec) {
   constexpr const char* kOp = "linear_grad_input";
-  const Packed w = unpack(packed, spec, kOp);
+  const Packed w = unpack(packed, spec, kOp, Layouts::kRowsOrPanels);
   const LinearArguments a = grad_arguments(grad, w, kOp);
   bitfold::linear_grad_input(kernels(kOp), w.view, a.x_data(), a.m, a.dtype, a.y_data(),
                              torch_parallel());

@@ -72,7 +72,8 @@ std::vector<Tensor> fill_outliers(std::vector<Tensor> dense, std::vector<int64_t
   const int64_t rows = source.weight.rows, cols = source.weight.cols;
   const Tensor marked = contiguous_mask(mask, source.weight, kOp);
   const Spec dense_spec = make_spec(source.format.dense(), rows, cols);
-  unpack(dense, {dense_spec.begin(), dense_spec.end()}, kOp);  // checks them
+  unpack(dense, {dense_spec.begin(), dense_spec.end()}, kOp,
+         Layouts::kRows);  // checks them
   std::vector<void*> data;
   for (const Tensor& tensor : dense) data.push_back(tensor.mutable_data_ptr());
   std::vector<Tensor> made = empty_buffers(weight, source, &data, dense.size());

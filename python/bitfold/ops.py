@@ -125,7 +125,7 @@ def dequantize(
     """The float matrix that the packed one stands for.
 
     Args:
-        packed: the stored tensors.
+        packed: the stored tensors; on the CPU codes may lie in panels (`bitfold.set_layout`).
         fmt: their format.
         shape: ``(out, in)``.
         dtype: float32, float16 or bfloat16; each weight is computed in float32 and rounded once.
@@ -152,7 +152,7 @@ def linear(
 
     Args:
         x: ``[..., in]``, float32, float16 or bfloat16, any strides, any number of rows including none.
-        packed: the stored tensors.
+        packed: the stored tensors; on the CPU codes may lie in panels (`bitfold.set_layout`).
         spec: ``fmt.spec((out, in))``.
         bias: ``[out]``, or None.
         accuracy: how exactly the product is computed, as a name or its number in `ACCURACY`. Errors are
@@ -256,7 +256,7 @@ def embedding(indices: Tensor, packed: Sequence[Tensor], spec: Sequence[int], dt
 
     Args:
         indices: int64 or int32, any shape; each within ``[0, rows)``.
-        packed: the stored tensors.
+        packed: the stored tensors; on the CPU codes may lie in panels (`bitfold.set_layout`).
         spec: ``fmt.spec((rows, dim))``.
         dtype: of the result.
 
@@ -358,8 +358,17 @@ def _(weight: Tensor, spec: Sequence[int], method: int) -> list[Tensor]:
     return [weight.new_empty(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in buffers]
 
 
+def _check_together(op: str, x: Tensor, packed: Sequence[Tensor]) -> None:
+    """Refuse a weight on the meta device beside an x that is not: the result would be memory as it was."""
+    places = {tensor.device.type for tensor in (x, *packed)}
+    if len(places) > 1:
+        msg = f"bitfold::{op}: x and the packed weight must be on one device, got {', '.join(sorted(places))}"
+        raise RuntimeError(msg)
+
+
 @torch.library.register_fake("bitfold::dequantize")
 def _(packed: Sequence[Tensor], spec: Sequence[int], dtype: torch.dtype) -> Tensor:
+    _check_together("dequantize", packed[0], packed)
     return packed[0].new_empty((spec[_ROWS], spec[_COLS]), dtype=dtype)
 
 
@@ -375,6 +384,7 @@ def _fake_linear(
     if accuracy not in ACCURACY.values():
         msg = f"bitfold::linear: accuracy must be 0 (auto), 1 (fp32) or 2 (int8), got {accuracy}"
         raise RuntimeError(msg)
+    _check_together("linear", x, packed)
     return x.new_empty((*x.shape[:-1], spec[_ROWS]))
 
 
@@ -392,11 +402,13 @@ def _(
 
 @torch.library.register_fake("bitfold::linear_grad_input")
 def _(grad: Tensor, packed: Sequence[Tensor], spec: Sequence[int]) -> Tensor:
+    _check_together("linear_grad_input", grad, packed)
     return grad.new_empty((*grad.shape[:-1], spec[_COLS]))
 
 
 @torch.library.register_fake("bitfold::embedding")
 def _(indices: Tensor, packed: Sequence[Tensor], spec: Sequence[int], dtype: torch.dtype) -> Tensor:
+    _check_together("embedding", indices, packed)
     return indices.new_empty((*indices.shape, spec[_COLS]), dtype=dtype)
 
 

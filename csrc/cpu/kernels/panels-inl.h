@@ -50,9 +50,9 @@ class PanelReader {
     for (int64_t j = 0; j < kTileWidth; j += 16) load_panel_units(j, ranges + j);
   }
 
-  // Columns that the next turn takes: where nothing needs to be brought, and a second tile would
-  // not find the first one's codes gone, all of them.
-  int64_t cols() const { return in_place() && x_.rows <= kTileRows ? w_.cols : kCols; }
+  // Columns that a turn takes: all of them where nothing has to be brought and no second tile reads
+  // them again.
+  int64_t cols() const { return in_place() && next_tile(x_.rows) == x_.rows ? w_.cols : kCols; }
 
   // Takes the codes of the columns [col, col + cols()).
   void read(int64_t col) {
@@ -216,6 +216,5 @@ static void multiply_panel_with(const PackedView& w, const Activations& x, int64
     return multiply_panel_as<Codec, ExpandedPanel<Codec>>(w, x, row, scratch, y);
   if (w.layout == Layout::kPanels)
     return multiply_panel_as<Codec, PackedPanel<Codec, false>>(w, x, row, scratch, y);
-  // One type where it makes no difference.
   multiply_panel_as<Codec, PackedPanel<Codec, Codec::kBits == 3>>(w, x, row, scratch, y);
 }

@@ -6,8 +6,9 @@
 
 constexpr int kTileWidth = 16 * kTilePanels;  // rows of the weight
 
-// Codes as they lie in a panel (core/layout.h), expanded as they are used.
-template <class Codec, bool kInScratch>
+// Codes as they lie in a panel (core/layout.h), expanded as they are used. Third bits lie there as
+// they are stored, in scratch spread already, a vector a lane.
+template <class Codec, bool kThirdsSpread>
 struct PackedPanel {
   static constexpr int kBits = Codec::kBits;
   static constexpr int kParts = Codec::kParts;
@@ -16,8 +17,6 @@ struct PackedPanel {
   static constexpr bool kPacked = true;
   static constexpr int kLaneBytes = 64;
   static constexpr int kPlaced = kTilePanels * kLaneBytes;  // from lane to lane in scratch
-  // Third bits in scratch are spread already, a vector a lane.
-  static constexpr bool kSpread = kInScratch;
   Codec codec;
 
   // `row(i)`: a stored vector of row i.
@@ -42,7 +41,7 @@ struct PackedPanel {
   Stored load(const uint8_t* lanes, const uint8_t* thirds, int64_t at) const {
     const I low = load_i(lanes + at);
     if constexpr (kBits != 3) return {low, low};
-    if constexpr (kSpread) return {low, load_i(thirds + at)};
+    if constexpr (kThirdsSpread) return {low, load_i(thirds + at)};
     return {low, Codec::spread(load_half_i(thirds + at / 2))};
   }
   I part(const uint8_t*, const Stored& codes, int p) const { return codec.part(codes, p); }

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bitfold import ops
 from bitfold.errors import PackedDataError, WeightError
 from bitfold.formats import Format, as_format
-from bitfold.nn.layout import LiesInMemory
+from bitfold.nn.layout import HoldsCodes
 from bitfold.outliers import outlier_problem
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def check_finite(weight: Tensor, name: str = "weight") -> None:
         raise WeightError(msg)
 
 
-class PackedModule(LiesInMemory):
+class PackedModule(HoldsCodes):
     """A module whose matrix `[out, in]` lives in plain integer buffers `weight<suffix>`.
 
     The buffers' names, dtypes and shapes follow from `format` and `shape` (`Format.buffers`); all are
@@ -199,8 +199,7 @@ class PackedModule(LiesInMemory):
 
     def _hold(self, packed: Sequence[Tensor]) -> None:
         check_packed(self, packed)
-        self._replace_codes(packed[0])
-        for name, tensor in zip(self.packed_names[1:], packed[1:], strict=True):
+        for name, tensor in zip(self.packed_names, packed, strict=True):
             self._buffers[name] = tensor
 
     def take(self, solution: Solution, bias: Tensor | None) -> None:

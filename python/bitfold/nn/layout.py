@@ -1,12 +1,11 @@
 """How the codes of packed modules lie in memory: in rows, as stored, or in panels, as CPUs like them best.
 
-Like the accuracy of products a property of running, never stored: `state_dict`, `.to("cuda")` and every
-reader of `module.weight` get rows.
+Like the accuracy of products a property of running: state dicts, saved models and other devices have rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,30 +16,43 @@ from bitfold.formats import Format
 LAYOUTS = ("rows", "panels")
 
 
+def layout_name(layout: Any) -> str:
+    """`layout` itself where it is one, else ValueError."""
+    if layout not in LAYOUTS:
+        msg = f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}"
+        raise ValueError(msg)
+    return str(layout)
+
+
+def lies_in_panels(codes: Tensor) -> bool:
+    """Whether these codes of a module are in panels: three dimensions, where rows have one."""
+    return codes.ndim == 3
+
+
 def to_panels(codes: Tensor, fmt: Format, shape: tuple[int, int]) -> Tensor:
-    """Codes in rows (int8 `[n]`) -> the same bytes in panels, int32 `[out / 16, n * 4 / out]`.
+    """Codes in rows, int8 `[n]` -> the same bytes in panels, int8 `[out / 16, n / 4 / out, 64]`.
 
     A panel is sixteen rows: 32 bits of the first, of the second, … of the last, then the next 32 of each
     (`csrc/core/layout.h`). 3-bit codes: so the plane of the low bits, after it the other by 16 bits.
     """
-    if codes.storage_offset() % 4:  # a mapped file may begin anywhere
+    if codes.data_ptr() % 4:  # a mapped file may begin anywhere
         codes = codes.clone()
     rows = codes.view(shape[0] // 16, 16, -1)
-    parts = [
-        part.contiguous().view(dtype).transpose(1, 2).reshape(len(rows), -1).view(torch.int32)
-        for part, dtype in zip(rows.split(_plane_bytes(fmt, shape), dim=-1), _PIECES, strict=False)
+    planes = [
+        plane.contiguous().view(piece).transpose(1, 2).reshape(len(rows), -1).view(torch.int8)
+        for plane, piece in zip(rows.split(_plane_bytes(fmt, shape), dim=-1), _PIECES, strict=False)
     ]
-    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+    return _joined(planes).view(len(rows), -1, 64)
 
 
 def to_rows(panels: Tensor, fmt: Format, shape: tuple[int, int]) -> Tensor:
     """The inverse of `to_panels`."""
-    planes = panels.view(torch.int8).split([16 * size for size in _plane_bytes(fmt, shape)], dim=1)
-    parts = [
-        plane.contiguous().view(dtype).view(len(panels), -1, 16).transpose(1, 2).contiguous().view(torch.int8)
-        for plane, dtype in zip(planes, _PIECES, strict=False)
+    planes = panels.flatten(1).split([16 * size for size in _plane_bytes(fmt, shape)], dim=1)
+    rows = [
+        plane.contiguous().view(piece).view(len(panels), -1, 16).transpose(1, 2).contiguous().view(torch.int8)
+        for plane, piece in zip(planes, _PIECES, strict=False)
     ]
-    return torch.cat(parts, dim=-1).view(-1)
+    return _joined(rows).view(-1)
 
 
 _PIECES = (torch.int32, torch.int16)  # of the first plane, and of the second of 3-bit codes
@@ -51,53 +63,49 @@ def _plane_bytes(fmt: Format, shape: tuple[int, int]) -> list[int]:
     return [shape[1] // 4, shape[1] // 8] if fmt.bits == 3 else [shape[1] * fmt.bits // 8]
 
 
-class LiesInMemory(nn.Module):
-    """Mixin of the modules with packed buffers: where the codes are, and the other buffers beside them.
+def _joined(planes: list[Tensor]) -> Tensor:
+    return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
 
-    In panels the buffer `weight` is a stand-in on the meta device, so that nobody takes bytes in another
-    order for codes. Others may stand there for a while, in rows (offloading and `functional_call` do that).
+
+class HoldsCodes(nn.Module):
+    """What packed modules know of their codes, the buffer `weight`: how they lie.
+
+    In panels the buffer has another shape than rows, so that nothing takes its bytes for rows unnoticed.
     """
 
-    _panels: Tensor | None = None  # on the class, for modules pickled before there was a choice
     format: Format
     shape: tuple[int, int]
     packed_names: tuple[str, ...]
 
     @property
     def layout(self) -> str:
-        """`"rows"` or `"panels"`: how the codes lie.
+        """`"rows"`, as codes are stored, or `"panels"`, as CPUs multiply them best; see `bitfold.set_layout`.
 
-        Panels take the place of rows, of the same size; products of 2 to 16 rows of x take up to a quarter
-        less time, and dequantizing more. Can be set where the module lies on the CPU, `out` is a multiple of
-        16 and `in` of 64, unless each row has a codebook of its own (`kmeans4-row`): else ValueError.
-        Moving to another device and loading bring rows back.
+        Can be set at any time. ValueError where codes cannot lie so: panels are for modules on the CPU with
+        `out` a multiple of 16 and `in` of 64, without a codebook for each row (`kmeans4-row`) and without
+        LLM.int8(). Whatever hands codes out or replaces them brings rows back: `state_dict()`, saving,
+        loading, offloading, moving to another device. Casts, copies and pickles keep panels.
         """
-        return "rows" if self._codes_in_panels() is None else "panels"
+        return "panels" if lies_in_panels(self._codes()) else "rows"
 
     @layout.setter
     def layout(self, layout: str) -> None:
-        if layout not in LAYOUTS:
-            msg = f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}"
-            raise ValueError(msg)
-        if layout == self.layout:
+        if layout_name(layout) == self.layout:
             return
+        if layout == "panels" and (problem := self.panels_problem()):
+            msg = f"layout: {problem}"
+            raise ValueError(msg)
+        change = to_panels if layout == "panels" else to_rows
         with torch.inference_mode(False), torch.no_grad():
-            if layout == "rows":
-                self._replace_codes(self._codes_in_rows())
-                return
-            problem = self.panels_problem()
-            if problem:
-                msg = f"layout: {problem}"
-                raise ValueError(msg)
-            codes = self._codes_in_rows()
-            self._panels = to_panels(codes, self.format, self.shape)
-            self._buffers["weight"] = torch.empty_like(codes, device="meta")
+            self._buffers["weight"] = change(self._codes(), self.format, self.shape)
 
     def panels_problem(self) -> str | None:
         """Why the codes cannot lie in panels, or None where they can."""
-        place = self._codes_in_rows().device.type
+        place = self._codes().device.type
         if place != "cpu":
             return f"panels are for the CPU, the module is on {place}"
+        if getattr(self, "_mixed", None) is not None:
+            return "LLM.int8() reads rows; set_llm_int8(None) switches it off"
         if not self.format.suits_panels(self.shape):
             return (
                 f"panels take out a multiple of 16, in of 64 and one codebook at most, got {self.format} "
@@ -107,59 +115,34 @@ class LiesInMemory(nn.Module):
 
     def packed(self) -> list[Tensor]:
         """The packed buffers in the order of `Format.buffers`, codes in rows (out of panels: a copy)."""
-        return [self._codes_in_rows(), *self._beside_codes()]
+        codes, *rest = self.operands()
+        return [to_rows(codes, self.format, self.shape) if lies_in_panels(codes) else codes, *rest]
 
     def operands(self) -> list[Tensor]:
         """The packed buffers as they lie, for the ops that multiply, dequantize and look up."""
-        if self._panels is not None and (panels := self._codes_in_panels()) is not None:
-            return [panels, *self._beside_codes()]
         # nn.Module's attribute look-up would cost microseconds per call, a comprehension a quarter of one
-        return list(map(self._buffers.__getitem__, self.packed_names))  # type: ignore[arg-type]
+        packed: list[Tensor] = list(map(self._buffers.__getitem__, self.packed_names))  # type: ignore[arg-type]
+        if lies_in_panels(packed[0]) and not packed[0].is_cpu:  # loaded or sent to where only rows are read
+            packed[0] = to_rows(packed[0], self.format, self.shape)
+        return packed
 
-    def _beside_codes(self) -> Iterator[Tensor]:
-        return map(self._buffers.__getitem__, self.packed_names[1:])  # type: ignore[arg-type]
+    def _codes(self) -> Tensor:
+        return self._buffers["weight"]  # type: ignore[return-value]
 
-    def _replace_codes(self, codes: Tensor) -> None:
-        """Hold these codes, in rows, from now on."""
-        self._buffers["weight"], self._panels = codes, None
-
-    def _codes_in_panels(self) -> Tensor | None:
-        codes = self._buffers["weight"]
-        return self._panels if codes is not None and codes.is_meta else None
-
-    def _codes_in_rows(self) -> Tensor:
-        panels = self._codes_in_panels()
-        if panels is None:
-            return self._buffers["weight"]  # type: ignore[return-value]
-        return to_rows(panels, self.format, self.shape)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight" and self._panels is not None:
-            return self._codes_in_rows()
-        return super().__getattr__(name)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LiesInMemory:
-        panels = self._codes_in_panels()
-        if panels is None or fn(panels.new_empty(0)).device.type != "cpu":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HoldsCodes:
+        if self.layout == "panels" and fn(self._codes().new_empty(0)).device.type != "cpu":
             self.layout = "rows"
-            return super()._apply(fn, recurse)
-        stand_in = self._buffers["weight"]
-        self._buffers["weight"] = None  # which nn.Module passes over
-        try:
-            super()._apply(fn, recurse)
-            self._panels = fn(panels)
-        finally:
-            self._buffers["weight"] = stand_in
-        return self
+        return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.layout == "panels":
-            destination[f"{prefix}weight"] = self._codes_in_rows()
-
-    def _load_from_state_dict(self, *args: Any) -> None:
+        # Not a copy: what is written into the tensors of a state dict must arrive here.
         self.layout = "rows"
-        super()._load_from_state_dict(*args)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if f"{prefix}weight" in state_dict:
+            self.layout = "rows"
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _layout_repr(self) -> str:
         return "" if self.layout == "rows" else f", layout={self.layout}"
@@ -168,15 +151,22 @@ class LiesInMemory(nn.Module):
 def set_layout(model: nn.Module, layout: str) -> int:
     """Have the codes of every packed matrix that a model multiplies with lie in another order.
 
-    `"panels"` is for CPUs: products of 3 to 16 rows of x (speculative decoding, small batches, short
-    prompts) and those of narrow layers take up to a quarter less time; those of one row of wide layers none,
-    or a little more. The bytes are permuted, not copied: memory stays what it was, but for one matrix at a
-    time. Saving, `state_dict()` and moving to another device give rows as ever. A checkpoint that is mapped
-    into memory is shared with the file only in rows.
+    `"panels"` is for products of 2 to 16 rows of x on a CPU (batches of sentences, speculative decoding,
+    short prompts) and for layers of a few hundred columns: they take up to a quarter less time with AVX-512
+    VNNI, up to half with AVX2; more rows gain a few per cent. It is not for decoding one token at a time with
+    wide layers, which may take a tenth more, nor for training and look-ups in a tied embedding, which decode.
+    docs/kernels.md has the figures.
+
+    The bytes are permuted, in place of what was there: some milliseconds and a copy of one matrix at a time.
+    Whatever hands codes out or replaces them brings rows back: `state_dict()`, saving, loading (PEFT asks
+    for the state dict too when it loads an adapter), offloading, moving to another device. So this call comes
+    last, and again after any of these. Casts, copies and pickles keep panels. Codes that are mapped from a
+    file, or shared by `share_memory()`, no longer are.
 
     Args:
-        model: any module; its QuantLinear, QuantConv1D and the matrices of tied heads are set where they can
-            (see `QuantLinear.layout`), others are left as they are.
+        model: any module. For `"panels"` its QuantLinear, QuantConv1D and the matrices of tied heads are set
+            where they can be (`layer.layout = "panels"` says why one cannot), others are left as they are;
+            for `"rows"` all are set.
         layout: `"rows"`, as they are stored, or `"panels"`.
 
     Returns:
@@ -194,21 +184,19 @@ def set_layout(model: nn.Module, layout: str) -> int:
         >>> model[0].layout, model[2].layout
         ('panels', 'rows')
     """
-    if layout not in LAYOUTS:
-        msg = f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}"
-        raise ValueError(msg)
-    owners = {id(owner): owner for owner in map(_multiplied, model.modules()) if owner is not None}
+    layout = layout_name(layout)
+    found = [_owner_of_codes(module, layout) for module in model.modules()]
+    owners = {id(owner): owner for owner in found if owner is not None}
     for owner in owners.values():
         if layout == "rows" or owner.panels_problem() is None:
             owner.layout = layout
     return sum(owner.layout == layout for owner in owners.values())
 
 
-def _multiplied(module: nn.Module) -> LiesInMemory | None:
-    """Whose matrix `module` multiplies with at a speed that the layout changes."""
+def _owner_of_codes(module: nn.Module, layout: str) -> HoldsCodes | None:
+    """Whose codes `module` uses, where their layout is to be set: panels only where they are multiplied."""
     from bitfold.nn.accuracy import Multiplies
 
-    if not isinstance(module, Multiplies) or getattr(module, "_mixed", None) is not None:
-        return None
+    suits = isinstance(module, Multiplies) and getattr(module, "_mixed", None) is None
     owner = getattr(module, "source", module)
-    return owner if isinstance(owner, LiesInMemory) else None
+    return owner if isinstance(owner, HoldsCodes) and (suits or layout == "rows") else None

@@ -74,7 +74,7 @@ class MixesProducts:
             msg = f"set_llm_int8(): columns must be within [0, {size}), got {wrong}"
             raise ValueError(msg)
         owner: Any = getattr(self, "source", self)
-        owner.layout = "rows"  # this product reads no others
+        owner.layout = "rows"  # which is what this product reads
         self._mixed = (threshold, fixed)
 
     def _mixed_repr(self) -> str:

@@ -48,6 +48,15 @@ class _Tied(nn.Module):
         return self.source.shape
 
     @property
+    def layout(self) -> str:
+        """How the codes of the shared matrix lie; see `QuantLinear.layout`."""
+        return self.source.layout
+
+    @layout.setter
+    def layout(self, layout: str) -> None:
+        self.source.layout = layout
+
+    @property
     def weight(self) -> Tensor:
         """The shared int8 codes as `[out, bytes per row]`.
 
@@ -63,16 +72,12 @@ class _Tied(nn.Module):
         if (
             not isinstance(value, Tensor)
             or value.device != source.device
-            or (value.data_ptr() != source.data_ptr() and not self._copies_panels(value))
+            or value.data_ptr() != source.data_ptr()
         ):
             msg = (
                 f"{type(self).__name__}: shares the packed matrix of another module; its weight cannot be set"
             )
             raise PackedDataError(msg)
-
-    def _copies_panels(self, value: Tensor) -> bool:
-        # the weight of a source that lies in panels is a copy each time that it is asked for
-        return self.source.layout == "panels" and torch.equal(value.flatten(), self.source.weight)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The shared matrix as floats, `[out, in]`."""
@@ -149,7 +154,7 @@ class TiedHead(Multiplies, MixesProducts, _Tied):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={has_bias}, "
             f"format={self.format}, no bytes of its own (shares the matrix of a {type(self.source).__name__})"
-            f"{self._accuracy_repr()}{self._mixed_repr()}"
+            f"{self.source._layout_repr()}{self._accuracy_repr()}{self._mixed_repr()}"
         )
 
 

@@ -83,17 +83,22 @@ TEST(Layout, ProductsKeepTheirPromise) {
   size_t turn = 0;
   for (const std::string& text : formats(testing::every_format())) {
     for (int64_t cols : kCols) {
-      for (FloatType dtype : testing::kDtypes) {
+      for (int64_t n : kRows) {
+        Owned w(testing::format_of(text), n, cols);
+        w.fill_randomly(static_cast<unsigned>(cols + n));
+        const InPanels panels(w.view());
+        const std::vector<float> decoded = w.decoded();
+        const Values bias(FloatType::kFloat32, testing::random_weights(n, 3));
         for (Accuracy level : testing::kLevels) {
-          const int64_t n = kRows[turn % 3], m = kBatches[turn % 12];
+          // Few rows, which only panels take as panels, and another number each time.
+          for (int64_t m : {1 + static_cast<int64_t>(turn % 4), kBatches[turn % 13]}) {
+            const FloatType dtype = testing::kDtypes[turn / 4 % 3];
+            const Values x(dtype, testing::random_weights(m * cols, 2));
+            const Values of_dtype(dtype, bias.floats);
+            const auto y = multiply(k, panels.view(), x, m, &of_dtype, level);
+            testing::expect_product(w.view(), decoded, x, m, &of_dtype, y, level, text);
+          }
           ++turn;
-          Owned w(testing::format_of(text), n, cols);
-          w.fill_randomly(static_cast<unsigned>(cols + n));
-          const InPanels panels(w.view());
-          const Values x(dtype, testing::random_weights(m * cols, 2));
-          const Values bias(dtype, testing::random_weights(n, 3));
-          const auto y = multiply(k, panels.view(), x, m, &bias, level);
-          testing::expect_product(w.view(), w.decoded(), x, m, &bias, y, level, text);
         }
       }
     }
