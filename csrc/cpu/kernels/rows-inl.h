@@ -156,12 +156,12 @@ static int64_t rows_scratch_bytes(const PackedView& w, const Activations& x) {
   return cut_rows(w, x, nullptr, &pieces);
 }
 
-// Whether scales of the next run are decoded while this one is walked, of a few rows at a time. If
-// all of that came at once, memory would have nothing to do meanwhile; it is what one row of x
-// waits for (measured: up to 15 % of the time where it is quick, nothing lost where it is slow).
-template <int kX>
-constexpr bool kPreparesNext = kX == 1;
+// With one row of x, scales of the next run are decoded while this one is walked, of so many rows
+// at a time. If all of that came at once, memory would have nothing to do meanwhile, and it is what
+// is waited for (measured: up to 15 % of the time where it is quick, nothing lost where it is
+// slow). Rows of fewer units are not worth what begins each call.
 constexpr int kPreparedRows = 4;
+constexpr int64_t kLeastPreparedUnits = 64;
 
 // y[i * ldy + r] += for the `n` rows of w from `row`, r < n, and the kX rows of x. prepare(r) is
 // called once kPreparedRows rows from r on are done.
@@ -240,7 +240,7 @@ template <class Codec, Operand kOperand, int kTurned, int kX, class Prepare>
           }
         }
       }
-      if constexpr (kPreparesNext<kX>) {
+      if constexpr (kX == 1) {
         if (chunk == 0 && (r + kW) % kPreparedRows == 0) prepare(r + kW - kPreparedRows);
       }
     }
@@ -278,7 +278,7 @@ static inline void multiply_rows_as(const PackedView& w, const Activations& x, i
   const auto load = [&](int64_t row, int64_t rows, float* factors, float* shifts) {
     load_units<Codec::kBits>(w, row, rows, x.unit, x.units, ranges, walk.decoded, factors, shifts);
   };
-  const bool prepares = kPreparesNext<1> && x.rows == 1 && !has_own_levels(w);
+  const bool prepares = x.rows == 1 && x.units >= kLeastPreparedUnits && !has_own_levels(w);
   for (int64_t row = begin; row < end; row += kRunRows) {
     const int64_t n = end - row < kRunRows ? end - row : kRunRows;
     if (has_own_levels(w))

@@ -151,11 +151,10 @@ class HoldsCodes(nn.Module):
 def set_layout(model: nn.Module, layout: str) -> int:
     """Have the codes of every packed matrix that a model multiplies with lie in another order.
 
-    `"panels"` is for products of 2 to 16 rows of x on a CPU (batches of sentences, speculative decoding,
-    short prompts) and for layers of a few hundred columns: they take up to a quarter less time with AVX-512
-    VNNI, up to half with AVX2; more rows gain a few per cent. It is not for decoding one token at a time with
-    wide layers, which may take a tenth more, nor for training and look-ups in a tied embedding, which decode.
-    docs/kernels.md has the figures.
+    `"panels"` is for products of 3 to 16 rows of x on a CPU (batches of sentences, speculative decoding, short
+    prompts): they take up to a fifth less time with AVX-512 VNNI, with AVX2 up to half (from 2 rows on); more
+    rows gain a few per cent. It is not for decoding one token at a time, which may take a fifth more, nor for
+    training and look-ups in a tied embedding, which decode. docs/kernels.md has the figures.
 
     The bytes are permuted, in place of what was there: some milliseconds and a copy of one matrix at a time.
     Whatever hands codes out or replaces them brings rows back: `state_dict()`, saving, loading (PEFT asks
