@@ -1,6 +1,6 @@
 // The sparse part of a weight: fp16 values that the format option `outliers` adds to what the codes
-// stand for. Kernels know codes alone; what is multiplied goes through here and what is decoded
-// through decoder.h, which costs a weight without outliers one comparison.
+// stand for. Kernels know codes alone: products add the values here, decoding does in decoder.h. A
+// weight without outliers pays one comparison.
 #pragma once
 
 #include <vector>

@@ -358,17 +358,17 @@ def _(weight: Tensor, spec: Sequence[int], method: int) -> list[Tensor]:
     return [weight.new_empty(shape, dtype=getattr(torch, dtype)) for _, dtype, shape in buffers]
 
 
-def _check_together(op: str, x: Tensor, packed: Sequence[Tensor]) -> None:
-    """Refuse a weight on the meta device beside an x that is not: the result would be memory as it was."""
-    places = {tensor.device.type for tensor in (x, *packed)}
+def _check_together(op: str, *tensors: Tensor | None) -> None:
+    """Refuse tensors of which some are on the meta device: the result would be memory as it was."""
+    places = {str(tensor.device) for tensor in tensors if tensor is not None}
     if len(places) > 1:
-        msg = f"bitfold::{op}: x and the packed weight must be on one device, got {', '.join(sorted(places))}"
+        msg = f"bitfold::{op}: all tensors must be on one device, got {', '.join(sorted(places))}"
         raise RuntimeError(msg)
 
 
 @torch.library.register_fake("bitfold::dequantize")
 def _(packed: Sequence[Tensor], spec: Sequence[int], dtype: torch.dtype) -> Tensor:
-    _check_together("dequantize", packed[0], packed)
+    _check_together("dequantize", *packed)
     return packed[0].new_empty((spec[_ROWS], spec[_COLS]), dtype=dtype)
 
 
@@ -384,7 +384,7 @@ def _fake_linear(
     if accuracy not in ACCURACY.values():
         msg = f"bitfold::linear: accuracy must be 0 (auto), 1 (fp32) or 2 (int8), got {accuracy}"
         raise RuntimeError(msg)
-    _check_together("linear", x, packed)
+    _check_together("linear", x, *packed, bias)
     return x.new_empty((*x.shape[:-1], spec[_ROWS]))
 
 
@@ -402,13 +402,13 @@ def _(
 
 @torch.library.register_fake("bitfold::linear_grad_input")
 def _(grad: Tensor, packed: Sequence[Tensor], spec: Sequence[int]) -> Tensor:
-    _check_together("linear_grad_input", grad, packed)
+    _check_together("linear_grad_input", grad, *packed)
     return grad.new_empty((*grad.shape[:-1], spec[_COLS]))
 
 
 @torch.library.register_fake("bitfold::embedding")
 def _(indices: Tensor, packed: Sequence[Tensor], spec: Sequence[int], dtype: torch.dtype) -> Tensor:
-    _check_together("embedding", indices, packed)
+    _check_together("embedding", indices, *packed)
     return indices.new_empty((*indices.shape, spec[_COLS]), dtype=dtype)
 
 

@@ -101,7 +101,7 @@ def load_into(model: nn.Module, file: str | PathLike[str]) -> nn.Module:
         msg = f"{path}: not a whole safetensors file ({error})"
         raise PackedDataError(msg) from error
     state |= {name: state[target] for name, target in aliases.items()}
-    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    on_meta = any(tensor.is_meta for tensor in model.state_dict().values())
     model.load_state_dict(state, assign=on_meta)
     return model
 

@@ -218,7 +218,7 @@ class PackedModule(HoldsCodes):
             return tensor.to(result.device)
 
         super()._apply(keep_integers, recurse)
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.operands()[0].device))
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self._codes().device))
         if probe.is_floating_point():
             self.dtype = probe.dtype
         return self

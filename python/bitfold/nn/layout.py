@@ -5,6 +5,7 @@ Like the accuracy of products a property of running: state dicts, saved models a
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from bitfold.formats import Format
 
 LAYOUTS = ("rows", "panels")
+_changing = threading.Lock()  # one layout at a time: threads may ask for state dicts of one model
 
 
 def layout_name(layout: Any) -> str:
@@ -35,9 +37,7 @@ def to_panels(codes: Tensor, fmt: Format, shape: tuple[int, int]) -> Tensor:
     A panel is sixteen rows: 32 bits of the first, of the second, … of the last, then the next 32 of each
     (`csrc/core/layout.h`). 3-bit codes: so the plane of the low bits, after it the other by 16 bits.
     """
-    if codes.data_ptr() % 4:  # a mapped file may begin anywhere
-        codes = codes.clone()
-    rows = codes.view(shape[0] // 16, 16, -1)
+    rows = _aligned(codes).view(shape[0] // 16, 16, -1)
     planes = [
         plane.contiguous().view(piece).transpose(1, 2).reshape(len(rows), -1).view(torch.int8)
         for plane, piece in zip(rows.split(_plane_bytes(fmt, shape), dim=-1), _PIECES, strict=False)
@@ -47,7 +47,7 @@ def to_panels(codes: Tensor, fmt: Format, shape: tuple[int, int]) -> Tensor:
 
 def to_rows(panels: Tensor, fmt: Format, shape: tuple[int, int]) -> Tensor:
     """The inverse of `to_panels`."""
-    planes = panels.flatten(1).split([16 * size for size in _plane_bytes(fmt, shape)], dim=1)
+    planes = _aligned(panels).flatten(1).split([16 * size for size in _plane_bytes(fmt, shape)], dim=1)
     rows = [
         plane.contiguous().view(piece).view(len(panels), -1, 16).transpose(1, 2).contiguous().view(torch.int8)
         for plane, piece in zip(planes, _PIECES, strict=False)
@@ -61,6 +61,11 @@ _PIECES = (torch.int32, torch.int16)  # of the first plane, and of the second of
 def _plane_bytes(fmt: Format, shape: tuple[int, int]) -> list[int]:
     """Bytes of a row in each of its planes."""
     return [shape[1] // 4, shape[1] // 8] if fmt.bits == 3 else [shape[1] * fmt.bits // 8]
+
+
+def _aligned(codes: Tensor) -> Tensor:
+    """`codes`, copied if they cannot be read by words: a mapped file may begin anywhere."""
+    return codes.clone() if codes.storage_offset() % 4 or codes.data_ptr() % 4 else codes
 
 
 def _joined(planes: list[Tensor]) -> Tensor:
@@ -90,14 +95,16 @@ class HoldsCodes(nn.Module):
 
     @layout.setter
     def layout(self, layout: str) -> None:
-        if layout_name(layout) == self.layout:
-            return
-        if layout == "panels" and (problem := self.panels_problem()):
-            msg = f"layout: {problem}"
-            raise ValueError(msg)
-        change = to_panels if layout == "panels" else to_rows
-        with torch.inference_mode(False), torch.no_grad():
-            self._buffers["weight"] = change(self._codes(), self.format, self.shape)
+        wanted = layout_name(layout) == "panels"
+        with _changing, torch.inference_mode(False), torch.no_grad():
+            codes = self._codes()
+            if wanted == lies_in_panels(codes):
+                return
+            if wanted and (problem := self.panels_problem()):
+                msg = f"layout: {problem}"
+                raise ValueError(msg)
+            change = to_panels if wanted else to_rows
+            self._buffers["weight"] = change(codes, self.format, self.shape)
 
     def panels_problem(self) -> str | None:
         """Why the codes cannot lie in panels, or None where they can."""
@@ -135,8 +142,10 @@ class HoldsCodes(nn.Module):
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        # Not a copy: what is written into the tensors of a state dict must arrive here.
-        self.layout = "rows"
+        # Not a copy: what is written into the tensors of a state dict must arrive here. (Codes on meta are
+        # offloaded, and will come back as they were.)
+        if not self._codes().is_meta:
+            self.layout = "rows"
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
@@ -151,16 +160,19 @@ class HoldsCodes(nn.Module):
 def set_layout(model: nn.Module, layout: str) -> int:
     """Have the codes of every packed matrix that a model multiplies with lie in another order.
 
-    `"panels"` is for products of 3 to 16 rows of x on a CPU (batches of sentences, speculative decoding, short
-    prompts): they take up to a fifth less time with AVX-512 VNNI, with AVX2 up to half (from 2 rows on); more
-    rows gain a few per cent. It is not for decoding one token at a time, which may take a fifth more, nor for
-    training and look-ups in a tied embedding, which decode. docs/kernels.md has the figures.
+    `"panels"` is for products of 3 to 16 rows of x on a CPU (batches of sentences, speculative decoding,
+    short prompts): most take a tenth to a fifth less time with AVX-512 VNNI, from 2 rows on up to half with
+    less than that; more rows gain a few per cent. It is not for decoding one token at a time, which may take
+    up to two fifths more, nor for training and look-ups in a tied embedding, which decode. docs/kernels.md
+    has the figures.
 
     The bytes are permuted, in place of what was there: some milliseconds and a copy of one matrix at a time.
-    Whatever hands codes out or replaces them brings rows back: `state_dict()`, saving, loading (PEFT asks
-    for the state dict too when it loads an adapter), offloading, moving to another device. So this call comes
-    last, and again after any of these. Casts, copies and pickles keep panels. Codes that are mapped from a
-    file, or shared by `share_memory()`, no longer are.
+    Whatever hands codes out or replaces them brings rows back: `state_dict()`, saving, loading (PEFT asks for
+    the state dict too when it loads an adapter), offloading, moving to another device. So this call comes
+    last, and again after any of these; a state dict taken before no longer shares codes with the model.
+    Casts, copies, pickles and exported programs keep panels. Codes that are mapped from a file, shared by
+    `share_memory()`, or one tensor in two modules, no longer are. Processes that exchange buffers
+    (DistributedDataParallel) need the same layout in each.
 
     Args:
         model: any module. For `"panels"` its QuantLinear, QuantConv1D and the matrices of tied heads are set

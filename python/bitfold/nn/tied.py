@@ -63,7 +63,7 @@ class _Tied(nn.Module):
         For code that reads `.dtype`, `.device` or `.shape[0]`: transformers' `tie_weights` pads the bias of a
         head to `weight.shape[0]`.
         """
-        return self.source.weight.view(self.shape[0], -1)  # every row starts on a byte
+        return self.source.packed()[0].view(self.shape[0], -1)  # every row starts on a byte
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -206,7 +206,7 @@ class TiedEmbedding(_Tied):
 
     def _apply(self, fn: Any, recurse: bool = True) -> TiedEmbedding:
         super()._apply(fn, recurse)
-        probe = fn(torch.empty(0, dtype=self.dtype, device=self.source.operands()[0].device))
+        probe = fn(torch.empty(0, dtype=self.dtype, device=self.source._codes().device))
         if probe.is_floating_point():
             self.dtype = probe.dtype
         return self
