@@ -113,7 +113,7 @@ class PanelReader {
       t.lanes[j] = lanes_[j];
       t.thirds[j] = thirds_[j];
     }
-    multiply_next_tile(Panel{codecs_[0]}, t, rows);
+    multiply_next_tile(Panel{{codecs_[0]}}, t, rows);
     return rows;
   }
 
@@ -161,7 +161,7 @@ class PanelReader {
   // Expands kCols columns, or all that are left, of a panel whose codes are lanes already.
   static void expand(const Codec& codec, const uint8_t* lanes, const uint8_t* thirds, int64_t left,
                      uint8_t* to) {
-    const PackedPanel<Codec, false> packed{codec};
+    const PackedPanel<Codec, false> packed{{codec}};
     const int64_t end = 64 * ((left < kCols ? left : kCols) / kColsPerLane<Codec::kBits>);
     for (int64_t at = 0; at < end; at += 64, to += Panel::kPlaced) {
       const Stored codes = packed.load(lanes, thirds, at);

@@ -130,13 +130,13 @@ struct RowWalk {
   float* next_shifts;
   float* decoded;
 
-  void turn() {
-    float* const done[] = {factors, shifts};
+  void take_next() {
+    float *const old_factors = factors, *const old_shifts = shifts;
     factors = next_factors;
-    next_factors = done[0];
+    next_factors = old_factors;
     if (!shifts) return;
     shifts = next_shifts;
-    next_shifts = done[1];
+    next_shifts = old_shifts;
   }
 };
 static inline int64_t cut_rows(const PackedView& w, const Activations& x, void* scratch,
@@ -302,7 +302,7 @@ static inline void multiply_rows_as(const PackedView& w, const Activations& x, i
       if (x.rows == 3) multiply(Count<3>());
       if (x.rows == 4) multiply(Count<4>());
     }
-    if (prepares) walk.turn();
+    if (prepares) walk.take_next();
   }
 }
 

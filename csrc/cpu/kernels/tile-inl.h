@@ -6,18 +6,23 @@
 
 constexpr int kTileWidth = 16 * kTilePanels;  // rows of the weight
 
-// Codes as they lie in a panel (core/layout.h), expanded as they are used. Third bits lie there as
-// they are stored, in scratch spread already, a vector a lane.
-template <class Codec, bool kThirdsSpread>
-struct PackedPanel {
+// What a tile asks of the codes of a panel, in either form below.
+template <class Codec>
+struct PanelOf {
   static constexpr int kBits = Codec::kBits;
   static constexpr int kParts = Codec::kParts;
   static constexpr bool kWords = Codec::kWords;
   static constexpr bool kSmall = Codec::kSmall;
+  Codec codec;
+};
+
+// Codes as they lie in a panel (core/layout.h), expanded as they are used. Third bits lie there as
+// they are stored, in scratch spread already, a vector a lane.
+template <class Codec, bool kThirdsSpread>
+struct PackedPanel : PanelOf<Codec> {
   static constexpr bool kPacked = true;
   static constexpr int kLaneBytes = 64;
   static constexpr int kPlaced = kTilePanels * kLaneBytes;  // from lane to lane in scratch
-  Codec codec;
 
   // `row(i)`: a stored vector of row i.
   template <class Row>
@@ -32,7 +37,7 @@ struct PackedPanel {
     transpose(low);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) store_i(lanes + kPlaced * i, low[i]);
-    if constexpr (kBits == 3) {
+    if constexpr (Codec::kBits == 3) {
       transpose(high);
       for (int i = 0; i < 16; ++i) store_i(thirds + kPlaced * i, high[i]);
     }
@@ -40,31 +45,26 @@ struct PackedPanel {
   // The lane `at` bytes on.
   Stored load(const uint8_t* lanes, const uint8_t* thirds, int64_t at) const {
     const I low = load_i(lanes + at);
-    if constexpr (kBits != 3) return {low, low};
+    if constexpr (Codec::kBits != 3) return {low, low};
     if constexpr (kThirdsSpread) return {low, load_i(thirds + at)};
     return {low, Codec::spread(load_half_i(thirds + at / 2))};
   }
-  I part(const uint8_t*, const Stored& codes, int p) const { return codec.part(codes, p); }
+  I part(const uint8_t*, const Stored& codes, int p) const { return this->codec.part(codes, p); }
 };
 
 // The same, expanded beforehand: where each row has its own levels, and where expanding is not for
 // free.
 template <class Codec>
-struct ExpandedPanel {
-  static constexpr int kBits = Codec::kBits;
-  static constexpr int kParts = Codec::kParts;
-  static constexpr bool kWords = Codec::kWords;
-  static constexpr bool kSmall = Codec::kSmall;
+struct ExpandedPanel : PanelOf<Codec> {
   static constexpr bool kPacked = false;
   static constexpr int kLaneBytes = 64 * Codec::kParts;
   static constexpr int kPlaced = kTilePanels * kLaneBytes;
-  Codec codec;
 
   template <class Row>
   static inline void place(const Row& row, const Codec* codecs, uint8_t* to, uint8_t*) {
     Stored codes[16];
     for (int i = 0; i < 16; ++i) codes[i] = row(i);
-    for (int p = 0; p < kParts; ++p) {
+    for (int p = 0; p < Codec::kParts; ++p) {
       I lanes[16];
       for (int i = 0; i < 16; ++i) lanes[i] = codecs[i].part(codes[i], p);
       transpose(lanes);

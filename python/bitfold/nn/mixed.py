@@ -26,6 +26,7 @@ class MixesProducts:
 
     _mixed: tuple[float, list[int] | None] | None = None  # on the class, for modules pickled before
     format: Any
+    layout: str
 
     @property
     def llm_int8_threshold(self) -> float | None:
@@ -73,8 +74,7 @@ class MixesProducts:
             wrong = fixed[0] if fixed[0] < 0 else fixed[-1]
             msg = f"set_llm_int8(): columns must be within [0, {size}), got {wrong}"
             raise ValueError(msg)
-        owner: Any = getattr(self, "source", self)
-        owner.layout = "rows"  # which is what this product reads
+        self.layout = "rows"  # which is what this product reads
         self._mixed = (threshold, fixed)
 
     def _mixed_repr(self) -> str:
