@@ -69,13 +69,19 @@ int64_t activation_unit(const PackedView& w) {
   return 16;
 }
 
+// Columns of a span of several units: as many as panels expand at a time, and not so many that
+// their integers lose what the rounding of 16-bit results would not hide.
+int64_t wide_span(int bits) { return bits == 8 ? 128 : 256; }
+
 }  // namespace
 
-Activations describe_activations(const PackedView& w, Operand operand, Walk walk, int64_t rows) {
+Activations describe_activations(const PackedView& w, Operand operand, Walk walk, int64_t rows,
+                                 bool across_groups) {
   Activations x{};
   x.rows = rows;
   x.cols = w.cols;
   x.unit = activation_unit(w);
+  x.span = across_groups ? wide_span(w.bits) : x.unit;
   x.layout = &activation_layout(w.bits, operand, walk, x.unit);
   x.blocks = (w.cols + x.layout->block_cols - 1) / x.layout->block_cols;
   x.units = (x.blocks * x.layout->block_cols / x.unit + 15) / 16 * 16;
@@ -83,7 +89,8 @@ Activations describe_activations(const PackedView& w, Operand operand, Walk walk
   switch (operand) {
     case Operand::kWords:
       x.limit = 32767.0f;
-      if (w.family != Family::kInteger) x.sum_limit = static_cast<float>(kSumLimit);
+      if (w.family != Family::kInteger || across_groups)
+        x.sum_limit = static_cast<float>(sum_limit_of(x.span));
       break;
     case Operand::kTwoBytes:
       x.limit = 32639.0f;  // 127 * 256 + 127

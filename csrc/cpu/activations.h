@@ -1,6 +1,7 @@
-// Activations as integers. Every run of `unit` columns has one scale, x = scale * q, and integer
-// dot products over a unit are exact. What activations lose they lose here, once per call; levels
-// of codebooks become integers too (kernels/codecs-inl.h), codes of integer grids lose nothing.
+// Activations as integers. Every `span` of columns has one scale, x = scale * q, and integer dot
+// products over a span are exact. What activations lose they lose here, once per call; levels
+// of codebooks become integers too (kernels/codecs-inl.h), codes of integer grids lose nothing, but
+// for spans of several units.
 #pragma once
 
 #include <cstdint>
@@ -40,13 +41,14 @@ struct Activations {
   const ActivationLayout* layout;
   int64_t rows;
   int64_t cols;
-  int64_t unit;
+  int64_t unit;     // columns of a group of the weight, or of a whole part of it
   int64_t units;    // per row, a multiple of 16; the last ones may be empty
+  int64_t span;     // columns that share a scale and an integer sum: a unit, or several
   int64_t blocks;   // per row
   float limit;      // largest |q|
-  float sum_limit;  // largest sum of |q| over a unit, so that a lane cannot overflow
+  float sum_limit;  // largest sum of |q| over a span, so that a lane cannot overflow
   uint8_t* data;    // [blocks][rows][block_bytes]
-  float* scale;     // [rows][units]
+  float* scale;     // [rows][units], those of a span alike
   float* sum;       // [rows][units]: scale * sum of q
 };
 
@@ -54,15 +56,18 @@ struct Activations {
 // of what a float can hold. They, and infinite or NaN ones, are left to fp32 arithmetic.
 inline constexpr float kLeastActivation = 1e-25f, kMostActivation = 1e30f;
 
-// Sizes and limits for `rows` rows; pointers stay null.
-Activations describe_activations(const PackedView& w, Operand operand, Walk walk, int64_t rows);
+// Sizes and limits for `rows` rows; pointers stay null. `across_groups`, for words in panels: a
+// span is several units, and words of the weight are brought to one scale (kernels/shares-inl.h).
+Activations describe_activations(const PackedView& w, Operand operand, Walk walk, int64_t rows,
+                                 bool across_groups = false);
 
-// Largest magnitude of a codebook level as an integer, and of the sum of |q| over a unit: their
+// Largest magnitude of a codebook level as an integer, and of the sum of |q| over a span: their
 // product must stay below 2^31. About 13 bits for levels leave about 18 for the sum, and both sides
 // lose about the same; of the numbers near there, this is the one at which the levels of nf4 are
 // nearest to integers (4.8e-5 of their size, RMS).
 inline constexpr int kLevelLimit = 7854;
-inline constexpr int kSumLimit =
-    (INT32_MAX / kLevelLimit) - 32;  // rounding: half a step per column
+constexpr int sum_limit_of(int64_t span) {
+  return INT32_MAX / kLevelLimit - static_cast<int>(span / 2);  // rounding: half a step per column
+}
 
 }  // namespace bitfold

@@ -1,7 +1,7 @@
 // Products in integers, for which the weight is never decoded to floats: activations become 16-bit
-// (or, at the `int8` level, 8-bit) integers with a scale per 64 columns, codes become integers as
-// they are read, and float32 sums what is exact within those columns. docs/kernels.md says what
-// each level loses.
+// (or, at the `int8` level, 8-bit) integers with a scale per span of 16 to 256 columns, codes
+// become integers as they are read, and float32 sums what is exact within those columns.
+// docs/kernels.md says what each level loses.
 #pragma once
 
 #include "core/parallel.h"
@@ -9,6 +9,10 @@
 #include "cpu/kernel_table.h"
 
 namespace bitfold {
+
+// Whether, of 16-bit integers, a span is several groups: sums become floats less often, and what
+// the weight loses by it is hidden by the rounding of y to bfloat16.
+bool sums_across_groups(FloatType dtype, int64_t m);
 
 // y [m, w.rows] = x [m, w.cols] * w^T + bias [w.rows] or null. False, with y in any state, where
 // only floats can stand for what x holds (infinite, NaN, huge or tiny values) or for the levels of

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "cpu/activations.h"
+#include "cpu/integer_product.h"
 #include "cpu/linear.h"
 #include "support.h"
 
@@ -69,23 +70,28 @@ struct Expected {
 };
 
 // One output: what it is in double, and the most that a level may lose before the result is stored.
-// Integers stand for x in steps of `step` per unit, and for levels of a codebook in steps of
-// `level_step`: each is at most half a step off. float32 then sums the units.
+// Integers stand for x in steps of `step` per span, and for levels of a codebook in steps of
+// `level_step`: each is at most half a step off. Where a span is several units, weights are
+// integers in steps of their own. float32 then sums the spans.
 inline Expected expected_product(const PackedView& w, int64_t r, const float* weight,
-                                 const float* x, double bias, Accuracy level) {
+                                 const float* x, double bias, Accuracy level,
+                                 bool across_groups = false) {
   const bool eight = level == Accuracy::kInt8, codebook = w.family != Family::kInteger;
-  const double limit = eight ? 127.0 : codebook ? 32767.0 : 32639.0;
-  const double sum_limit = codebook && !eight ? kSumLimit : INFINITY;
+  const auto [unit, span] = [&] {
+    const Activations a = describe_activations(w, Operand::kWords, Walk::kPanels, 1, across_groups);
+    return std::pair(a.unit, a.span);
+  }();
+  const double limit = eight ? 127.0 : codebook || across_groups ? 32767.0 : 32639.0;
+  const double sum_limit = !eight && (codebook || across_groups) ? sum_limit_of(span) : INFINITY;
   const double level_limit = eight ? 127.0 : kLevelLimit;
   double largest = 0.0;
   for (unsigned code = 0; codebook && code < 1u << w.bits; ++code)
     largest = std::max<double>(largest, std::fabs(level_of(w, r, code)));
 
-  const int64_t unit = describe_activations(w, Operand::kBytes, Walk::kRows, 1).unit;
   Expected result{bias, 0.0};
   double lost = 0.0, product_size = std::fabs(bias), operand_size = std::fabs(bias);
-  for (int64_t begin = 0; begin < w.cols; begin += unit) {
-    const int64_t end = std::min(begin + unit, w.cols);
+  for (int64_t begin = 0; begin < w.cols; begin += span) {
+    const int64_t end = std::min(begin + span, w.cols);
     double absmax = 0.0, x_sum = 0.0, w_sum = 0.0;
     for (int64_t c = begin; c < end; ++c) {
       const double size = std::fabs(x[c]), product = double{x[c]} * weight[c];
@@ -95,21 +101,27 @@ inline Expected expected_product(const PackedView& w, int64_t r, const float* we
       result.value += product;
       product_size += std::fabs(product);
     }
-    const int64_t group = begin / w.group_size;
-    const double scale = std::fabs(scale_of(w, r, group));
     // The quotient that is rounded carries roundings of its own.
     const double step = std::max(absmax / limit, x_sum / sum_limit) * (1.0 + 1e-5);
     const double half_x = step * (0.5 + 3.0 * limit * kRound);
-    const double level_step = codebook ? scale * largest / level_limit : 0.0;
-    const double half_w = level_step * (0.5 + 3.0 * level_limit * kRound);
+    double half_w = 0.0, reach = 0.0;  // of the span's groups, the most
+    for (int64_t at = begin; at < end; at += unit) {
+      const int64_t group = at / w.group_size;
+      const double scale = std::fabs(scale_of(w, r, group));
+      const double level_step = codebook ? scale * largest / level_limit : 0.0;
+      half_w = std::max(half_w, level_step * (0.5 + 3.0 * level_limit * kRound));
+      // Codes are counted from 0 or from the middle, levels of 8 bits from -128: what that adds is
+      // subtracted with the zero point.
+      const double farthest =
+          codebook ? largest * (eight ? 3.1 : 1.01)
+                   : static_cast<double>(1 << w.bits) + std::fabs(zero_of(w, r, group));
+      reach = std::max(reach, scale * farthest);
+    }
+    // An operand times its share, the zero point, and the share itself: each is rounded.
+    if (across_groups) half_w += reach / (kLevelLimit - 4) * 1.2;
     const double n = static_cast<double>(end - begin);
     lost += half_x * w_sum + half_w * x_sum + n * half_x * half_w;
-    // Codes are counted from 0 or from the middle, levels of 8 bits from -128: what that adds is
-    // subtracted with the zero point.
-    const double span = codebook
-                            ? largest * (eight ? 3.1 : 1.01)
-                            : static_cast<double>(1 << w.bits) + std::fabs(zero_of(w, r, group));
-    operand_size += (x_sum + n * half_x) * scale * span;
+    operand_size += (x_sum + n * half_x) * reach;
   }
   const double units = static_cast<double>((w.cols + unit - 1) / unit);
   // Outliers are multiplied by floats at every level, and summed one after another.
@@ -130,6 +142,7 @@ inline Expected expected_product(const PackedView& w, int64_t r, const float* we
 inline void expect_product(const PackedView& w, const std::vector<float>& weight, const Values& x,
                            int64_t m, const Values* bias, const std::vector<float>& y,
                            Accuracy level, const std::string& what, bool fallback = false) {
+  const bool may_sum_across = level == Accuracy::kAuto && sums_across_groups(x.dtype, m);
   double worst = 1.0;
   std::string message;
   for (int64_t i = 0; i < m; ++i) {
@@ -138,6 +151,9 @@ inline void expect_product(const PackedView& w, const std::vector<float>& weight
       const float* of = x.floats.data() + i * w.cols;
       const double b = bias ? bias->floats[static_cast<size_t>(r)] : 0.0;
       Expected e = expected_product(w, r, row, of, b, level);
+      if (may_sum_across) {
+        e.allowed = std::max(e.allowed, expected_product(w, r, row, of, b, level, true).allowed);
+      }
       if (fallback) e.allowed += expected_product(w, r, row, of, b, Accuracy::kFp32).allowed;
       e.allowed += 1.01 * store_error(x.dtype, std::fabs(e.value) + e.allowed) + 1e-44;
       const double got = y[static_cast<size_t>(i * w.rows + r)];

@@ -19,6 +19,8 @@
 
 #include "cpu/kernels/tile-inl.h"
 
+#include "cpu/kernels/shares-inl.h"
+
 #include "cpu/kernels/panels-inl.h"
 #include "cpu/kernels/rows-inl.h"
 

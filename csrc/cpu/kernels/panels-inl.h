@@ -8,17 +8,22 @@ constexpr int64_t kPanelVectors = 2;  // of a row that are read at a time
 constexpr int64_t kPanelBytes = 16 * kPanelVectors * 8 * 64;
 
 struct PanelScratch {
-  uint8_t* weights;
+  uint8_t *packed, *expanded;
   float *factor, *shift;    // [units][kTileWidth]
+  float *share, *offset;    // likewise, words (kernels/shares-inl.h)
   float *factors, *shifts;  // [16][units], before they are transposed
   float* decoded;
 };
 static inline int64_t cut_panel(const PackedView& w, const Activations& x, void* scratch,
                                 PanelScratch* to) {
   Cutter cut(scratch);
-  to->weights = cut.bytes(kTilePanels * kPanelBytes);
+  to->packed = cut.bytes(2 * kTilePanels * 16 * kPanelVectors * 64);
+  to->expanded = cut.bytes(kTilePanels * kPanelBytes);
   to->factor = cut.floats(unit_floats(x, kTileWidth));
   to->shift = cut.floats(unit_floats(x, kTileWidth));
+  const bool shared = x.span > x.unit;
+  to->share = cut.floats(shared ? unit_floats(x, kTileWidth) : 0);
+  to->offset = cut.floats(shared ? unit_floats(x, kTileWidth) : 0);
   to->factors = cut.floats(unit_floats(x, 16));
   to->shifts = cut.floats(unit_floats(x, 16));
   to->decoded = cut.floats(decoded_floats(w, 16));
@@ -34,7 +39,7 @@ template <class Codec, class Panel>
 class PanelReader {
  public:
   PanelReader(const PackedView& w, const Activations& x, int64_t row, void* scratch)
-      : w_(w), x_(x), row_(row) {
+      : w_(w), x_(x), row_(row), unit_bits_(__builtin_ctzll(static_cast<uint64_t>(x.unit))) {
     OperandRange ranges[kTileWidth];
     for (int64_t i = 0; i < kTileWidth; ++i) {
       rows_[i] = w.codes + row_at(i) * w.row_bytes;
@@ -48,6 +53,18 @@ class PanelReader {
     cut_panel(w, x, scratch, &pieces_);
     shifted_ = has_shift<Codec::kBits>(w, ranges[0].offset);
     for (int64_t j = 0; j < kTileWidth; j += 16) load_panel_units(j, ranges + j);
+    if constexpr (Panel::kScaled) {
+      share_scales<Codec::kBits>(w, x, shifted_ ? pieces_.shift : nullptr, pieces_.factor,
+                                 pieces_.share, pieces_.offset);
+    }
+    // The next panels are asked for into the second cache, byte after byte as they lie: as many as
+    // a turn takes, by its first rows of x, a few at a time. (All at once would keep other loads
+    // waiting.)
+    const int64_t turn = cols() < w.cols ? cols() : w.cols;
+    const int64_t vectors = kTileWidth * ((turn + kVectorCols - 1) / kVectorCols);
+    const int64_t asking = x.rows < 4 * kTileRows ? x.rows : 4 * kTileRows;
+    lines_ = vectors * kVectorBytes / 64;
+    lines_per_row_ = (lines_ + asking - 1) / asking;
   }
 
   // Columns that a turn takes: all of them where nothing has to be brought and no second tile reads
@@ -56,55 +73,44 @@ class PanelReader {
 
   // Takes the codes of the columns [col, col + cols()).
   void read(int64_t col) {
-    for (int j = 0; j < kTilePanels; ++j) {
-      uint8_t* place = pieces_.weights + j * Panel::kLaneBytes;
-      lanes_[j] = place;
-      thirds_[j] = place + kThirds;
-      if (w_.layout == Layout::kRows) continue;
-      const int64_t lane = col / kColsPerLane<Codec::kBits>;
-      const uint8_t* panel = w_.codes + row_at(16 * j) / 16 * 16 * w_.row_bytes;
-      const uint8_t* lanes = panel + 64 * lane;
-      const uint8_t* thirds = panel + 16 * w_.plane_bytes + 32 * lane;
-      if constexpr (Panel::kPacked) {
-        lanes_[j] = lanes;
-        thirds_[j] = thirds;
-      } else {
-        expand(codecs_[16 * j], lanes, thirds, w_.cols - col, place);
+    if (w_.layout == Layout::kPanels) {
+      take_lying(col);
+    } else if (Panel::kPacked || !has_own_levels(w_)) {
+      take_brought(col);
+    } else {
+      bring<ExpandedPanel<Codec>>(col, pieces_.expanded);
+      for (int j = 0; j < kTilePanels; ++j) {
+        lanes_[j] = pieces_.expanded + j * Panel::kLaneBytes;
+        if constexpr (Panel::kScaled) expand<ExpandedPanel<Codec>>(col, j, Panel::kPlaced);
       }
     }
-    if (w_.layout == Layout::kRows) bring(col);
   }
 
   // y[i, 0..kTileWidth) += for rows [m, m + result) of x and the columns that were read.
   int64_t multiply(int64_t col, int64_t m, float* y) const {
-    const int64_t first = col / x_.unit, slab_bytes = x_.layout->block_bytes;
-    const int64_t left = x_.cols - col;
-    const int64_t units = ((left < cols() ? left : cols()) + x_.unit - 1) / x_.unit;
-    // The next panels are asked for into the second cache, byte after byte as they lie: as many as
-    // this turn took, by its first tiles, a few at a time. (All at once would keep other loads
-    // waiting.)
-    constexpr int64_t kVectorBytes = Codec::kBits == 3 ? 96 : 64;
-    const int64_t vectors = kTileWidth * ((units * x_.unit + kVectorCols - 1) / kVectorCols);
-    const int64_t lines = vectors * kVectorBytes / 64;
-    const int64_t asking = x_.rows < 4 * kTileRows ? x_.rows : 4 * kTileRows;
-    const int64_t rows = next_tile(x_.rows - m);
+    const int64_t first = col >> unit_bits_, slab_bytes = x_.layout->block_bytes;
+    const int64_t left = x_.cols - col, rows = next_tile(x_.rows - m);
+    const int64_t units = ((left < cols() ? left : cols()) + x_.unit - 1) >> unit_bits_;
+    const int64_t span_units = x_.span >> unit_bits_;
     const auto asked = [&](int64_t done) {
-      return lines * (done < asking ? done : asking) / asking;
+      const int64_t lines = done * lines_per_row_;
+      return lines < lines_ ? lines : lines_;
     };
     Tile t = {
         .factor = pieces_.factor + kTileWidth * first,
-        .shift = shifted_ ? pieces_.shift + kTileWidth * first : nullptr,
+        .shift = shifted_ && !Panel::kScaled ? pieces_.shift + kTileWidth * first : nullptr,
         .x = x_.data + (col / 64 * x_.rows + m) * slab_bytes,
         .x_stride = x_.rows * slab_bytes,
         .scale = x_.scale + m * x_.units + first,
         .sum = x_.sum + m * x_.units + first,
         .x_units = x_.units,
         .units = units,
+        .span_units = span_units,
         .unit = x_.unit,
         .y = y + kTileWidth * m,
         .ahead = w_.codes + (row_ + kTileWidth) * w_.row_bytes +
                  kTileWidth * (col / kVectorCols * kVectorBytes) + 64 * asked(m),
-        .lines = (asked(m + rows) - asked(m) + units - 1) / units,
+        .lines = asked(m + rows) - asked(m),
         .lanes = {},
         .thirds = {},
         .lane_stride = in_place() ? 64 : Panel::kPlaced,
@@ -118,6 +124,7 @@ class PanelReader {
   }
 
  private:
+  static constexpr int64_t kVectorBytes = Codec::kBits == 3 ? 96 : 64;
   static constexpr int64_t kVectorCols = 16 * kColsPerLane<Codec::kBits>;
   static constexpr int64_t kCols = kPanelVectors * kVectorCols;
   static constexpr int64_t kThirds = 16 * kPanelVectors * kTilePanels * 64;  // behind packed lanes
@@ -126,8 +133,30 @@ class PanelReader {
   // Row i of these, or the weight's last.
   int64_t row_at(int64_t i) const { return row_ + i < w_.rows ? row_ + i : w_.rows - 1; }
 
+  // Codes that are lanes as they lie.
+  void take_lying(int64_t col) {
+    const int64_t lane = col / kColsPerLane<Codec::kBits>;
+    for (int j = 0; j < kTilePanels; ++j) {
+      const uint8_t* panel = w_.codes + row_at(16 * j) / 16 * 16 * w_.row_bytes;
+      lanes_[j] = panel + 64 * lane;
+      thirds_[j] = panel + 16 * w_.plane_bytes + 32 * lane;
+      if constexpr (!Panel::kPacked) expand<PackedPanel<Codec, false>>(col, j, 64);
+    }
+  }
+  // Codes that become lanes first.
+  void take_brought(int64_t col) {
+    using Brought = PackedPanel<Codec, Codec::kBits == 3>;
+    bring<Brought>(col, pieces_.packed);
+    for (int j = 0; j < kTilePanels; ++j) {
+      lanes_[j] = pieces_.packed + j * Brought::kLaneBytes;
+      thirds_[j] = lanes_[j] + kThirds;
+      if constexpr (!Panel::kPacked) expand<Brought>(col, j, Brought::kPlaced);
+    }
+  }
+
   // Turns rows into lanes.
-  void bring(int64_t col) const {
+  template <class To>
+  void bring(int64_t col, uint8_t* place) const {
     const int64_t whole = whole_vectors<Codec>(w_);
     const int64_t blocks = (w_.cols + kVectorCols - 1) / kVectorCols;
     const int64_t first = col / kVectorCols;
@@ -142,31 +171,50 @@ class PanelReader {
                               : kTileWidth * w_.row_bytes + (near - kTileWidth * w_.row_bytes) / 2;
       for (int j = 0; j < kTilePanels; ++j) {
         const uint8_t* const* rows = rows_ + 16 * j;
-        uint8_t* to = pieces_.weights + j * Panel::kLaneBytes + (b - first) * 16 * Panel::kPlaced;
+        uint8_t* to = place + j * To::kLaneBytes + (b - first) * 16 * To::kPlaced;
         if (b < whole) {
           const auto load = [&](int i) {
             prefetch(rows[i] + near);
             if (Codec::kBits == 3 && b % 2 == 0) prefetch(rows[i] + w_.plane_bytes + near_bits);
             return load_stored<Codec>(w_, rows[i], b);
           };
-          Panel::place(load, codecs_ + 16 * j, to, to + kThirds);
+          To::place(load, codecs_ + 16 * j, to, to + kThirds);
         } else {
           const auto load = [&](int i) { return load_stored_tail<Codec>(w_, rows[i], b); };
-          Panel::place(load, codecs_ + 16 * j, to, to + kThirds);
+          To::place(load, codecs_ + 16 * j, to, to + kThirds);
         }
       }
     }
   }
 
-  // Expands kCols columns, or all that are left, of a panel whose codes are lanes already.
-  static void expand(const Codec& codec, const uint8_t* lanes, const uint8_t* thirds, int64_t left,
-                     uint8_t* to) {
-    const PackedPanel<Codec, false> packed{{codec}};
-    const int64_t end = 64 * ((left < kCols ? left : kCols) / kColsPerLane<Codec::kBits>);
-    for (int64_t at = 0; at < end; at += 64, to += Panel::kPlaced) {
-      const Stored codes = packed.load(lanes, thirds, at);
+  // Makes of a panel's lanes, so many bytes apart, what tiles multiply.
+  template <class From>
+  void expand(int64_t col, int j, int64_t stride) {
+    const From from{{codecs_[16 * j]}};
+    const int up = share_bits<Codec::kBits>(w_);
+    const int64_t left = (w_.cols + 63) / 64 * 64 - col;  // whole slabs
+    const int64_t lanes = (left < kCols ? left : kCols) / kColsPerLane<Codec::kBits>;
+    const int64_t lanes_of_unit = x_.unit / kColsPerLane<Codec::kBits>;
+    const uint8_t *at = lanes_[j], *thirds = thirds_[j];
+    uint8_t* to = pieces_.expanded + j * Panel::kLaneBytes;
+    lanes_[j] = to;
+    int64_t lane = 0;
+    for (int64_t unit = col / x_.unit; lane < lanes; ++unit) {
+      I share, offset;
+      if constexpr (Panel::kScaled) {
+        share = load_i(pieces_.share + unit * kTileWidth + 16 * j);
+        offset = load_i(pieces_.offset + unit * kTileWidth + 16 * j);
+      }
+      for (const int64_t end = lane + lanes_of_unit; lane < end; ++lane) {
+        const Stored codes = from.load(at, thirds, lane * stride);
 #pragma GCC unroll 8
-      for (int p = 0; p < Codec::kParts; ++p) store_i(to + 64 * p, packed.part(to, codes, p));
+        for (int p = 0; p < Codec::kParts; ++p) {
+          I operand = from.part(at + lane * stride, codes, p);
+          if constexpr (Panel::kScaled)
+            operand = add_16(scale_16(shift_left_16(operand, up), share), offset);
+          store_i(to + lane * Panel::kPlaced + 64 * p, operand);
+        }
+      }
     }
   }
 
@@ -192,6 +240,8 @@ class PanelReader {
   const PackedView& w_;
   const Activations& x_;
   const int64_t row_;
+  const int unit_bits_;  // log2 of x.unit: tiles are too short for divisions
+  int64_t lines_, lines_per_row_;
   Codec codecs_[kTileWidth];
   const uint8_t* rows_[kTileWidth];
   PanelScratch pieces_;
@@ -212,6 +262,9 @@ static void multiply_panel_as(const PackedView& w, const Activations& x, int64_t
 template <class Codec>
 static void multiply_panel_with(const PackedView& w, const Activations& x, int64_t row,
                                 void* scratch, float* y) {
+  if constexpr (Codec::kWords) {
+    if (x.span > x.unit) return multiply_panel_as<Codec, ScaledPanel<Codec>>(w, x, row, scratch, y);
+  }
   if (has_own_levels(w) || (kExpandingCosts && x.rows > kTileRows))
     return multiply_panel_as<Codec, ExpandedPanel<Codec>>(w, x, row, scratch, y);
   if (w.layout == Layout::kPanels)

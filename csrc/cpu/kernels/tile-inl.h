@@ -20,7 +20,7 @@ struct PanelOf {
 // they are stored, in scratch spread already, a vector a lane.
 template <class Codec, bool kThirdsSpread>
 struct PackedPanel : PanelOf<Codec> {
-  static constexpr bool kPacked = true;
+  static constexpr bool kPacked = true, kScaled = false;
   static constexpr int kLaneBytes = 64;
   static constexpr int kPlaced = kTilePanels * kLaneBytes;  // from lane to lane in scratch
 
@@ -56,7 +56,7 @@ struct PackedPanel : PanelOf<Codec> {
 // free.
 template <class Codec>
 struct ExpandedPanel : PanelOf<Codec> {
-  static constexpr bool kPacked = false;
+  static constexpr bool kPacked = false, kScaled = false;
   static constexpr int kLaneBytes = 64 * Codec::kParts;
   static constexpr int kPlaced = kTilePanels * kLaneBytes;
 
@@ -75,8 +75,14 @@ struct ExpandedPanel : PanelOf<Codec> {
   I part(const uint8_t* lane, const Stored&, int p) const { return load_i(lane + 64 * p); }
 };
 
-// A piece of the product: M rows of activations, kTileWidth of the weight, `units` units of
-// columns.
+// The same, of words that share a scale with all of their span (kernels/shares-inl.h).
+template <class Codec>
+struct ScaledPanel : ExpandedPanel<Codec> {
+  static constexpr bool kScaled = true;
+};
+
+// A piece of the product: M rows of activations, kTileWidth of the weight, and so many units of so
+// many columns. Integers are summed over spans of units, for which the numbers of the first stand.
 struct Tile {
   const float* factor;  // [units][kTileWidth]
   const float* shift;   // likewise, or null
@@ -85,9 +91,9 @@ struct Tile {
   const float* scale;   // [rows][x_units]
   const float* sum;
   int64_t x_units;
-  int64_t units, unit;
+  int64_t units, span_units, unit;
   float* y;              // [rows][kTileWidth]
-  const uint8_t* ahead;  // memory to ask for on the way, so many lines per unit; need not exist
+  const uint8_t* ahead;  // so many lines of memory to ask for on the way; they need not exist
   int64_t lines;
   const uint8_t* lanes[kTilePanels];   // of a row, so many bytes apart
   const uint8_t* thirds[kTilePanels];  // beside packed ones of 3 bits
@@ -95,7 +101,7 @@ struct Tile {
 };
 
 // Every loop over the tile is unrolled, or its sums would live in memory. Float sums do: they are
-// due once per unit.
+// due once per span.
 template <class Panel, int M>
 static void multiply_tile(const Panel& panel, const Tile& from) {
   constexpr int kSlabBytes = Panel::kWords ? 128 : 64;
@@ -105,9 +111,13 @@ static void multiply_tile(const Panel& panel, const Tile& from) {
   constexpr int kChains = kWanted < Panel::kParts ? kWanted : Panel::kParts;
   const Tile t = from;  // what is stored to y cannot change a copy
   const uint8_t *slab = t.x, *ahead = t.ahead;
-  int64_t at = 0;   // of the lane
-  int64_t col = 0;  // of the slab
-  for (int64_t u = 0; u < t.units; ++u) {
+  int64_t at = 0;                                                // of the lane
+  int64_t in_slab = 0;                                           // columns
+  const int64_t span_units = Panel::kScaled ? t.span_units : 1;  // known where it is one
+  // Lines to ask for at each span. (A division of 64 bits would take as long as ten products.)
+  const uint32_t wanted = static_cast<uint32_t>(t.lines), units = static_cast<uint32_t>(t.units);
+  const int64_t lines = (wanted + units - 1) / units * span_units;
+  for (int64_t u = 0; u < t.units; u += span_units) {
     I sums[kChains][M][kTilePanels];
 #pragma GCC unroll 4
     for (int c = 0; c < kChains; ++c) {
@@ -117,34 +127,42 @@ static void multiply_tile(const Panel& panel, const Tile& from) {
         for (int j = 0; j < kTilePanels; ++j) sums[c][i][j] = zero_i();
       }
     }
-    const uint8_t* x = slab + col * (kSlabBytes / 64);
-    for (int64_t done = 0; done < t.unit; done += kCols) {
-      Stored codes[kTilePanels];
+    const int64_t left = t.units - u, in_span = left < span_units ? left : span_units;
+    for (int64_t unit = 0; unit < (Panel::kScaled ? in_span : 1); ++unit) {
+      const uint8_t* x = slab + in_slab * (kSlabBytes / 64);
+      for (int64_t done = 0; done < t.unit; done += kCols) {
+        Stored codes[kTilePanels];
 #pragma GCC unroll 2
-      for (int j = 0; j < kTilePanels; ++j) codes[j] = panel.load(t.lanes[j], t.thirds[j], at);
+        for (int j = 0; j < kTilePanels; ++j) codes[j] = panel.load(t.lanes[j], t.thirds[j], at);
 #pragma GCC unroll 8
-      for (int p = 0; p < Panel::kParts; ++p) {
-        I w[kTilePanels];
+        for (int p = 0; p < Panel::kParts; ++p) {
+          I w[kTilePanels];
 #pragma GCC unroll 2
-        for (int j = 0; j < kTilePanels; ++j) w[j] = panel.part(t.lanes[j] + at, codes[j], p);
+          for (int j = 0; j < kTilePanels; ++j) w[j] = panel.part(t.lanes[j] + at, codes[j], p);
 #pragma GCC unroll 12
-        for (int i = 0; i < M; ++i) {
-          const uint8_t* one = x + i * kSlabBytes + 4 * p;
-          I* sum = sums[p % kChains][i];
-          if constexpr (kTilePanels == 2) {
-            dot_twice_with<Panel::kWords, Panel::kSmall>(&sum[0], &sum[1], w[0], w[1], one);
-          } else if constexpr (Panel::kWords) {
-            sum[0] = dot_words_with(sum[0], w[0], one);
-          } else {
-            sum[0] = dot_bytes_with<Panel::kSmall>(sum[0], w[0], one);
+          for (int i = 0; i < M; ++i) {
+            const uint8_t* one = x + i * kSlabBytes + 4 * p;
+            I* sum = sums[p % kChains][i];
+            if constexpr (kTilePanels == 2) {
+              dot_twice_with<Panel::kWords, Panel::kSmall>(&sum[0], &sum[1], w[0], w[1], one);
+            } else if constexpr (Panel::kWords) {
+              sum[0] = dot_words_with(sum[0], w[0], one);
+            } else {
+              sum[0] = dot_bytes_with<Panel::kSmall>(sum[0], w[0], one);
+            }
           }
         }
+        at += t.lane_stride;
+        x += 4 * Panel::kParts;
       }
-      at += t.lane_stride;
-      x += 4 * Panel::kParts;
+      in_slab += t.unit;
+      if (in_slab == 64) {
+        in_slab = 0;
+        slab += t.x_stride;
+      }
     }
-    for (int64_t line = 0; line < t.lines; ++line) prefetch_far(ahead + 64 * line);
-    ahead += 64 * t.lines;
+    for (int64_t line = 0; line < lines; ++line) prefetch_far(ahead + 64 * line);
+    ahead += 64 * lines;
     F factor[kTilePanels], shift[kTilePanels];
 #pragma GCC unroll 2
     for (int j = 0; j < kTilePanels; ++j) {
@@ -167,11 +185,6 @@ static void multiply_tile(const Panel& panel, const Tile& from) {
     }
     // Or the compiler keeps float sums in registers, of which there are none left.
     __asm__ volatile("" ::: "memory");
-    col += t.unit;
-    if (col == 64) {
-      col = 0;
-      slab += t.x_stride;
-    }
   }
 }
 

@@ -9,7 +9,7 @@ namespace {
 using testing::active_kernels;
 using testing::Values;
 
-constexpr int64_t kRows = 64, kBatch = 8;
+constexpr int64_t kRows = 64, kBatch = 8, kManyRows = 64;
 
 std::vector<float> activations(int64_t m, int64_t cols) {
   std::vector<float> x = testing::random_weights(m * cols, 11);
@@ -34,25 +34,27 @@ double promised(Accuracy level, FloatType dtype) {
   return level == Accuracy::kAuto ? 2e-4 : 2e-6;
 }
 
-// 512 outputs, from one row of activations at a time and from all eight at once.
+// All outputs, from one row of activations at a time and from all of `batch` at once.
 void check(const std::string& text, int64_t cols, const std::vector<FloatType>& dtypes,
-           const std::vector<float>& weights) {
+           const std::vector<float>& weights, int64_t batch = kBatch,
+           const std::vector<Accuracy>& levels = {Accuracy::kAuto, Accuracy::kFp32,
+                                                  Accuracy::kInt8}) {
   const KernelTable& k = active_kernels();
   testing::Owned w(testing::format_of(text), kRows, cols);
   ASSERT_TRUE(w.quantize(k, Method::kRound, weights).ok());
-  const std::vector<float> weight = w.decoded(), rows = activations(kBatch, cols);
+  const std::vector<float> weight = w.decoded(), rows = activations(batch, cols);
   for (FloatType dtype : dtypes) {
     const Values all(dtype, rows);
-    std::vector<double> exact(static_cast<size_t>(kBatch * kRows));
+    std::vector<double> exact(static_cast<size_t>(batch * kRows));
     for (size_t at = 0; at < exact.size(); ++at) {
       const float* a = all.floats.data() + at / kRows * static_cast<size_t>(cols);
       const float* b = weight.data() + at % kRows * static_cast<size_t>(cols);
       for (int64_t c = 0; c < cols; ++c) exact[at] += double{a[c]} * b[c];
     }
-    for (Accuracy level : testing::kLevels) {
-      for (int64_t m : {int64_t{1}, kBatch}) {
+    for (Accuracy level : levels) {
+      for (int64_t m : {int64_t{1}, batch}) {
         std::vector<float> y;
-        for (int64_t i = 0; i < kBatch; i += m) {
+        for (int64_t i = 0; i < batch; i += m) {
           const Values x(dtype, {rows.begin() + i * cols, rows.begin() + (i + m) * cols});
           const std::vector<float> part = multiply(k, w.view(), x, m, nullptr, level);
           y.insert(y.end(), part.begin(), part.end());
@@ -83,6 +85,16 @@ TEST(Accuracy, LearnedLevelsFarApart) {
   for (const char* text : {"kmeans4-row", "kmeans4-tensor", "kmeans3-row", "kmeans2-row"}) {
     for (const auto& weights : {one, each, tails})
       check(text, 1024, {FloatType::kFloat32}, weights);
+  }
+}
+
+// Rows of which many are summed across groups; weights too with some that are far larger.
+TEST(Accuracy, ManyRows) {
+  std::vector<float> far = gaussian(1100);
+  for (size_t r = 0; r < kRows; ++r) far[r * 1100 + 7 * r] *= 20.0f;
+  for (const std::string& text : testing::some_formats()) {
+    for (const auto& weights : {gaussian(1100), far})
+      check(text, 1100, {FloatType::kBFloat16}, weights, kManyRows, {Accuracy::kAuto});
   }
 }
 

@@ -70,6 +70,7 @@ TEST(ActivationUnit, NeverCrossesAGroup) {
           EXPECT_EQ(x.layout->operand, operand);
           EXPECT_EQ(x.rows, 3);
           EXPECT_EQ(x.unit, unit);
+          EXPECT_EQ(x.span, unit);
           EXPECT_EQ(x.units % 16, 0);
           EXPECT_GE(x.blocks * x.layout->block_cols, cols);
           EXPECT_LT((x.blocks - 1) * x.layout->block_cols, cols);
@@ -77,6 +78,18 @@ TEST(ActivationUnit, NeverCrossesAGroup) {
         }
       }
     }
+  }
+}
+
+// A wide span is whole units, and whole slabs.
+TEST(ActivationSpan, HoldsWholeUnits) {
+  for (const std::string& text : testing::every_format()) {
+    Owned w(format_of(text), 2, 1000);
+    const Activations x =
+        describe_activations(w.view(), Operand::kWords, Walk::kPanels, 3, /*across_groups=*/true);
+    EXPECT_EQ(x.span % x.unit, 0) << text;
+    EXPECT_EQ(x.span % 64, 0) << text;
+    EXPECT_EQ(16 % (x.span / x.unit), 0) << text << ": sixteen units are quantized at a time";
   }
 }
 
@@ -90,9 +103,14 @@ TEST(ActivationLimits, LanesCannotOverflow) {
     for (Operand operand : kOperands) {
       const Activations x = describe_activations(view, operand, Walk::kPanels, 1);
       const auto limit = static_cast<int64_t>(x.limit);
-      if (operand == Operand::kWords && codebook) {
-        EXPECT_LE((static_cast<int64_t>(x.sum_limit) + x.unit / 2) * kLevelLimit, kMost) << text;
+      const auto keeps_within = [&](const Activations& a) {
+        EXPECT_LE((static_cast<int64_t>(a.sum_limit) + a.span / 2) * kLevelLimit, kMost) << text;
         EXPECT_LE(limit, INT16_MAX);
+      };
+      if (operand == Operand::kWords)
+        keeps_within(describe_activations(view, operand, Walk::kPanels, 1, true));
+      if (operand == Operand::kWords && codebook) {
+        keeps_within(x);
       } else if (operand == Operand::kWords) {
         EXPECT_LE(x.unit * limit * (1 << (view.bits - 1)), kMost) << text;
       } else if (operand == Operand::kTwoBytes) {

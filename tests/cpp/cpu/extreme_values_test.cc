@@ -79,14 +79,15 @@ TEST(ExtremeValues, NonFiniteScalesStayInTheirRow) {
         if (view.zero_kind == Zero::kFloat)
           reinterpret_cast<uint16_t*>(w.buffer(BufferRole::kZero))[at] = 0x7e00;  // NaN
       }
-      for (int64_t m : {1, 3, 5, 14}) {
-        const Values x(FloatType::kFloat32, random_weights(m * cols, 2));
+      for (int64_t m : {1, 3, 5, 14, 65}) {
+        // The last so that its integers are summed across groups.
+        const Values x(m < 64 ? FloatType::kFloat32 : FloatType::kBFloat16,
+                       random_weights(m * cols, 2));
         for (Accuracy level : testing::kIntegerLevels) {
           const std::vector<float> y = multiply(active_kernels(), view, x, m, nullptr, level);
           for (int64_t i = 0; i < m * n; ++i) {
-            if (i % n != bad) {
-              EXPECT_TRUE(std::isfinite(y[static_cast<size_t>(i)])) << text << " row " << i % n;
-            }
+            EXPECT_EQ(std::isfinite(y[static_cast<size_t>(i)]), i % n != bad)
+                << text << " " << m << " row " << i % n;
           }
         }
       }
@@ -195,8 +196,8 @@ void fill_with_extremes(Owned* w, int64_t period) {
   }
 }
 
-TEST(ExtremeValues, SumsOfAUnitStayBelowTwoToThe31) {
-  const int64_t n = 17, cols = 192;
+// One size throughout, the sign by turns; one value alone in 64; all just below one.
+std::vector<std::vector<float>> extreme_rows(int64_t cols) {
   std::vector<std::vector<float>> rows;
   const auto add = [&](const auto& value) {
     std::vector<float> row(static_cast<size_t>(cols));
@@ -211,16 +212,36 @@ TEST(ExtremeValues, SumsOfAUnitStayBelowTwoToThe31) {
     add([&](int64_t c) { return c / period % 2 ? -1.0f : 1.0f; });
   add([](int64_t c) { return c % 64 == 37 ? 1.0f : 0.0f; });
   add([&](int64_t) { return near_one(rng); });
+  return rows;
+}
+
+std::vector<float> joined(const std::vector<std::vector<float>>& rows) {
+  std::vector<float> all;
+  for (const auto& row : rows) all.insert(all.end(), row.begin(), row.end());
+  return all;
+}
+
+constexpr const char* kExtremeFormats[] = {
+    "nf4",          "nf3",      "nf2",         "fp4",
+    "log4",         "nf4-g16",  "kmeans4-row", "kmeans3-tensor",
+    "kmeans2-row",  "int8-row", "int8-g64-zp", "int4-g64",
+    "int4-g16-sym", "int3-g64", "int2-g64",    "int2-g64-zp"};
+
+TEST(ExtremeValues, SumsOfAUnitStayBelowTwoToThe31) {
+  const int64_t n = 17, cols = 192;
+  std::vector<std::vector<float>> rows = extreme_rows(cols);
+  const auto add = [&](const auto& value) {
+    std::vector<float> row(static_cast<size_t>(cols));
+    for (int64_t c = 0; c < cols; ++c) row[static_cast<size_t>(c)] = value(c);
+    rows.push_back(row);
+  };
   // Where sums are limited, steps are 1 here, and all 64 of a unit round up: 273424 in all.
   add([](int64_t c) { return (c % 64 < 16 ? 4272.0f : 4271.0f) + 0.515625f; });
   add([](int64_t c) { return (c % 64 < 16 ? -4272.0f : -4271.0f) - 0.515625f; });
-  std::vector<float> all;
-  for (const auto& row : rows) all.insert(all.end(), row.begin(), row.end());
+  const std::vector<float> all = joined(rows);
   const auto m = static_cast<int64_t>(rows.size());
 
-  for (const char* text : {"nf4", "nf3", "nf2", "fp4", "log4", "nf4-g16", "kmeans4-row",
-                           "kmeans3-tensor", "kmeans2-row", "int8-row", "int8-g64-zp", "int4-g64",
-                           "int4-g16-sym", "int3-g64", "int2-g64", "int2-g64-zp"}) {
+  for (const char* text : kExtremeFormats) {
     Owned w(format_of(text), n, cols);
     w.fill_randomly(7);
     for (int64_t period : {0, 1, 2, 4, 8, 16, 32}) {
@@ -237,6 +258,24 @@ TEST(ExtremeValues, SumsOfAUnitStayBelowTwoToThe31) {
           expect_product(w.view(), weight, one, 1, nullptr, y1, level, what);
         }
       }
+    }
+  }
+}
+
+TEST(ExtremeValues, SumsAcrossGroupsStayBelowTwoToThe31) {
+  const int64_t n = 17, cols = 576;
+  std::vector<std::vector<float>> rows = extreme_rows(cols);
+  const size_t kinds = rows.size();
+  while (rows.size() < 64) rows.push_back(rows[rows.size() % kinds]);
+  const Values xs(FloatType::kBFloat16, joined(rows));
+  for (const char* text : kExtremeFormats) {
+    Owned w(format_of(text), n, cols);
+    w.fill_randomly(7);
+    for (int64_t period : {0, 1, 8, 32, 64, 256}) {
+      fill_with_extremes(&w, period);
+      const auto y = multiply(active_kernels(), w.view(), xs, 64, nullptr, Accuracy::kAuto);
+      expect_product(w.view(), w.decoded(), xs, 64, nullptr, y, Accuracy::kAuto,
+                     std::string(text) + " period " + std::to_string(period));
     }
   }
 }

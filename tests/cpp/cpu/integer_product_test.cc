@@ -44,6 +44,21 @@ TEST(IntegerProduct, EveryFormatAndDtype) {
   }
 }
 
+// Many rows of bfloat16, whose integers are summed across groups: ends of spans, of slabs and of
+// panels, groups of every size, and random bytes as scales, so that those of a span differ widely.
+TEST(IntegerProduct, AcrossGroups) {
+  size_t turn = 0;
+  for (const std::string& text : testing::every_format()) {
+    for (int64_t cols : {17, 80, 257, 640}) {
+      check_product(active_kernels(), text, 64 + static_cast<int64_t>(turn % 3), kRows[turn % 5],
+                    cols, FloatType::kBFloat16, Accuracy::kAuto, testing::run_in_threads);
+      ++turn;
+    }
+  }
+  for (const char* text : {"nf4", "int4-g64", "int3-g16", "int2-g32-zp-dq", "int8-g32", "int8-row"})
+    check_product(active_kernels(), text, 100, 40, 2000, FloatType::kBFloat16, Accuracy::kAuto);
+}
+
 TEST(IntegerProduct, LongRows) {
   for (const char* text :
        {"nf4", "nf3-g16", "int4-g128-dq", "int3-g48-fz", "int2-row", "int8-tensor"}) {

@@ -17,8 +17,9 @@ struct Quantized {
   std::vector<uint8_t> data;
   std::vector<float> scale, sum;
 
-  Quantized(const PackedView& w, Operand operand, Walk walk, int64_t rows)
-      : x(describe_activations(w, operand, walk, rows)),
+  Quantized(const PackedView& w, Operand operand, Walk walk, int64_t rows,
+            bool across_groups = false)
+      : x(describe_activations(w, operand, walk, rows, across_groups)),
         data(static_cast<size_t>(x.blocks * rows * x.layout->block_bytes), 0xee),
         scale(static_cast<size_t>(rows * x.units), -1.0f),
         sum(scale) {
@@ -68,8 +69,11 @@ struct Quantized {
 void check_row(const Quantized& to, int64_t m, const float* x, const std::string& what) {
   const Activations& a = to.x;
   const std::vector<int> q = to.integers(m);
+  double absmax = 0.0, size = 0.0, integer_size = 0.0;  // of a span
   for (int64_t u = 0; u < a.units; ++u) {
-    double absmax = 0.0, size = 0.0, sum = 0.0, integer_size = 0.0;
+    const bool begins = u * a.unit % a.span == 0, ends = (u + 1) * a.unit % a.span == 0;
+    if (begins) absmax = size = integer_size = 0.0;
+    double sum = 0.0;
     const float scale = a.scale[m * a.units + u];
     for (int64_t c = u * a.unit; c < (u + 1) * a.unit && c < a.blocks * a.layout->block_cols; ++c) {
       const double value = c < a.cols ? x[c] : 0.0;
@@ -84,7 +88,8 @@ void check_row(const Quantized& to, int64_t m, const float* x, const std::string
           << what << " column " << c;
     }
     const double step = std::max(absmax / a.limit, size / a.sum_limit);
-    EXPECT_NEAR(scale, step, step * 1e-6) << what << " unit " << u;
+    if (ends) EXPECT_NEAR(scale, step, step * 1e-6) << what << " unit " << u;
+    if (!begins) EXPECT_EQ(scale, a.scale[m * a.units + u - 1]) << what << " unit " << u;
     EXPECT_NEAR(a.sum[m * a.units + u], scale * sum,
                 std::fabs(scale * sum) * 1.01 * testing::kRound)
         << what << " unit " << u;
@@ -114,6 +119,23 @@ TEST(QuantizeActivations, WithinHalfAStep) {
           }
         }
       }
+    }
+  }
+}
+
+TEST(QuantizeActivations, SpansOfSeveralUnits) {
+  const KernelTable& k = active_kernels();
+  for (const char* text : {"nf4", "nf4-g16", "int8-row", "int4-g32", "int3-g64", "int8-g16"}) {
+    for (int64_t cols : {1, 63, 65, 300, 1300}) {
+      Owned w(format_of(text), 1, cols);
+      const Values x(FloatType::kBFloat16, random_weights(2 * cols, 5, testing::Shape::kOutliers));
+      Quantized to(w.view(), Operand::kWords, Walk::kPanels, 2, /*across_groups=*/true);
+      for (int64_t m = 0; m < 2; ++m)
+        ASSERT_TRUE(
+            k.quantize_activations(advance(x.data(), x.dtype, m * cols), x.dtype, m, &to.x));
+      for (int64_t m = 0; m < 2; ++m)
+        check_row(to, m, x.floats.data() + m * cols,
+                  std::string(text) + " " + std::to_string(cols));
     }
   }
 }
