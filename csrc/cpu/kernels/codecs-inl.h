@@ -130,11 +130,11 @@ struct ByteCodec {
     } else {
       constexpr int kShift = Bits == 4 ? 4 : 2;
       I code = p == 0 ? codes.low : shift_right_16(codes.low, kShift * p);
+      code = and_i(code, set1_16(Bits == 4 ? 0x0f0f : 0x0303));
       if constexpr (Bits == 3) {
-        code =
-            select_bits(set1_16(0x0303), code, p == 0 ? codes.high : shift_right_16(codes.high, p));
+        const I high = p == 0 ? codes.high : shift_right_16(codes.high, p);
+        code = or_i(code, and_i(high, set1_16(0x0404)));
       }
-      code = and_i(code, set1_16(Bits == 4 ? 0x0f0f : Bits == 3 ? 0x0707 : 0x0303));
       return kTable ? lookup_bytes(table, code) : code;
     }
   }

@@ -11,17 +11,20 @@ template <class Codec, Operand kOperand, int kTurned, int kX, int kW>
                                                          const Stored (*codes)[kTurned],
                                                          const uint8_t* x, I (*sum)[kX]) {
   constexpr bool kTwo = kOperand == Operand::kTwoBytes;
+  constexpr int kPlanes = kTwo ? 2 : 1;
   // Two products begin in a cycle and take four, so eight sums at least must wait for none of the
   // others; and some more for when memory is late (measured with four rows of x: 4 %). With one row
-  // four do, for the stream is what counts. Two planes of bytes have two chains anyway, and from
-  // three rows of x on codes of 3 bits leave no registers for a second.
-  constexpr int kChains = kTwo ? 2 : kX == 1 ? 4 : kX > 2 && Codec::kBits == 3 ? 1 : 2;
+  // four do, for the stream is what counts. From three rows of x on codes of 3 bits leave no
+  // registers for a second.
+  constexpr int kChains = kX == 1 ? 4 / kPlanes : kX > 2 && Codec::kBits == 3 ? 1 : 2;
   constexpr int kPart = kPartBytes<kOperand>;
-  I sums[kChains][kW][kX];
+  I sums[kPlanes][kChains][kW][kX];
+#pragma GCC unroll 2
+  for (int plane = 0; plane < kPlanes; ++plane)
 #pragma GCC unroll 4
-  for (int c = 0; c < kChains; ++c)
-    for (int j = 0; j < kW; ++j)
-      for (int i = 0; i < kX; ++i) sums[c][j][i] = zero_i();
+    for (int c = 0; c < kChains; ++c)
+      for (int j = 0; j < kW; ++j)
+        for (int i = 0; i < kX; ++i) sums[plane][c][j][i] = zero_i();
 #pragma GCC unroll 4
   for (int t = 0; t < kTurned; ++t) {
 #pragma GCC unroll 8
@@ -33,9 +36,9 @@ template <class Codec, Operand kOperand, int kTurned, int kX, int kW>
       for (int i = 0; i < kX; ++i) {
         const uint8_t* of = x + (i * kTurned + t) * Codec::kParts * kPart + p * kPart;
 #pragma GCC unroll 2
-        for (int plane = 0; plane < (kTwo ? 2 : 1); ++plane) {
+        for (int plane = 0; plane < kPlanes; ++plane) {
           constexpr bool kWords = kOperand == Operand::kWords;
-          auto& to = sums[kTwo ? plane : (t * Codec::kParts + p) % kChains];
+          auto& to = sums[plane][(t * Codec::kParts + p) % kChains];
           if constexpr (kW == 2) {
             dot_twice<kWords, Codec::kSmall>(&to[0][i], &to[1][i], w[0], w[1], of + 64 * plane);
           } else if constexpr (kWords) {
@@ -51,10 +54,14 @@ template <class Codec, Operand kOperand, int kTurned, int kX, int kW>
   for (int j = 0; j < kW; ++j) {
 #pragma GCC unroll 4
     for (int i = 0; i < kX; ++i) {
-      const I first = kTwo ? shift_left_i(sums[0][j][i], 8) : sums[0][j][i];
-      sum[j][i] = first;
+      I of[kPlanes];
+#pragma GCC unroll 2
+      for (int plane = 0; plane < kPlanes; ++plane) {
+        of[plane] = sums[plane][0][j][i];
 #pragma GCC unroll 4
-      for (int c = 1; c < kChains; ++c) sum[j][i] = add_i(sum[j][i], sums[c][j][i]);
+        for (int c = 1; c < kChains; ++c) of[plane] = add_i(of[plane], sums[plane][c][j][i]);
+      }
+      sum[j][i] = kTwo ? add_i(shift_left_i(of[0], 8), of[kPlanes - 1]) : of[0];
     }
   }
 }
