@@ -49,7 +49,7 @@ foreach(name IN LISTS BITFOLD_CPP_PER_ISA_TESTS)
   foreach(isa IN LISTS isas)
     add_test(NAME ${name}/${isa} COMMAND ${BITFOLD_TEST_TARGET})
     set_tests_properties(${name}/${isa} PROPERTIES
-      ENVIRONMENT BITFOLD_ISA=${isa} LABELS per_isa SKIP_REGULAR_EXPRESSION "this CPU lacks")
+      ENVIRONMENT BITFOLD_ISA=${isa} LABELS per_isa SKIP_REGULAR_EXPRESSION "this machine lacks")
   endforeach()
 endforeach()
 

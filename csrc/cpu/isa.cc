@@ -32,7 +32,9 @@ bool has_avx512() {
 
 bool has_avx512vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-// Linux keeps tiles for those alone who ask; the answer holds for all threads of the process.
+// Linux keeps tiles for those alone who ask; the answer holds for all threads of the process. It
+// refuses while a thread has an alternate signal stack too small for them, and afterwards refuses
+// such stacks (below some 12 KiB).
 bool may_use_tiles() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // of arch/x86/include/uapi/asm
@@ -80,9 +82,9 @@ Status choose_instruction_set(const char* forced, const InstructionSet** chosen)
     known += known.empty() ? isa.name : std::string(", ") + isa.name;
     if (forced ? strcmp(forced, isa.name) != 0 : !isa.supported()) continue;
     if (!isa.supported()) {
-      return Status::error(StatusCode::kInvalidArgument, std::string("BITFOLD_ISA=") + forced +
-                                                             ": this CPU lacks " + isa.description +
-                                                             "; unset it, or choose another");
+      return Status::error(StatusCode::kInvalidArgument,
+                           std::string("BITFOLD_ISA=") + forced + ": this machine lacks " +
+                               isa.description + "; unset it, or choose another");
     }
     *chosen = &isa;
     return Status::success();
