@@ -69,8 +69,8 @@ int64_t activation_unit(const PackedView& w) {
   return 16;
 }
 
-// Columns of a span of several units: as many as panels expand at a time, and not so many that
-// their integers lose what the rounding of 16-bit results would not hide.
+// Columns of a span of several units: a whole part of what panels expand at a time (PanelReader),
+// and not so many that their integers lose what the rounding of y to bfloat16 would not hide.
 int64_t wide_span(int bits) { return bits == 8 ? 128 : 256; }
 
 }  // namespace

@@ -50,6 +50,9 @@ struct Activations {
   uint8_t* data;    // [blocks][rows][block_bytes]
   float* scale;     // [rows][units], those of a span alike
   float* sum;       // [rows][units]: scale * sum of q
+  uint8_t* shared;  // [units], at the first of a span of several: whether it does have one scale
+
+  bool sums_several_units() const { return span > unit; }
 };
 
 // Activations beyond these leave scales, or products with the scales of weights, too near the ends

@@ -13,6 +13,9 @@ namespace {
 // What a thread should have to do, in multiply-adds, or starting it costs more than it saves.
 constexpr int64_t kGrainWork = 1 << 18;
 
+// From so many rows of x on, what it takes to scale words is less than what it saves (measured).
+constexpr int64_t kLeastRowsAcross = 64;
+
 // y[i, 0..n) = bias or zero, for every row of x; y is [m, ldy].
 void begin_sums(const float* bias, int64_t m, int64_t n, float* y, int64_t ldy) {
   if (!bias) std::fill_n(y, m * ldy, 0.0f);
@@ -47,8 +50,7 @@ bool levels_fit(const KernelTable& k, const PackedView& w) {
 }  // namespace
 
 bool sums_across_groups(FloatType dtype, int64_t m) {
-  // From so many rows on, what it takes to scale words is less than what it saves (measured).
-  return dtype == FloatType::kBFloat16 && m >= 64;
+  return dtype == FloatType::kBFloat16 && m >= kLeastRowsAcross;
 }
 
 bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x, int64_t m,
@@ -66,12 +68,16 @@ bool multiply_integers(const KernelTable& k, const PackedView& w, const void* x,
   const bool across_groups = operand == Operand::kWords && sums_across_groups(dtype, m);
   Activations xs = describe_activations(w, operand, walk, m, across_groups);
   const int64_t data_bytes = (xs.blocks * m * xs.layout->block_bytes + 63) / 64 * 64;
-  const Scratch activations(data_bytes + 2 * m * xs.units * 4 + (bias ? w.rows * 4 : 0));
+  const Scratch activations(data_bytes + 2 * m * xs.units * 4 + (bias ? w.rows * 4 : 0) + xs.units);
   xs.data = activations.data();
   xs.scale = reinterpret_cast<float*>(activations.data() + data_bytes);
   xs.sum = xs.scale + m * xs.units;
   float* bias_f = bias ? xs.sum + m * xs.units : nullptr;
   if (bias) k.to_float(bias, dtype, w.rows, bias_f);
+  if (across_groups) {
+    xs.shared = reinterpret_cast<uint8_t*>(xs.sum + m * xs.units + (bias ? w.rows : 0));
+    k.mark_shared_spans(w, xs);
+  }
 
   std::atomic<bool> fits{true};
   parallel(m, grain(16 * w.cols, kGrainWork), [&](int64_t begin, int64_t end) {

@@ -10,7 +10,7 @@
 
 namespace bitfold {
 
-// Whether, of 16-bit integers, a span is several groups: sums become floats less often, and what
+// Whether, of 16-bit integers, a span is several units: sums become floats less often, and what
 // the weight loses by it is hidden by the rounding of y to bfloat16.
 bool sums_across_groups(FloatType dtype, int64_t m);
 

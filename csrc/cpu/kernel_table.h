@@ -173,6 +173,8 @@ struct KernelTable {
   // Integer products. Row m of `to` from `source` [cols]; false where integers cannot stand for it
   // (infinite, NaN or tiny values).
   bool (*quantize_activations)(const void* source, FloatType dtype, int64_t m, Activations* to);
+  // Where spans are several units: x.shared; x.sum serves as scratch. Comes before the integers.
+  void (*mark_shared_spans)(const PackedView& w, const Activations& x);
   // Rows of activations up to which multiply_rows is the faster way: at most kMostWalkedRows.
   int64_t walked_rows;
   // y[i * ldy + r - begin] += x[i] . w[r] for the rows [begin, end) of w; x is laid out for

@@ -15,6 +15,7 @@ from bitfold import Format
 
 HALF_ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 PROMISED = {"auto": 2e-4, "fp32": 2e-6, "int8": 2.5e-2}  # relative root mean square, before y is stored
+# (many rows of bfloat16 lose a little more, which its rounding hides)
 UNIT = 64  # columns that share a scale of x; fewer lose less
 LEVEL_LIMIT = {"auto": 7854, "int8": 127}  # a level of a codebook as an integer
 SUM_LIMIT = 2**31 // 7854 - 32  # of |x| as integers over a unit, where levels are that large

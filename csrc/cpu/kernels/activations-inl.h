@@ -9,26 +9,32 @@ static inline F max_lanes(const float* rows) {
   return join_lanes(rows, [](F a, F b) { return max(a, b); });
 }
 
-// What `join` makes of the lanes of each span, in all of them; a lane is a unit, and a span so
-// many.
-template <class Join>
-static inline F join_spans(F of_units, int64_t units, const Join& join) {
-  if (units == 1) return of_units;
-  float lanes[16];
-  store(lanes, of_units);
-  for (float* first = lanes; first < lanes + 16; first += units) {
-    float all = first[0];
-    for (int64_t u = 1; u < units; ++u) all = join(all, first[u]);
-    for (int64_t u = 0; u < units; ++u) first[u] = all;
+// Spans of units, of sixteen, and which of them share a scale (at their first unit).
+struct Spans {
+  int64_t units;
+  const uint8_t* shared;
+
+  // What `join` makes of the lanes of each, in all of them; a lane is a unit.
+  template <class Join>
+  F joined(F of_units, const Join& join) const {
+    if (units == 1) return of_units;
+    float lanes[16];
+    store(lanes, of_units);
+    for (int64_t first = 0; first < 16; first += units) {
+      if (!shared[first]) continue;
+      float all = lanes[first];
+      for (int64_t u = first + 1; u < first + units; ++u) all = join(all, lanes[u]);
+      for (int64_t u = first; u < first + units; ++u) lanes[u] = all;
+    }
+    return load(lanes);
   }
-  return load(lanes);
-}
+};
 
 // The first `live` of sixteen units: q[0, live * unit), and for all sixteen scales and sums of the
-// integers. Side by side, since each alone would wait for its own sums. A span is so many units.
-// False where integers cannot stand for one.
+// integers. Side by side, since each alone would wait for its own sums. False where integers cannot
+// stand for one.
 template <int kUnit>
-static inline bool quantize_units(const float* x, int64_t live, int64_t span, float limit,
+static inline bool quantize_units(const float* x, int64_t live, const Spans& spans, float limit,
                                   float sum_limit, int32_t* q, float* scale, float* sum) {
   alignas(64) float largest[16 * 16], totals[16 * 16], integers[16 * 16];
   for (int64_t u = live; u < 16; ++u) {
@@ -47,9 +53,8 @@ static inline bool quantize_units(const float* x, int64_t live, int64_t span, fl
     store(largest + 16 * u, most);
     store(totals + 16 * u, total);
   }
-  const F absmax =
-      join_spans(max_lanes(largest), span, [](float a, float b) { return a > b ? a : b; });
-  const F abssum = join_spans(add_lanes(totals), span, [](float a, float b) { return a + b; });
+  const F absmax = spans.joined(max_lanes(largest), [](float a, float b) { return a > b ? a : b; });
+  const F abssum = spans.joined(add_lanes(totals), [](float a, float b) { return a + b; });
   float most[16], total[16];
   store(most, absmax);
   store(total, abssum);
@@ -134,8 +139,9 @@ static bool quantize_activations(const void* source, FloatType dtype, int64_t m,
                           : to->unit == 32 ? quantize_units<32>
                                            : quantize_units<16>;
     const int64_t at_units = m * to->units + u;
-    if (!quantize(floats, live, to->span / to->unit, to->limit, to->sum_limit, q,
-                  to->scale + at_units, to->sum + at_units))
+    const Spans spans{to->span / to->unit, to->shared ? to->shared + u : nullptr};
+    if (!quantize(floats, live, spans, to->limit, to->sum_limit, q, to->scale + at_units,
+                  to->sum + at_units))
       return false;
     for (int64_t at = 0; at < stretch && col + at < to->cols; at += layout.block_cols) {
       const int64_t b = (col + at) / layout.block_cols;

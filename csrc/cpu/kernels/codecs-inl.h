@@ -130,6 +130,7 @@ struct ByteCodec {
     } else {
       constexpr int kShift = Bits == 4 ? 4 : 2;
       I code = p == 0 ? codes.low : shift_right_16(codes.low, kShift * p);
+      // (select_bits would copy its mask each time.)
       code = and_i(code, set1_16(Bits == 4 ? 0x0f0f : 0x0303));
       if constexpr (Bits == 3) {
         const I high = p == 0 ? codes.high : shift_right_16(codes.high, p);

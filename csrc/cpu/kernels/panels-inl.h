@@ -9,9 +9,11 @@ constexpr int64_t kPanelBytes = 16 * kPanelVectors * 8 * 64;
 
 struct PanelScratch {
   uint8_t *packed, *expanded;
-  float *factor, *shift;    // [units][kTileWidth]
-  float *share, *offset;    // likewise, words (kernels/shares-inl.h)
-  float *factors, *shifts;  // [16][units], before they are transposed
+  float *factor, *shift;  // [units][kTileWidth]
+  // Where a span is several units (kernels/shares-inl.h):
+  float *share, *offset, *step;  // likewise
+  uint8_t* shares;               // [units], at the first of a span: whether they may stand for it
+  float *factors, *shifts;       // [16][units], before they are transposed
   float* decoded;
 };
 static inline int64_t cut_panel(const PackedView& w, const Activations& x, void* scratch,
@@ -21,9 +23,11 @@ static inline int64_t cut_panel(const PackedView& w, const Activations& x, void*
   to->expanded = cut.bytes(kTilePanels * kPanelBytes);
   to->factor = cut.floats(unit_floats(x, kTileWidth));
   to->shift = cut.floats(unit_floats(x, kTileWidth));
-  const bool shared = x.span > x.unit;
-  to->share = cut.floats(shared ? unit_floats(x, kTileWidth) : 0);
-  to->offset = cut.floats(shared ? unit_floats(x, kTileWidth) : 0);
+  const int64_t shared = x.sums_several_units() ? unit_floats(x, kTileWidth) : 0;
+  to->share = cut.floats(shared);
+  to->offset = cut.floats(shared);
+  to->step = cut.floats(shared);
+  to->shares = cut.bytes(x.units);
   to->factors = cut.floats(unit_floats(x, 16));
   to->shifts = cut.floats(unit_floats(x, 16));
   to->decoded = cut.floats(decoded_floats(w, 16));
@@ -53,10 +57,7 @@ class PanelReader {
     cut_panel(w, x, scratch, &pieces_);
     shifted_ = has_shift<Codec::kBits>(w, ranges[0].offset);
     for (int64_t j = 0; j < kTileWidth; j += 16) load_panel_units(j, ranges + j);
-    if constexpr (Panel::kScaled) {
-      share_scales<Codec::kBits>(w, x, shifted_ ? pieces_.shift : nullptr, pieces_.factor,
-                                 pieces_.share, pieces_.offset);
-    }
+    if constexpr (Panel::kScaled) share_scales();
     // The next panels are asked for into the second cache, byte after byte as they lie: as many as
     // a turn takes, by its first rows of x, a few at a time. (All at once would keep other loads
     // waiting.)
@@ -64,7 +65,7 @@ class PanelReader {
     const int64_t vectors = kTileWidth * ((turn + kVectorCols - 1) / kVectorCols);
     const int64_t asking = x.rows < 4 * kTileRows ? x.rows : 4 * kTileRows;
     lines_ = vectors * kVectorBytes / 64;
-    lines_per_row_ = (lines_ + asking - 1) / asking;
+    lines_per_row_ = asking == 0 ? 0 : (lines_ + asking - 1) / asking;
   }
 
   // Columns that a turn takes: all of them where nothing has to be brought and no second tile reads
@@ -73,17 +74,12 @@ class PanelReader {
 
   // Takes the codes of the columns [col, col + cols()).
   void read(int64_t col) {
-    if (w_.layout == Layout::kPanels) {
-      take_lying(col);
-    } else if (Panel::kPacked || !has_own_levels(w_)) {
-      take_brought(col);
-    } else {
-      bring<ExpandedPanel<Codec>>(col, pieces_.expanded);
-      for (int j = 0; j < kTilePanels; ++j) {
-        lanes_[j] = pieces_.expanded + j * Panel::kLaneBytes;
-        if constexpr (Panel::kScaled) expand<ExpandedPanel<Codec>>(col, j, Panel::kPlaced);
-      }
+    if constexpr (Panel::kScaled) scaled_ = shares_fit(col);
+    if (w_.layout == Layout::kPanels) return take_lying(col);
+    if constexpr (!Panel::kPacked) {
+      if (has_own_levels(w_)) return take_expanded(col);
     }
+    take_brought(col);
   }
 
   // y[i, 0..kTileWidth) += for rows [m, m + result) of x and the columns that were read.
@@ -97,8 +93,8 @@ class PanelReader {
       return lines < lines_ ? lines : lines_;
     };
     Tile t = {
-        .factor = pieces_.factor + kTileWidth * first,
-        .shift = shifted_ && !Panel::kScaled ? pieces_.shift + kTileWidth * first : nullptr,
+        .factor = (scaled_ ? pieces_.step : pieces_.factor) + kTileWidth * first,
+        .shift = shifted_ && !scaled_ ? pieces_.shift + kTileWidth * first : nullptr,
         .x = x_.data + (col / 64 * x_.rows + m) * slab_bytes,
         .x_stride = x_.rows * slab_bytes,
         .scale = x_.scale + m * x_.units + first,
@@ -119,6 +115,12 @@ class PanelReader {
       t.lanes[j] = lanes_[j];
       t.thirds[j] = thirds_[j];
     }
+    if constexpr (Panel::kScaled) {
+      if (!scaled_) {
+        multiply_next_tile(ExpandedPanel<Codec>{{codecs_[0]}}, t, rows);
+        return rows;
+      }
+    }
     multiply_next_tile(Panel{{codecs_[0]}}, t, rows);
     return rows;
   }
@@ -126,7 +128,7 @@ class PanelReader {
  private:
   static constexpr int64_t kVectorBytes = Codec::kBits == 3 ? 96 : 64;
   static constexpr int64_t kVectorCols = 16 * kColsPerLane<Codec::kBits>;
-  static constexpr int64_t kCols = kPanelVectors * kVectorCols;
+  static constexpr int64_t kCols = kPanelVectors * kVectorCols;  // of a turn: whole spans
   static constexpr int64_t kThirds = 16 * kPanelVectors * kTilePanels * 64;  // behind packed lanes
 
   bool in_place() const { return Panel::kPacked && w_.layout == Layout::kPanels; }
@@ -140,7 +142,7 @@ class PanelReader {
       const uint8_t* panel = w_.codes + row_at(16 * j) / 16 * 16 * w_.row_bytes;
       lanes_[j] = panel + 64 * lane;
       thirds_[j] = panel + 16 * w_.plane_bytes + 32 * lane;
-      if constexpr (!Panel::kPacked) expand<PackedPanel<Codec, false>>(col, j, 64);
+      if constexpr (!Panel::kPacked) expand_from<PackedPanel<Codec, false>>(col, j, 64);
     }
   }
   // Codes that become lanes first.
@@ -150,7 +152,15 @@ class PanelReader {
     for (int j = 0; j < kTilePanels; ++j) {
       lanes_[j] = pieces_.packed + j * Brought::kLaneBytes;
       thirds_[j] = lanes_[j] + kThirds;
-      if constexpr (!Panel::kPacked) expand<Brought>(col, j, Brought::kPlaced);
+      if constexpr (!Panel::kPacked) expand_from<Brought>(col, j, Brought::kPlaced);
+    }
+  }
+  // Codes of which each row's mean something else: expanded before they become lanes.
+  void take_expanded(int64_t col) {
+    bring<ExpandedPanel<Codec>>(col, pieces_.expanded);
+    for (int j = 0; j < kTilePanels; ++j) {
+      lanes_[j] = pieces_.expanded + j * Panel::kLaneBytes;
+      if (scaled_) expand_from<ExpandedPanel<Codec>>(col, j, Panel::kPlaced);
     }
   }
 
@@ -187,35 +197,65 @@ class PanelReader {
     }
   }
 
-  // Makes of a panel's lanes, so many bytes apart, what tiles multiply.
+  // Makes of a panel's lanes, so many bytes apart, what tiles multiply; they may lie there already.
   template <class From>
-  void expand(int64_t col, int j, int64_t stride) {
+  void expand_from(int64_t col, int j, int64_t stride) {
+    uint8_t* to = pieces_.expanded + j * Panel::kLaneBytes;
+    if (Panel::kScaled && scaled_) {
+      expand<From, true>(col, j, stride, to);
+    } else {
+      expand<From, false>(col, j, stride, to);
+    }
+    lanes_[j] = to;
+  }
+  template <class From, bool kShared>
+  void expand(int64_t col, int j, int64_t stride, uint8_t* to) const {
     const From from{{codecs_[16 * j]}};
     const int up = share_bits<Codec::kBits>(w_);
     const int64_t left = (w_.cols + 63) / 64 * 64 - col;  // whole slabs
     const int64_t lanes = (left < kCols ? left : kCols) / kColsPerLane<Codec::kBits>;
     const int64_t lanes_of_unit = x_.unit / kColsPerLane<Codec::kBits>;
-    const uint8_t *at = lanes_[j], *thirds = thirds_[j];
-    uint8_t* to = pieces_.expanded + j * Panel::kLaneBytes;
-    lanes_[j] = to;
     int64_t lane = 0;
-    for (int64_t unit = col / x_.unit; lane < lanes; ++unit) {
+    for (int64_t unit = col >> unit_bits_; lane < lanes; ++unit) {
       I share, offset;
-      if constexpr (Panel::kScaled) {
+      if constexpr (kShared) {
         share = load_i(pieces_.share + unit * kTileWidth + 16 * j);
         offset = load_i(pieces_.offset + unit * kTileWidth + 16 * j);
       }
       for (const int64_t end = lane + lanes_of_unit; lane < end; ++lane) {
-        const Stored codes = from.load(at, thirds, lane * stride);
+        const uint8_t* at = lanes_[j] + lane * stride;
+        const Stored codes = from.load(lanes_[j], thirds_[j], lane * stride);
 #pragma GCC unroll 8
         for (int p = 0; p < Codec::kParts; ++p) {
-          I operand = from.part(at + lane * stride, codes, p);
-          if constexpr (Panel::kScaled)
+          I operand = from.part(at, codes, p);
+          if constexpr (kShared) {
             operand = add_16(scale_16(shift_left_16(operand, up), share), offset);
+          }
           store_i(to + lane * Panel::kPlaced + 64 * p, operand);
         }
       }
     }
+  }
+
+  // Units of spans that have one scale are brought to it where that can be.
+  void share_scales() {
+    const int64_t per_span = x_.span >> unit_bits_;
+    for (int64_t u = 0; u < x_.units; u += per_span) {
+      bool fits = x_.shared[u];
+      for (int64_t at = u * kTileWidth; at < (u + 1) * kTileWidth; at += 16) {
+        fits &= share_span<Codec::kBits>(
+            w_, per_span, pieces_.factor + at, shifted_ ? pieces_.shift + at : nullptr,
+            pieces_.share + at, pieces_.offset + at, pieces_.step + at);
+      }
+      pieces_.shares[u] = fits;
+    }
+  }
+  // Whether all spans of the turn from `col` have their shares.
+  bool shares_fit(int64_t col) const {
+    const int64_t end = (col + kCols < x_.cols ? col + kCols : x_.cols);
+    for (int64_t at = col; at < end; at += x_.span)
+      if (!pieces_.shares[at >> unit_bits_]) return false;
+    return true;
   }
 
   // Factors and shifts of sixteen rows from row_ + j: [units][kTileWidth], from column j.
@@ -241,12 +281,13 @@ class PanelReader {
   const Activations& x_;
   const int64_t row_;
   const int unit_bits_;  // log2 of x.unit: tiles are too short for divisions
+  bool scaled_ = false;  // of this turn: words were expanded with their shares
   int64_t lines_, lines_per_row_;
   Codec codecs_[kTileWidth];
   const uint8_t* rows_[kTileWidth];
   PanelScratch pieces_;
   bool shifted_;
-  const uint8_t *lanes_[kTilePanels], *thirds_[kTilePanels];
+  const uint8_t *lanes_[kTilePanels] = {}, *thirds_[kTilePanels] = {};
 };
 
 template <class Codec, class Panel>
@@ -263,7 +304,8 @@ template <class Codec>
 static void multiply_panel_with(const PackedView& w, const Activations& x, int64_t row,
                                 void* scratch, float* y) {
   if constexpr (Codec::kWords) {
-    if (x.span > x.unit) return multiply_panel_as<Codec, ScaledPanel<Codec>>(w, x, row, scratch, y);
+    if (x.sums_several_units())
+      return multiply_panel_as<Codec, ScaledPanel<Codec>>(w, x, row, scratch, y);
   }
   if (has_own_levels(w) || (kExpandingCosts && x.rows > kTileRows))
     return multiply_panel_as<Codec, ExpandedPanel<Codec>>(w, x, row, scratch, y);

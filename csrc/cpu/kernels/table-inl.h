@@ -43,6 +43,10 @@ static void multiply_rows(const PackedView& w, const Activations& x, int64_t beg
   });
 }
 
+static void mark_shared_spans(const PackedView& w, const Activations& x) {
+  with_codec(w, Operand::kWords, [&](auto codec) { mark_spans_of<decltype(codec)::kBits>(w, x); });
+}
+
 static void multiply_panel(const PackedView& w, const Activations& x, int64_t row, void* scratch,
                            float* y) {
   with_codec(w, x.layout->operand,
@@ -69,6 +73,7 @@ const KernelTable table = {
     .gemm_nt = gemm_nt,
     .gemm_nn = gemm_nn,
     .quantize_activations = quantize_activations,
+    .mark_shared_spans = mark_shared_spans,
     .walked_rows = kWalkedRows,
     .multiply_rows = multiply_rows,
     .rows_scratch_bytes = rows_scratch_bytes,

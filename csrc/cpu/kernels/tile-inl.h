@@ -1,8 +1,8 @@
 // A tile of a product: some rows of activations, and the rows of one or two panels of a weight,
 // which sit in the lanes of a vector. Where there are registers for it, two panels go together and
 // share what is broadcast. Where the target can, codes are expanded in the shadow of the products,
-// so that even a second and third look at them is free; else once per panel (kExpandingCosts).
-// Included by each target.
+// so that even a second and third look at them is free; else once per panel (kExpandingCosts), as
+// where a span is several units. Included by each target.
 
 constexpr int kTileWidth = 16 * kTilePanels;  // rows of the weight
 
@@ -81,8 +81,8 @@ struct ScaledPanel : ExpandedPanel<Codec> {
   static constexpr bool kScaled = true;
 };
 
-// A piece of the product: M rows of activations, kTileWidth of the weight, and so many units of so
-// many columns. Integers are summed over spans of units, for which the numbers of the first stand.
+// A piece of the product: M rows of activations, kTileWidth of the weight, and so many units of
+// columns. Integers are summed over so many units at a time; the floats at the first of them count.
 struct Tile {
   const float* factor;  // [units][kTileWidth]
   const float* shift;   // likewise, or null
@@ -113,7 +113,7 @@ static void multiply_tile(const Panel& panel, const Tile& from) {
   const uint8_t *slab = t.x, *ahead = t.ahead;
   int64_t at = 0;                                                // of the lane
   int64_t in_slab = 0;                                           // columns
-  const int64_t span_units = Panel::kScaled ? t.span_units : 1;  // known where it is one
+  const int64_t span_units = Panel::kScaled ? t.span_units : 1;  // a constant where it can be
   // Lines to ask for at each span. (A division of 64 bits would take as long as ten products.)
   const uint32_t wanted = static_cast<uint32_t>(t.lines), units = static_cast<uint32_t>(t.units);
   const int64_t lines = (wanted + units - 1) / units * span_units;

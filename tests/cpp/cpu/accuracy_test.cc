@@ -98,6 +98,30 @@ TEST(Accuracy, ManyRows) {
   }
 }
 
+// Weights and activations that make up for each other, as methods that smooth activations leave
+// them: group after group has weights so many times smaller and activations as many times larger.
+TEST(Accuracy, ManyRowsOfUnevenGroups) {
+  const KernelTable& k = active_kernels();
+  const int64_t cols = 1024;
+  for (float ratio : {1.0f, 4.0f, 7.0f, 10.0f, 30.0f, 1000.0f}) {
+    std::vector<float> weights = gaussian(cols);
+    std::vector<float> x = testing::random_weights(kManyRows * cols, 13);
+    const auto small = [&](size_t i) { return i % cols / 64 % 2 == 1; };
+    for (size_t i = 0; i < weights.size(); ++i) weights[i] /= small(i) ? ratio : 1.0f;
+    for (size_t i = 0; i < x.size(); ++i) x[i] *= small(i) ? ratio : 1.0f;
+    const Values rows(FloatType::kBFloat16, x);
+    for (const char* text : {"nf4", "int4-g64", "int8-g64-zp", "int2-g64", "int3-g32", "nf3-g16"}) {
+      testing::Owned w(testing::format_of(text), kRows, cols);
+      ASSERT_TRUE(w.quantize(k, Method::kRound, weights).ok());
+      const std::vector<float> weight = w.decoded();
+      std::vector<double> exact(static_cast<size_t>(kManyRows * kRows));
+      reference::linear(w.view(), rows.floats.data(), kManyRows, nullptr, exact.data());
+      const auto y = multiply(k, w.view(), rows, kManyRows, nullptr, Accuracy::kAuto);
+      EXPECT_LE(relative_error(y, exact), 2e-3) << text << " ratio " << ratio;
+    }
+  }
+}
+
 TEST(Accuracy, HalvesAndRaggedRows) {
   for (const std::string& text : testing::some_formats())
     check(text, 1100, {FloatType::kFloat16, FloatType::kBFloat16}, gaussian(1100));

@@ -115,14 +115,17 @@ TEST(InstructionSets, ActivationsBecomeTheSameIntegers) {
   for (const char* text : {"nf4", "int4-g16", "int3-g48", "int8-row"}) {
     Owned w(format_of(text), 1, cols);
     for (Operand operand : {Operand::kWords, Operand::kTwoBytes, Operand::kBytes}) {
-      for (Walk walk : {Walk::kRows, Walk::kPanels}) {
+      for (int kind : {0, 1, 2}) {
+        const Walk walk = kind ? Walk::kPanels : Walk::kRows;
         const auto integers = [&](const KernelTable& k) {
-          Activations to = describe_activations(w.view(), operand, walk, 1);
+          Activations to = describe_activations(w.view(), operand, walk, 1, kind == 2);
           std::vector<uint8_t> data(static_cast<size_t>(to.blocks * to.layout->block_bytes));
           std::vector<float> scale(static_cast<size_t>(to.units)), sum(scale);
           to.data = data.data();
           to.scale = scale.data();
           to.sum = sum.data();
+          std::vector<uint8_t> shared(scale.size(), 1);
+          if (kind == 2) to.shared = shared.data();
           EXPECT_TRUE(k.quantize_activations(x.data(), FloatType::kFloat32, 0, &to));
           for (const std::vector<float>* floats : {&scale, &sum}) {
             const auto* bytes = reinterpret_cast<const uint8_t*>(floats->data());

@@ -113,10 +113,11 @@ TEST(Layout, ProductsOfManyRowsAreTheSame) {
       Owned w(testing::format_of(text), n, cols);
       w.fill_randomly(static_cast<unsigned>(n));
       const InPanels panels(w.view());
-      for (int64_t m : kBatches) {
-        // Of many rows in bfloat16 integers are summed across groups.
-        const Values x(m < 64 ? FloatType::kFloat32 : FloatType::kBFloat16,
-                       testing::random_weights(m * cols, 2));
+      std::vector<std::pair<int64_t, FloatType>> batches;
+      for (int64_t m : kBatches) batches.emplace_back(m, FloatType::kFloat32);
+      batches.emplace_back(70, FloatType::kBFloat16);  // integers are summed across groups
+      for (const auto& [m, dtype] : batches) {
+        const Values x(dtype, testing::random_weights(m * cols, 2));
         for (Accuracy level : testing::kLevels) {
           if (m <= k.walked_rows && level != Accuracy::kFp32) continue;
           const auto product = [&](const PackedView& view, const Parallel& parallel) {

@@ -16,13 +16,16 @@ struct Quantized {
   Activations x;
   std::vector<uint8_t> data;
   std::vector<float> scale, sum;
+  std::vector<uint8_t> shared;
 
   Quantized(const PackedView& w, Operand operand, Walk walk, int64_t rows,
             bool across_groups = false)
       : x(describe_activations(w, operand, walk, rows, across_groups)),
         data(static_cast<size_t>(x.blocks * rows * x.layout->block_bytes), 0xee),
         scale(static_cast<size_t>(rows * x.units), -1.0f),
-        sum(scale) {
+        sum(scale),
+        shared(static_cast<size_t>(x.units), 1) {
+    x.shared = across_groups ? shared.data() : nullptr;
     x.data = data.data();
     x.scale = scale.data();
     x.sum = sum.data();
@@ -88,8 +91,12 @@ void check_row(const Quantized& to, int64_t m, const float* x, const std::string
           << what << " column " << c;
     }
     const double step = std::max(absmax / a.limit, size / a.sum_limit);
-    if (ends) EXPECT_NEAR(scale, step, step * 1e-6) << what << " unit " << u;
-    if (!begins) EXPECT_EQ(scale, a.scale[m * a.units + u - 1]) << what << " unit " << u;
+    if (ends) {
+      EXPECT_NEAR(scale, step, step * 1e-6) << what << " unit " << u;
+    }
+    if (!begins) {
+      EXPECT_EQ(scale, a.scale[m * a.units + u - 1]) << what << " unit " << u;
+    }
     EXPECT_NEAR(a.sum[m * a.units + u], scale * sum,
                 std::fabs(scale * sum) * 1.01 * testing::kRound)
         << what << " unit " << u;
@@ -166,6 +173,8 @@ TEST(QuantizeActivations, RefusesWhatIntegersCannotStandFor) {
       x[static_cast<size_t>(at)] = value;
       Quantized to(w.view(), Operand::kWords, Walk::kRows, 1);
       EXPECT_FALSE(k.quantize_activations(x.data(), FloatType::kFloat32, 0, &to.x)) << value;
+      Quantized spans(w.view(), Operand::kWords, Walk::kPanels, 1, /*across_groups=*/true);
+      EXPECT_FALSE(k.quantize_activations(x.data(), FloatType::kFloat32, 0, &spans.x)) << value;
     }
   }
   for (float value : {1e-26f, 1e-40f, 1e-45f}) {
