@@ -168,8 +168,8 @@ def linear(
 
     Returns:
         ``[..., out]`` in x's dtype, or in autocast's where that is on. Differentiable in x and bias; the
-            packed weight is frozen. The gradient is computed in float32 whatever the accuracy; on a GPU one of
-            16 bits is multiplied by torch, with weights that are rounded to its dtype.
+            packed weight is frozen. The gradient is computed in float32 whatever the accuracy; on a GPU
+            one of 16 bits is multiplied by torch, with weights that are rounded to its dtype.
 
     Raises:
         ValueError: an accuracy of another name.
