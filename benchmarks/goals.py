@@ -17,7 +17,8 @@ Goal = dict[str, Any]
 def goal(what: str, case: str, need: float, got: float | None, most: bool = False) -> Goal:
     """`got` at least `need` (`most`: at most); None where the run had nothing to compare with."""
     met = None if got is None else bool(got <= need if most else got >= need)
-    return {"goal": what, "case": case, "need": f"{'≤' if most else '≥'} {need:.3g}", "got": got, "met": met}
+    number = f"{need:.3g}" if need < 1000 else f"{need:.0f}"
+    return {"goal": what, "case": case, "need": f"{'≤' if most else '≥'} {number}", "got": got, "met": met}
 
 
 def _ratio(of: Iterable[Record], to: Record) -> float | None:
@@ -157,9 +158,9 @@ def folding_goals(speeds: dict[str, float], copy: float, clone: float) -> list[G
     return found
 
 
-def print_goals(goals: list[Goal]) -> None:
-    """A line per goal."""
-    words = {True: "met", False: "MISSED", None: "no peer"}
+def print_goals(goals: list[Goal], unknown: str = "no peer") -> None:
+    """A line per goal; `unknown`: why there is nothing to judge by."""
+    words = {True: "met", False: "MISSED", None: unknown}
     rows = [
         [
             g.get("shape", ""),

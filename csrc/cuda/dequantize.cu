@@ -167,6 +167,13 @@ bool is_aligned(const DeviceWeight& w, const RowIndices& indices, const void* ou
          reinterpret_cast<uintptr_t>(out) % 16 == 0;
 }
 
+Status launch_any(const DeviceWeight& w, const RowIndices& indices, int64_t count, FloatType dtype,
+                  void* out, cudaStream_t stream) {
+  Launch launch;
+  if (Status status = plan_items(count * indices.cols, &launch); !status.ok()) return status;
+  return run("dequantize_any", dequantize_any, launch, 0, stream, w, indices, count, dtype, out);
+}
+
 template <int kBits, FloatType kType, bool kTable>
 Status launch_rows(const DeviceWeight& w, const RowIndices& indices, int64_t count, void* out,
                    cudaStream_t stream) {
@@ -176,6 +183,8 @@ Status launch_rows(const DeviceWeight& w, const RowIndices& indices, int64_t cou
   const int64_t tables =
       w.view.family == Family::kLearnedCodebook ? rows_per_block(plan.launch.block_y) : 1;
   const size_t shared = kTable ? static_cast<size_t>(tables) * 16 * sizeof(float) : 0;
+  // Rows of one unit: a block takes so many that there is no room for a codebook of each.
+  if (shared > kMaxSharedBytes) return launch_any(w, indices, count, kType, out, stream);
   return run("dequantize_rows", dequantize_rows<kBits, kType, kTable>, plan.launch, shared, stream,
              w, indices, plan, out);
 }
@@ -190,9 +199,7 @@ Status decode_dense(const DeviceWeight& w, const RowIndices& indices, int64_t co
     }
     return launch_rows<kBits, kType, false>(w, indices, count, out, stream);
   }
-  Launch launch;
-  if (Status status = plan_items(count * indices.cols, &launch); !status.ok()) return status;
-  return run("dequantize_any", dequantize_any, launch, 0, stream, w, indices, count, kType, out);
+  return launch_any(w, indices, count, kType, out, stream);
 }
 
 template <int kBits>

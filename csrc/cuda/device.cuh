@@ -69,11 +69,15 @@ T* dynamic_shared() {
 }
 
 template <class... Parameters, class... Arguments>
-Status run(const char* /*name*/, void (*kernel)(Parameters...), const Launch& launch, size_t shared,
+Status run(const char* name, void (*kernel)(Parameters...), const Launch& launch, size_t shared,
            cudaStream_t /*stream*/, const Arguments&... arguments) {
-  emulator::run(launch.grid_x, launch.grid_y, launch.block_x, launch.block_y, shared,
-                [&] { kernel(arguments...); });
-  return Status::success();
+  if (launch.empty()) return Status::success();
+  const char* refusal =
+      emulator::run(reinterpret_cast<const void*>(kernel), launch.grid_x, launch.grid_y,
+                    launch.block_x, launch.block_y, shared, [&] { kernel(arguments...); });
+  if (!refusal) return Status::success();
+  return Status::error(StatusCode::kInvalidArgument,
+                       std::string("the emulator refused the kernel ") + name + ": " + refusal);
 }
 
 #endif

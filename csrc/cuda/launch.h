@@ -1,6 +1,7 @@
 // How much work goes to which thread: plain arithmetic, tested on the host for every odd shape.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "core/float16.h"
@@ -11,6 +12,8 @@ namespace bitfold::cuda {
 inline constexpr int kThreads = 256;
 inline constexpr int kRowsPerThread = 4;  // independent loads that a thread has in flight
 inline constexpr uint32_t kMaxGridX = 0x7fffffffu, kMaxGridY = 65535;
+// Shared memory that a block may have unless its kernel was allowed more.
+inline constexpr size_t kMaxSharedBytes = 48 * 1024;
 
 struct Launch {
   uint32_t grid_x = 0, grid_y = 1, block_x = 1, block_y = 1;

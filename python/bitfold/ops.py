@@ -161,12 +161,15 @@ def linear(
             - ``"auto"``: the fastest way whose error is that of rounding the result: below 2e-4 for
               float32 x, 2e-3 for float16 and bfloat16, with weights and activations as models have them
               (``docs/kernels.md`` tells where not).
-            - ``"fp32"``: every product and sum in float32.
+            - ``"fp32"``: every product and sum in float32. On a GPU more than 32 rows of x, and at ``"auto"``
+              as many of float32 x, are multiplied by torch, in TF32 where it has been told so
+              (``torch.set_float32_matmul_precision``).
             - ``"int8"``: x is rounded to 8 bits in blocks of 64 along ``in``; an error of about 1.4e-2.
 
     Returns:
         ``[..., out]`` in x's dtype, or in autocast's where that is on. Differentiable in x and bias; the
-            packed weight is frozen. The gradient is computed in float32 whatever the accuracy.
+            packed weight is frozen. The gradient is computed in float32 whatever the accuracy; on a GPU
+            one of 16 bits is multiplied by torch, with weights that are rounded to its dtype.
 
     Raises:
         ValueError: an accuracy of another name.
@@ -218,7 +221,7 @@ def linear_mixed(
 
     Returns:
         ``[..., out]`` in x's dtype, or in autocast's. Differentiable in x and bias as `linear` is: through
-            the dequantized weight, in float32.
+            the dequantized weight.
 
     Raises:
         RuntimeError: another format, columns out of range or order, tensors that do not fit.

@@ -18,6 +18,15 @@ FORMATS = [
 ]
 FORMATS += ["nf3", "int8-tensor-zp", "kmeans4-row", "int3-g64-outliers50"]
 
+# Products that tensor cores make: (rows, columns), formats, rows of x. That each goes the way meant is tested
+# without a GPU: WhatTheSanitizerWatches in tests/cpp/cuda/linear_plan_test.cc has this list.
+OF_TENSOR_CORES = [
+    ((33, 384), ["nf4", "int4-g64", "int8-row", "int8-g64-zp", "int3-g64", "int2-g64"], [1, 9, 20, 40, 64]),
+    ((16, 16384), ["nf4", "int4-g64-dq"], [1]),  # slices of the columns, added up by add_slices
+    ((16, 65536), ["int4-g64"], [64]),  # a slice of several slabs
+]
+SLABS = (33, 384), ["nf4", "int3-g64"], [70]  # the weight as floats, a slab at a time
+
 
 def solve() -> None:
     """Ragged everywhere: rows, blocks of columns, groups, sections of the Hessian's rows."""
@@ -47,6 +56,20 @@ def solve() -> None:
     solvers.awq_scale([solvers.AwqReader(weight, Format("int4-g64"), hessian, mean_abs, channel, 100)], n - 1)
 
 
+def multiply() -> None:
+    for shape, names, batches in (*OF_TENSOR_CORES, SLABS):
+        for name in names:
+            spec = Format(name).spec(shape)
+            packed = ops.quantize(torch.randn(shape, device="cuda"), name, "round")
+            for dtype in (torch.float16, torch.bfloat16):
+                bias = torch.randn(shape[0], device="cuda", dtype=dtype)
+                for m in batches:
+                    x = torch.randn(m, shape[1], device="cuda", dtype=dtype, requires_grad=m == 1)
+                    y = ops.linear(x, packed, spec, bias)
+                    if x.requires_grad:
+                        y.sum().backward()
+
+
 def main() -> None:
     for shape in ((9, 136), (3, 67)):
         weight = torch.randn(shape)
@@ -59,10 +82,7 @@ def main() -> None:
                 spec = fmt.spec(shape)
                 ops.embedding(torch.tensor([2, 0], device="cuda"), packed, spec, torch.float16)
             for m in (1, 17):
-                try:
-                    ops.linear(torch.randn(m, shape[1], device="cuda").bfloat16(), packed, spec)
-                except NotImplementedError:
-                    print("linear has no CUDA kernel in this build")
+                ops.linear(torch.randn(m, shape[1], device="cuda").bfloat16(), packed, spec)
             if name == "int8-row":
                 for columns in (None, [1, 66]):
                     x = 4.0 * torch.randn(19, shape[1], device="cuda")
@@ -70,6 +90,7 @@ def main() -> None:
     codes = torch.randint(0, 8, (5, 37), dtype=torch.uint8).cuda()
     ops.unpack_bits(ops.pack_bits(codes, 3), 3, 5, 37)
     ops.double_dequantize(*ops.double_quantize(torch.rand(700, device="cuda") ** 12))
+    multiply()
     solve()
     torch.cuda.synchronize()
     print("sanitized: every kernel ran")

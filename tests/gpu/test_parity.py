@@ -12,8 +12,9 @@ from bitfold import Format, ops
 from support import EVERY_FORMAT, SOME_FORMATS
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Whole units of eight and groups; a row that ends within a unit, a group and a byte; one weight.
-SHAPES = [(40, 512), (7, 136), (5, 197), (1, 1)]
+# Whole units of eight and groups; a row that ends within a unit, a group and a byte; rows of one unit of a
+# 16-bit result and of an fp32 one; one weight.
+SHAPES = [(40, 512), (7, 136), (5, 197), (5, 8), (5, 4), (1, 1)]
 
 
 def same(a: Tensor, b: Tensor) -> bool:

@@ -234,3 +234,139 @@ def test_goals_of_int8_and_folding(script):
     speeds = {"quantize nf4": 15.0, "quantize int8-row": 2.0, "dequantize nf4 to bf16": 20.0}
     met = {g["case"]: g["met"] for g in goals.folding_goals(speeds, copy=31.0, clone=24.0)}
     assert met == {"nf4": True, "int8-row": False, "nf4 to bf16": True}
+
+
+@pytest.fixture
+def gpu(script, monkeypatch):
+    """`gpu.py` where there is no GPU: its jobs make their calls on the CPU, and a stub times them."""
+    module = script("gpu")
+    monkeypatch.setattr(script("gpu_peers"), "DEVICE", "cpu")
+    monkeypatch.setattr(module, "l2_bytes", lambda: 1)
+
+    def call_each(calls):
+        for call in calls:
+            call()
+        return {"us": 2.0, "best_us": 1.0, "p90_us": 3.0}
+
+    monkeypatch.setattr(module, "microseconds", call_each)
+    monkeypatch.setattr(module, "queued_microseconds", call_each)
+    monkeypatch.setattr(module, "clock_microseconds", lambda call: call_each([call]))
+    return module
+
+
+ENVIRONMENT = {"gpu": "none", "torch": torch.__version__, "copy_tb_s": 1.0, "bf16_tflop_s": 100.0}
+
+
+def measured(gpu, out):
+    """Records and goals of a smoke run, in which nothing of our own may fail."""
+    gpu.measure(gpu.Run(ENVIRONMENT, 1.0), ENVIRONMENT, out, smoke=True)
+    written = json.loads((out / "gpu.json").read_text(encoding="utf-8"))
+    return written["records"], written["goals"]
+
+
+def test_every_job_of_gpu_makes_its_calls(gpu, tmp_path, capsys):
+    records, goals = measured(gpu, tmp_path)
+    rows = {(r["job"], r["case"], r["m"]): r for r in records}
+    assert {job for job, *_ in rows} == {"linear", "fold", "unfold", "gptq", "hessian"}
+    for (_, case, _), r in rows.items():
+        assert case in gpu.PEERS or r["us"] == 2.0, r
+        assert ("us" in r) != ("left_out" in r)
+    assert rows["linear", "nf4", 16]["floor_us"] > 0
+    assert "Marlin is not installed" in rows["linear", "Marlin int4 g128", 1]["left_out"]
+    assert rows["linear", "torch bf16", 16]["us"] == 2.0
+    assert {g["met"] for g in goals} == {None}  # of shapes that smoke does not measure
+    assert len(goals) == len(gpu.GOALS) + len(gpu.RATIOS) * len(gpu.FOUR_BITS)
+    assert "bitfold on none" in capsys.readouterr().out
+
+
+def test_a_failure_on_a_gpu_is_a_row(gpu, tmp_path, monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setitem(gpu.PEERS, "torch bf16", lambda _: gpu.gpu_peers.Peer(1, fails, fails, fails))
+    monkeypatch.setattr(gpu, "gptq", fails)
+    with pytest.raises(
+        SystemExit, match="1 rows of bitfold's own failed; the first: RuntimeError: operation"
+    ):
+        measured(gpu, tmp_path)
+    records = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["records"]
+    failed = [r for r in records if "not permitted" in r.get("left_out", "")]
+    assert {(r["job"], r["case"]) for r in failed} == {
+        ("gptq", "all that was left"),
+        *((job, "torch bf16") for job in ("linear", "fold", "unfold")),
+    }
+    assert any(r["job"] == "linear" and r["case"] == "nf4" and "us" in r for r in records)
+    assert capsys.readouterr().out.count("not permitted") == len(failed)
+
+
+def test_what_was_measured_is_written_when_a_run_is_stopped(gpu, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(gpu, "fold", stop)
+    with pytest.raises(SystemExit, match="143"):
+        measured(gpu, tmp_path)
+    records = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["records"]
+    assert {r["job"] for r in records} == {"unfold"}
+    assert "unfold  nf4" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["gpu.json"]
+
+
+def test_a_failed_capture_gives_the_stream_back_and_its_first_reason(gpu, monkeypatch):
+    streams = ["current"]
+
+    class Graph:
+        def __init__(self, _):
+            streams.append("capturing")
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            raise RuntimeError("capture was invalidated")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+
+    def call():
+        raise ValueError("copies from the CPU")
+
+    record = gpu.Run(ENVIRONMENT, 1.0).add("linear", "nf4", (8, 8), 1, lambda: gpu.recorded([call]))
+    assert record["left_out"] == "ValueError: copies from the CPU"
+    assert streams == ["current", "capturing", "current"]
+
+
+def test_goals_of_a_gpu_are_of_one_run(gpu):
+    def row(case, us):
+        return {"job": "linear", "case": case, "shape": [8192, 8192], "m": 1, "us": us}
+
+    goals = gpu.goals_of([row("torch bf16", 36.0), row("nf4", 12.0), row("int4-g64", 18.0)])
+    at = {(g["goal"], g["case"]): g for g in goals if g["shape"] == "8192 x 8192, M=1"}
+    assert at["linear, microseconds", "nf4"]["met"] is True
+    assert at["linear, microseconds", "int4-g64"]["met"] is False
+    assert at["linear, times as fast as bf16", "nf4"]["got"] == 3.0
+    assert at["linear, times as fast as bf16", "int4-g64"]["met"] is False
+    assert at["linear, times as fast as bf16", "int4-g128"]["met"] is None
+
+
+def test_rows_with_goals_are_measured_first(gpu, monkeypatch):
+    run, begun = gpu.Run(ENVIRONMENT, 1.0), []
+    for name in ("unfold", "fold", "gptq"):
+        monkeypatch.setattr(
+            gpu, name, lambda _, shapes, job=name: begun.extend((job, s, None) for s in shapes)
+        )
+    monkeypatch.setattr(
+        gpu, "hessians", lambda _, tokens, sizes: begun.append(("hessian", (tokens, *sizes), None))
+    )
+    monkeypatch.setattr(
+        gpu,
+        "linear",
+        lambda _run, shapes, batches, _formats: begun.extend(
+            ("linear", s, m) for s in shapes for m in batches
+        ),
+    )
+    run.do(gpu.jobs_of(run, smoke=False), lambda: None)
+    wanted = {(job, shape, m) for job, _, shape, m in gpu.GOALS} | {("linear", *at) for at in gpu.RATIOS}
+    assert set(begun[: len(wanted)]) == wanted

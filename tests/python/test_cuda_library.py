@@ -38,24 +38,49 @@ def test_names_the_library_that_torch_has_cuda_in() -> None:
     assert "RUNPATH" not in dynamic
 
 
-@pytest.mark.skipif(None in map(shutil.which, ("cmake", "ninja", "nvcc")), reason="no cmake, ninja or nvcc")
-def test_a_list_of_architectures_is_one_definition(tmp_path: Path) -> None:
-    pytest.importorskip("pybind11")
-    options = {
-        "CMAKE_EXPORT_COMPILE_COMMANDS": "ON",
-        "BITFOLD_BUILD_PYTHON": "ON",
-        "BITFOLD_CUDA": "ON",
-        "BITFOLD_CUDA_ARCHITECTURES": "80-real;90a-real",
-        "Python_EXECUTABLE": sys.executable,
-    }
+with_nvcc = pytest.mark.skipif(
+    None in map(shutil.which, ("cmake", "ninja", "nvcc")), reason="no cmake, ninja or nvcc"
+)
+
+
+def configure(folder: Path, **options: str) -> subprocess.CompletedProcess[str]:
     root = Path(__file__).parents[2]
     defined = [f"-D{name}={value}" for name, value in options.items()]
-    subprocess.run(
-        ["cmake", "-S", root, "-B", tmp_path, "-G", "Ninja", *defined], check=True, capture_output=True
+    command = ["cmake", "-S", root, "-B", folder, "-G", "Ninja", *defined]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+@with_nvcc
+def test_a_list_of_architectures_is_one_definition(tmp_path: Path) -> None:
+    pytest.importorskip("pybind11")
+    done = configure(
+        tmp_path,
+        CMAKE_EXPORT_COMPILE_COMMANDS="ON",
+        BITFOLD_BUILD_PYTHON="ON",
+        BITFOLD_CUDA="ON",
+        BITFOLD_CUDA_ARCHITECTURES="80-real;90a-real",
+        Python_EXECUTABLE=sys.executable,
     )
+    assert done.returncode == 0, done.stderr
     commands = json.loads((tmp_path / "compile_commands.json").read_text(encoding="utf-8"))
     command = next(entry["command"] for entry in commands if entry["file"].endswith("python/module.cc"))
     assert '-DBITFOLD_CUDA_BUILT="80-real,90a-real"' in shlex.split(command)
+
+
+@with_nvcc
+@pytest.mark.parametrize("asked", ["75", "80-real;75-real", "all", "native"])
+def test_architectures_without_what_the_kernels_use_are_refused(tmp_path: Path, asked: str) -> None:
+    pytest.importorskip("pybind11")
+    if asked == "native" and torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    options = {"BITFOLD_BUILD_PYTHON": "ON", "Python_EXECUTABLE": sys.executable}
+    done = configure(tmp_path, BITFOLD_CUDA="ON", BITFOLD_CUDA_ARCHITECTURES=asked, **options)
+    assert done.returncode != 0
+    old = {"80-real;75-real": "75-real", "native": "none, since there is no GPU here"}.get(asked, asked)
+    sentence = (
+        f"ARCHITECTURES={asked} asks for {old}; _ops_cuda can be compiled for numbers from 80 (Ampere) on"
+    )
+    assert sentence in " ".join(done.stderr.split())
 
 
 @built

@@ -405,3 +405,50 @@ def test_products_on_a_gpu_lose_tf32_for_a_while(way: str) -> None:
         else:
             torch.set_float32_matmul_precision("highest")
             matmul.fp32_precision = before
+
+
+def test_products_on_a_gpu_have_tf32_for_a_while() -> None:
+    """Nobody has it who must not, and the settings are as they were."""
+    from types import SimpleNamespace
+
+    from bitfold.solvers._checks import exact_products, tf32_products
+
+    matmul = torch.backends.cuda.matmul
+    on_gpu: Any = SimpleNamespace(is_cuda=True)
+    before = matmul.fp32_precision
+    with tf32_products():
+        assert matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+        with tf32_products():  # as another thread would
+            assert matmul.allow_tf32
+        assert matmul.allow_tf32
+    assert (matmul.fp32_precision, torch.get_float32_matmul_precision()) == (before, "highest")
+    with exact_products(on_gpu), exact_products(on_gpu), tf32_products():
+        assert not matmul.allow_tf32
+    with pytest.raises(KeyError), tf32_products():
+        raise KeyError
+    assert not matmul.allow_tf32
+    try:
+        matmul.fp32_precision = "tf32"
+        with tf32_products():
+            assert matmul.fp32_precision == "tf32"
+        # The first of two solves to end leaves the other without.
+        first, second = exact_products(on_gpu), exact_products(on_gpu)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert matmul.fp32_precision == "ieee"
+        second.__exit__(None, None, None)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_a_number_of_16_bits_is_one_of_tf32() -> None:
+    """Ten bits below the leading one and eight of exponent: what `tf32_products` relies on."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        values = every.view(dtype).float()
+        values = values[values.isfinite() & ((values == 0) | (values.abs() >= 2.0**-126))]
+        assert len(values) > 60_000
+        assert not (values.view(torch.int32) & 0x1FFF).any()

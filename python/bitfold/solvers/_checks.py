@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,24 +67,74 @@ def through_cpu(solve: Callable[..., Any], device: torch.device, *arguments: Any
     return moved(solve(*moved(arguments, "cpu")), device)
 
 
+# Torch has one setting for all threads. Nobody turns TF32 on while a solve runs that must not have it.
+_setting = threading.Lock()
+
+
+class _Solves:
+    """How many need products as such, and what gives back what torch had been told before the first."""
+
+    running = 0
+    restore: Callable[[], None] = staticmethod(lambda: None)
+
+
 @contextmanager
 def exact_products(tensor: Tensor) -> Iterator[None]:
     """Products in fp32 as such on a GPU, whatever torch has been told: TF32 in the feedback changes codes."""
-    matmul = torch.backends.cuda.matmul
-    if not tensor.is_cuda or matmul.fp32_precision != "tf32":
+    if not tensor.is_cuda:
         yield
         return
+    with _setting:
+        if _Solves.running == 0:
+            _Solves.restore = _without_tf32()
+        _Solves.running += 1
+    try:
+        yield
+    finally:
+        with _setting:
+            _Solves.running -= 1
+            if _Solves.running == 0:
+                _Solves.restore()
+
+
+def _without_tf32() -> Callable[[], None]:
+    """Turns TF32 off; returns what turns it on again if it was."""
+    matmul = torch.backends.cuda.matmul
+    if matmul.fp32_precision != "tf32":
+        return lambda: None
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # set through fp32_precision, of which the older setting must not know
         matmul.fp32_precision = "ieee"
+        return lambda: setattr(matmul, "fp32_precision", "tf32")
+    torch.set_float32_matmul_precision("highest")
+    return lambda: torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """TF32 for products of what it holds exactly, as all numbers of 16 bits: only sums may differ.
+
+    Not while another thread needs products as such, or is in here: then they are as torch has been told.
+    """
+    matmul = torch.backends.cuda.matmul
+    if not _setting.acquire(blocking=False):
+        yield
+        return
+    try:
+        told = matmul.fp32_precision
+        try:
+            unclear = matmul.allow_tf32
+        except RuntimeError:  # the older and the newer setting were both used, and contradict each other
+            unclear = True
+        if unclear or _Solves.running > 0:
+            yield
+            return
+        matmul.allow_tf32 = True
         try:
             yield
         finally:
-            matmul.fp32_precision = "tf32"
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
+            matmul.allow_tf32 = False
+            matmul.fp32_precision = told
     finally:
-        torch.set_float32_matmul_precision(before)
+        _setting.release()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bitfold import ops  # noqa: F401  (loads the library)
+from bitfold.solvers._checks import tf32_products
 
 _ops = torch.ops.bitfold
 
@@ -21,8 +22,9 @@ def hessian_update(
         hessian: ``[in, in]``, float32 or float64, contiguous; updated in place. With ``tokens=0`` what it
             holds is not read. Sums are made in its dtype. Only what lies on and below the diagonal (and some
             more) is kept up to date: `hessian_finish` fills in the rest once all batches are in.
-        x: ``[..., in]``, float32, float16 or bfloat16, on the same device; on a GPU products are as exact
-            as torch has been told (``torch.set_float32_matmul_precision``).
+        x: ``[..., in]``, float32, float16 or bfloat16, on the same device. On a GPU products of float32 x are
+            as exact as torch has been told (``torch.set_float32_matmul_precision``); those of 16-bit x, which
+            TF32 holds exactly, are summed by tensor cores whatever it has been told.
         mask: bool or uint8, one entry per row of x: rows where it is 0 (padding) are passed over. None counts
             all.
         tokens: how many rows the mean stands for so far, i.e. the sum of what earlier calls counted.
@@ -42,6 +44,9 @@ def hessian_update(
         >>> hessian_finish(h)[0].tolist()
         [1.0, 1.25, 1.5, 1.75]
     """
+    if x.is_cuda and x.dtype != torch.float32 and not torch.compiler.is_compiling():
+        with tf32_products():
+            return _ops.hessian_update(hessian, x.detach(), mask, tokens)
     return _ops.hessian_update(hessian, x.detach(), mask, tokens)
 
 

@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -119,12 +120,35 @@ void run_block() {
   }
 }
 
+// By kernel, where it was allowed more than every kernel has.
+std::map<const void*, size_t>& allowed_bytes() {
+  static std::map<const void*, size_t> bytes;
+  return bytes;
+}
+
+// The limits of every GPU that we are built for, written out here: those in launch.h are tested
+// against them.
+const char* refusal(const void* kernel, uint32_t grid_x, uint32_t grid_y, uint32_t block_x,
+                    uint32_t block_y, size_t shared_bytes) {
+  if (grid_x == 0 || grid_y == 0 || block_x == 0 || block_y == 0) return "nothing is launched";
+  if (grid_x > 0x7fffffffu) return "a grid is at most 2147483647 blocks wide";
+  if (grid_y > 65535) return "a grid is at most 65535 blocks high";
+  if (uint64_t{block_x} * block_y > kMostThreads) return "a block has at most 1024 threads";
+  const auto allowed = allowed_bytes().find(kernel);
+  if (shared_bytes > (allowed == allowed_bytes().end() ? size_t{48} * 1024 : allowed->second))
+    return "more shared memory than the kernel was allowed";
+  return nullptr;
+}
+
 }  // namespace
 
-void run(uint32_t grid_x, uint32_t grid_y, uint32_t block_x, uint32_t block_y, size_t shared_bytes,
-         const std::function<void()>& body) {
+void allow_shared_memory(const void* kernel, size_t bytes) { allowed_bytes()[kernel] = bytes; }
+
+const char* run(const void* kernel, uint32_t grid_x, uint32_t grid_y, uint32_t block_x,
+                uint32_t block_y, size_t shared_bytes, const std::function<void()>& body) {
+  if (const char* reason = refusal(kernel, grid_x, grid_y, block_x, block_y, shared_bytes))
+    return reason;
   g.threads = block_x * block_y;
-  if (g.threads > kMostThreads) std::abort();
   g.shared.assign(shared_bytes, static_cast<char>(0xff));
   g.body = &body;
   g.block_dim = {block_x, block_y};
@@ -135,6 +159,7 @@ void run(uint32_t grid_x, uint32_t grid_y, uint32_t block_x, uint32_t block_y, s
       run_block();
     }
   }
+  return nullptr;
 }
 
 const Index& thread_index() { return g.fibers[g.now].index; }

@@ -1,8 +1,8 @@
 // CUDA's threads on the host, as far as our kernels need them: the .cu files themselves are
 // compiled by the C++ compiler and run here, block after block, each thread a fiber that others are
 // resumed in the place of at __syncthreads and at shuffles. Indices, grids, synchronisation and
-// arithmetic are tested that way; memory models, launch limits and speed are not. A thread that
-// waits for one that has ended is found and ends the test.
+// arithmetic are tested that way; memory models, registers and speed are not. A thread that waits
+// for one that has ended is found and ends the test; a launch that CUDA would refuse is refused.
 #pragma once
 
 #include <cmath>
@@ -27,9 +27,13 @@ struct Index {
   uint32_t x, y;
 };
 
-// Runs body once for each thread of the grid.
-void run(uint32_t grid_x, uint32_t grid_y, uint32_t block_x, uint32_t block_y, size_t shared_bytes,
-         const std::function<void()>& body);
+// Runs body, which calls `kernel`, once for each thread of the grid. Null, or why nothing was run:
+// what is launched is larger than CUDA allows.
+const char* run(const void* kernel, uint32_t grid_x, uint32_t grid_y, uint32_t block_x,
+                uint32_t block_y, size_t shared_bytes, const std::function<void()>& body);
+
+// In the place of cudaFuncSetAttribute: this kernel may have more dynamic shared memory.
+void allow_shared_memory(const void* kernel, size_t bytes);
 
 // Of the thread that runs now.
 const Index& thread_index();

@@ -72,7 +72,9 @@ class Result {
 
 TEST(CudaKernels, DequantizeEveryFormat) {
   for (const std::string& text : bitfold::testing::every_format()) {
-    for (const auto& [rows, cols] : {std::pair<int64_t, int64_t>{5, 136}, {3, 61}, {37, 8}}) {
+    // Narrow ones too: a block takes a thousand rows of one unit.
+    for (const auto& [rows, cols] :
+         {std::pair<int64_t, int64_t>{5, 136}, {3, 61}, {37, 8}, {5, 8}, {5, 4}}) {
       Owned w(format_of(text), rows, cols);
       w.fill_randomly(static_cast<unsigned>(rows));
       const DeviceWeight weight = weight_of(w, rows, cols);
@@ -80,13 +82,28 @@ TEST(CudaKernels, DequantizeEveryFormat) {
         const std::vector<char> expected = stored(w.decoded(), dtype);
         for (size_t skew : {size_t{0}, size_t{4}}) {
           Result out(expected.size(), skew);
-          ASSERT_TRUE(dequantize(weight, dtype, out.data(), nullptr).ok());
+          const Status status = dequantize(weight, dtype, out.data(), nullptr);
+          ASSERT_TRUE(status.ok()) << text << ": " << status.message;
           ASSERT_EQ(out.get(), expected) << text << " [" << rows << ", " << cols << "] " << skew;
           ASSERT_TRUE(out.is_guarded()) << text;
         }
       }
     }
   }
+}
+
+__global__ void do_nothing() {}
+
+TEST(CudaKernels, WhatCudaWouldRefuseIsRefused) {
+  const auto is_run = [](const Launch& launch, size_t shared) {
+    return run("do_nothing", do_nothing, launch, shared, nullptr).ok();
+  };
+  EXPECT_TRUE(is_run({1, 1, 256, 4}, kMaxSharedBytes));
+  EXPECT_FALSE(is_run({1, 1, 256, 5}, 0));
+  EXPECT_FALSE(is_run({1, 1, 32, 1}, kMaxSharedBytes + 1));
+  EXPECT_TRUE(is_run({1, kMaxGridY, 1, 1}, 0));
+  EXPECT_FALSE(is_run({1, kMaxGridY + 1, 1, 1}, 0));
+  EXPECT_FALSE(is_run({kMaxGridX + 1, 1, 1, 1}, 0));
 }
 
 TEST(CudaKernels, EmbeddingWithEitherIndex) {

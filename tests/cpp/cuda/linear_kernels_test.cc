@@ -37,6 +37,7 @@ void run_mma(const MmaTask& task) {
                       : task.plan.column_tiles == 4 ? linear_mma<kBits, kType, 4>
                                                     : linear_mma<kBits, kType, 8>;
   const Launch launch{task.plan.grid, 1, static_cast<uint32_t>(task.plan.warps) * 32, 1};
+  emulator::allow_shared_memory(reinterpret_cast<const void*>(kernel), kHopper.shared_bytes);
   ASSERT_TRUE(
       run("linear_mma", kernel, launch, static_cast<size_t>(task.plan.shared_bytes), nullptr, task)
           .ok());

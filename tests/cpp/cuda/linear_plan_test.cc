@@ -131,6 +131,34 @@ TEST(LinearPlan, WaysOfEveryKindOfProduct) {
   EXPECT_EQ(way("int8-tensor", 48, kHalf, 8), Way::kMma);
 }
 
+// The list of tests/gpu/sanitized.py: on every kind of GPU the kernels are watched that are meant.
+TEST(LinearPlan, WhatTheSanitizerWatches) {
+  const auto plan_of = [](const PackedView& w, int64_t m, const GpuLimits& gpu) {
+    MmaPlan plan;
+    for (FloatType x : {FloatType::kFloat16, FloatType::kBFloat16})
+      EXPECT_EQ(choose_way(w, x, m, false, true), Way::kMma);
+    EXPECT_TRUE(plan_mma(w, m, gpu, &plan));
+    return plan;
+  };
+  for (const GpuLimits& gpu : kGpus) {
+    SCOPED_TRACE(gpu.multiprocessors);
+    for (const char* text :
+         {"nf4", "int4-g64", "int8-row", "int8-g64-zp", "int3-g64", "int2-g64"}) {
+      for (const auto& [m, tiles] :
+           {std::pair<int64_t, int>{1, 1}, {9, 2}, {20, 4}, {40, 8}, {64, 8}})
+        EXPECT_EQ(plan_of(view_of(text, 33, 384), m, gpu).column_tiles, tiles) << text;
+    }
+    for (const char* text : {"nf4", "int4-g64-dq"})
+      EXPECT_GT(plan_of(view_of(text, 16, 16384), 1, gpu).slices, 1) << text;
+    const MmaPlan long_slices = plan_of(view_of("int4-g64", 16, 65536), 64, gpu);
+    EXPECT_GT(long_slices.slice_chunks, long_slices.slab_chunks);
+  }
+  for (const char* text : {"nf4", "int3-g64"}) {
+    for (FloatType x : {FloatType::kFloat16, FloatType::kBFloat16})
+      EXPECT_EQ(choose_way(view_of(text, 33, 384), x, 70, false, true), Way::kSlabs);
+  }
+}
+
 TEST(LinearPlan, AnyShapeHasAGrid) {
   for (int64_t m : {int64_t{1}, int64_t{8}, int64_t{9}, int64_t{1} << 40}) {
     for (int64_t rows : {int64_t{1}, int64_t{17}, int64_t{1} << 44}) {
