@@ -140,9 +140,7 @@ def peer_case(peer: Peer, x: dict[str, torch.Tensor], rows: list[int]) -> dict[s
     }
 
 
-def time_shape(
-    n: int, k: int, args: Any, floors: Floors, rates: dict[str, float], clock: Callable[[], float]
-) -> dict[str, Any]:
+def time_shape(n: int, k: int, args: Any, floors: Floors, clock: Callable[[], float]) -> dict[str, Any]:
     """All cases of a weight [n, k], one record per M and case."""
     weight = weight_of(n, k)
     everything = torch.randn(max(args.rows), k, generator=torch.Generator().manual_seed(2))
@@ -164,16 +162,19 @@ def time_shape(
             calls[case["case"]] = call
         timings = interleaved(calls, seconds=args.seconds, least=3, turn=TURN, clock=clock)
         reads[m] = floors.bandwidth(timings)
+        floors.rates()
         for case in cases:
             record = {key: case[key] for key in KEPT}
-            rate = compute_rate(rates, case["level"])
             record |= {"shape": [n, k], "m": m, "error": errors[case["case"]]}
             record |= timings[case["case"]].to_dict()
             record["seconds"] = record[f"{args.stat}_s"]
             record["memory_floor_s"] = case["nbytes"] / reads[m][args.stat] / 1e9
-            record["compute_floor_s"] = m * n * k / rate if rate else None
             records.append(record)
         print(f"{n} x {k}, M = {m}: {len(cases)} cases, read {reads[m]['median']:.1f} GB/s", flush=True)
+    rates = floors.rates()
+    for record in records:
+        rate = compute_rate(rates, record["level"])
+        record["compute_floor_s"] = record["m"] * n * k / rate if rate else None
     return {
         "shape": [n, k],
         "read_GB_per_s": reads,
@@ -281,12 +282,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     try:
         env = environment() | {"peers": peers.versions()}
         floors = Floors(args.threads, 2**20 if args.smoke else 2**28, clock)
-        rates = floors.rates()
         with torch.inference_mode():
             shapes = []
             for shape in args.shapes:
-                shapes.append(time_shape(*shape, args, floors, rates, clock))
+                shapes.append(time_shape(*shape, args, floors, clock))
                 gc.collect()
+        rates = floors.rates()
         overhead = time_overhead(args.seconds, clock)
     finally:
         torch.set_num_threads(before)
