@@ -48,9 +48,9 @@ struct Activations {
   float limit;      // largest |q|
   float sum_limit;  // largest sum of |q| over a span, so that a lane cannot overflow
   uint8_t* data;    // [blocks][rows][block_bytes]
-  float* scale;     // [rows][units], those of a span alike
+  float* scale;     // [rows][units], those of a span that shares one alike
   float* sum;       // [rows][units]: scale * sum of q
-  uint8_t* shared;  // [units], at the first of a span of several: whether it does have one scale
+  uint8_t* shared;  // [units], at the first of a span of several: whether it does share one
 
   bool sums_several_units() const { return span > unit; }
 };
