@@ -17,7 +17,7 @@ void factor_in_place(const Tensor& a, const Tensor& status) {
       torch::stable::detail::from(a), torch::stable::detail::from(true),
       torch::stable::detail::from(false), torch::stable::detail::from(a),
       torch::stable::detail::from(status)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::linalg_cholesky_ex", "L", stack.data(), TORCH_ABI_VERSION));
   // The results are `a` and `status`, handed over once more.
   const auto factor = torch::stable::detail::to<Tensor>(stack[0]);
@@ -31,7 +31,7 @@ void solve_with_factor(const float* l, const Device& device, int64_t n, int64_t 
   std::array<StableIValue, 3> stack{torch::stable::detail::from(right),
                                     torch::stable::detail::from(factor),
                                     torch::stable::detail::from(false)};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher("aten::cholesky_solve", "", stack.data(), TORCH_ABI_VERSION));
   torch::stable::copy_(right, torch::stable::detail::to<Tensor>(stack[0]));
 }

@@ -16,7 +16,7 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, T
   const Tensor right =
       transpose_b ? borrow(b, cpu(), k, n, 1, ldb) : borrow(b, cpu(), k, n, ldb, 1);
   const Tensor out = borrow(c, cpu(), m, n, ldc, 1);
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), left.get(), right.get(), beta, alpha));
 }
 

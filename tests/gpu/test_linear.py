@@ -17,8 +17,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 PROMISED = {torch.float32: 2e-6, torch.float16: 3e-4, torch.bfloat16: 1.2e-3}
 
 
-def folded(fmt: str, shape: tuple[int, int], seed: int = 0) -> list[Tensor]:
-    """Random codes, so that every one occurs, with scales of a folded weight."""
+def folded(fmt: str, shape: tuple[int, int], seed: int = 1) -> list[Tensor]:
+    """Random codes, so that every one occurs, with scales of a folded weight. Not of the seed that x is drawn
+    from: a row of x times itself adds up what each level is off, in place of averaging it."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(shape, generator=generator)
     packed = ops.quantize(weight, fmt, "round")
@@ -61,6 +62,8 @@ def check(fmt: str, shape: tuple[int, int], m: int, dtype: torch.dtype, accuracy
     assert y.dtype == dtype
     assert y.is_cuda
     promised = PROMISED[torch.float32 if accuracy == "fp32" else dtype] * (2.0 if m > 64 else 1.0)
+    if m > 64 and Format(fmt).grouping == "tensor":  # a few weights over and over: each may be off by half a unit
+        promised = max(promised, torch.finfo(dtype).eps / 2)
     assert_near(y, exact_product(x, ops.dequantize(packed, fmt, shape), bias.to(dtype)), promised)
     assert torch.equal(y, ops.linear(x.cuda(), on_gpu, spec, bias.cuda(), accuracy)), (
         "not the same bits twice"

@@ -185,9 +185,8 @@ def test_awq(fmt: str) -> None:
         w, h, magnitude, of_column = (t.to(device) for t in (weight, hessian, mean_abs, channel))
         reader = solvers.AwqReader(w, Format(fmt), h, magnitude, of_column, tokens=200)
         scale, report = solvers.awq_scale([reader, reader], 190)
-        assert scale is not None
-        assert scale.is_cuda == (device == "cuda")
-        losses = [report["before"], report["after"], report["alpha"]]
+        assert scale is None or scale.is_cuda == (device == "cuda")  # None: no scale is better, as here for nf4
+        losses = [scale is None, report["before"], report["after"], report["alpha"]]
         for marked in (None, exact.to(device)):
             if fmt != "kmeans4-row":
                 packed, clipped = solvers.awq_clip(w, fmt, h, exact=marked)

@@ -12,7 +12,7 @@ CudaContext::CudaContext(const Place& place, const char* op)
     fail(op, "CUDA device " + std::to_string(device) + ": " + cudaGetErrorString(error));
   }
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   stream_ = static_cast<cudaStream_t>(stream);
 }
 

@@ -25,10 +25,10 @@ void multiply_dense(const Tensor& like, FloatType dtype, const DenseMatrix& a, c
   const Tensor result = wrap(like, dtype, out.data, {out.rows, out.cols}, {out.stride, 1});
   if (bias) {
     const Tensor row = wrap(like, dtype, bias, {1, out.cols}, {out.cols, 1});
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_cuda_addmm_out(result.get(), row.get(), left.get(), right.get(), 1.0, 1.0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(result.get(), left.get(), right.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(result.get(), left.get(), right.get()));
   }
 }
 

@@ -17,7 +17,7 @@ LinearAlgebra::Gemm<T> gemm_on(const Device& device) {
     const Tensor right =
         transpose_b ? borrow(b, device, k, n, 1, ldb) : borrow(b, device, k, n, ldb, 1);
     const Tensor out = borrow(c, device, m, n, ldc, 1);
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_cuda_addmm_out(out.get(), out.get(), left.get(), right.get(), beta, alpha));
   };
 }
