@@ -13,8 +13,9 @@ int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 // ---- the table of switch-overs. Computed from how many bytes and instructions each way needs
 // (docs/architecture.md), not yet measured on a GPU.
 
-// Up to so many rows of x. Above, linear_mma would read the weight a second time.
-constexpr int64_t kMostRowsOfMma = kMaxMmaColumns;
+// Up to so many rows of x, in passes that each read the weight; after two of them slabs are as
+// quick.
+constexpr int64_t kMostRowsOfMma = 2 * kMaxMmaColumns;
 // fp32 arithmetic: every eight rows of x decode the weight once more, which dense matrices do once.
 constexpr int64_t kMostRowsOfAny = 32;
 
@@ -23,9 +24,10 @@ constexpr int64_t kMostColumns = int64_t{1} << 24;
 
 constexpr int64_t kMostTiles = int64_t{1} << 26;  // times 32 slices at most
 
-// Bytes of dense weight in scratch: less than half of the L2 of the GPUs that have most of it.
-constexpr int64_t kSlabBytes = int64_t{24} << 20;
-constexpr int64_t kSlabUnit = 64;
+// Bytes of dense weight in scratch: at most, and what L2 keeps between writing and reading.
+constexpr int64_t kSlabBytes = int64_t{64} << 20;
+constexpr int64_t kKeptBytes = int64_t{24} << 20;
+constexpr int64_t kSlabUnit = 256;  // the longer side of a tile
 
 // ---- what a cut costs, in nanoseconds; proportions of an H200, not yet measured
 constexpr double kCodesPerNs = 32.0;  // bytes per multiprocessor: its share of 4.3 TB/s
@@ -35,6 +37,17 @@ constexpr double kPerSlab = 700.0;  // two barriers and a wait for L2
 constexpr double kPerTile = 900.0;  // start and end of a tile
 constexpr double kPerReduction = 2000.0;
 constexpr double kPartialsPerNs = 2500.0;  // the whole GPU, written and read
+
+// Tiles of a product of dense matrices, and the share of its peak that a multiprocessor reaches
+// with them: it works on one at a time, and those of the last round leave the others idle.
+struct ProductTile {
+  int rows, columns;
+  double share;
+};
+constexpr ProductTile kProductTiles[] = {{128, 256, 1.0}, {128, 128, 0.85}, {64, 64, 0.5}};
+constexpr double kFlopsPerNs = 6000.0, kFloatFlopsPerNs = 390.0;  // of a multiprocessor
+constexpr double kPerProduct = 5000.0;  // two launches, a start and an end
+constexpr double kBytesPerNs = 4300.0;  // of the whole GPU
 
 struct Sizes {
   int chunk, stage, table;
@@ -168,9 +181,43 @@ AnyPlan plan_any(int64_t m, int64_t rows) {
   return plan;
 }
 
-int64_t slab_length(int64_t length, int64_t other, FloatType dtype) {
-  const int64_t fit = kSlabBytes / (std::max<int64_t>(1, other) * size_of(dtype));
-  return std::min(length, std::max(kSlabUnit, fit / kSlabUnit * kSlabUnit));
+int64_t mma_pass(int64_t m) { return ceil_div(m, ceil_div(m, kMaxMmaColumns)); }
+
+namespace {
+
+// Nanoseconds for m rows of x by a slab, written and multiplied.
+double slab_cost(int64_t length, int64_t other, int64_t m, FloatType dtype, const GpuLimits& gpu) {
+  const double rate = dtype == FloatType::kFloat32 ? kFloatFlopsPerNs : kFlopsPerNs;
+  double product = INFINITY;
+  for (const ProductTile& tile : kProductTiles) {
+    const int64_t tiles = ceil_div(m, tile.rows) * ceil_div(length, tile.columns);
+    const double flops = 2.0 * tile.rows * tile.columns * static_cast<double>(other);
+    product = std::min(product, static_cast<double>(ceil_div(tiles, gpu.multiprocessors)) * flops /
+                                    (rate * tile.share));
+  }
+  const int64_t bytes = length * other * size_of(dtype);
+  const int64_t spilled = 2 * std::max<int64_t>(0, bytes - kKeptBytes);  // written, read again
+  return product + static_cast<double>(spilled) / kBytesPerNs + kPerProduct;
+}
+
+}  // namespace
+
+int64_t slab_length(int64_t length, int64_t other, int64_t m, FloatType dtype,
+                    const GpuLimits& gpu) {
+  const int64_t most = kSlabBytes / (std::max<int64_t>(1, other) * size_of(dtype));
+  int64_t best = std::min(length, kSlabUnit);
+  double least = INFINITY;
+  for (int64_t units = 1; units == 1 || (units - 1) * kSlabUnit < length; ++units) {
+    const int64_t slab = std::min(length, units * kSlabUnit);
+    if (units > 1 && slab > most) break;
+    const int64_t rest = length % slab;
+    const double cost = static_cast<double>(length / slab) * slab_cost(slab, other, m, dtype, gpu) +
+                        (rest ? slab_cost(rest, other, m, dtype, gpu) : 0.0);
+    if (cost >= least) continue;
+    least = cost;
+    best = slab;
+  }
+  return best;
 }
 
 }  // namespace bitfold::cuda

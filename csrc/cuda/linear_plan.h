@@ -65,7 +65,13 @@ struct AnyPlan {
 inline constexpr int kAnyWarps = 8, kAnyRows = 2;
 AnyPlan plan_any(int64_t m, int64_t rows);
 
-// Slabs: how many rows (or columns, in whole units) of a matrix lie in scratch at a time.
-int64_t slab_length(int64_t length, int64_t other, FloatType dtype);
+// Rows of x that linear_mma takes at a time, where there are more than it can: shares of the same
+// length, but for the last.
+int64_t mma_pass(int64_t m);
+
+// Slabs: how many rows (or columns) of a matrix, `length` of them of `other` floats each, lie in
+// scratch at a time to be multiplied by m rows of x.
+int64_t slab_length(int64_t length, int64_t other, int64_t m, FloatType dtype,
+                    const GpuLimits& gpu);
 
 }  // namespace bitfold::cuda

@@ -13,6 +13,27 @@ void check(const Status& status, const char* op) {
   if (!status.ok()) fail(op, status.message);
 }
 
+namespace {
+
+// Words by which others know a want of memory: accelerate then tries a smaller batch.
+#ifdef USE_CUDA
+constexpr const char* kOutOfMemory = "CUDA out of memory.";
+#else
+constexpr const char* kOutOfMemory = "DefaultCPUAllocator: can't allocate memory.";
+#endif
+
+}  // namespace
+
+// Torch's C interface prints what was the matter, and returns a number; what its headers throw has
+// the name of the call. One that allocates has "empty" in it, and fails for want of memory.
+void throw_as(const char* op, const std::exception& error) {
+  const std::string what = error.what();
+  if (what.starts_with("bitfold::")) throw;
+  if (what.find("empty") != std::string::npos)
+    fail(op, std::string(kOutOfMemory) + " How much was asked for is on stderr");
+  fail(op, "torch failed in it: " + what + "; its reason is on stderr");
+}
+
 Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

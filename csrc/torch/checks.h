@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <string>
 #include <vector>
@@ -26,6 +27,8 @@ using torch::stable::Tensor;
 // and line before the sentence.
 [[noreturn]] void fail(const char* op, const std::string& message);
 void check(const Status& status, const char* op);
+// Called while `error` is handled: throws it again in the name of `op`, if it does not bear one.
+[[noreturn]] void throw_as(const char* op, const std::exception& error);
 
 // `tensor` itself where it lies contiguously, else a copy. The stable ABI looks an op up by its
 // name at every call, so that asking first is cheaper.

@@ -2,6 +2,7 @@
 
 #include "cpu/dequantize.h"
 #include "torch/checks.h"
+#include "torch/registration.h"
 
 namespace bitfold::binding {
 namespace {
@@ -47,8 +48,8 @@ Tensor embedding(const Tensor& indices, const std::vector<Tensor>& packed,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
-  m.impl("dequantize", TORCH_BOX(&dequantize));
-  m.impl("embedding", TORCH_BOX(&embedding));
+  implement<"dequantize", &dequantize>(m);
+  implement<"embedding", &embedding>(m);
 }
 
 }  // namespace bitfold::binding

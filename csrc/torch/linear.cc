@@ -4,6 +4,7 @@
 
 #include "cpu/mixed_product.h"
 #include "torch/linear_arguments.h"
+#include "torch/registration.h"
 
 namespace bitfold::binding {
 namespace {
@@ -49,10 +50,10 @@ Tensor linear_grad_input(const Tensor& grad, const std::vector<Tensor>& packed,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_nograd", TORCH_BOX(&linear));
-  m.impl("linear_mixed", TORCH_BOX(&linear_mixed));
-  m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
+  implement<"linear", &linear>(m);
+  implement<"linear_nograd", &linear>(m);
+  implement<"linear_mixed", &linear_mixed>(m);
+  implement<"linear_grad_input", &linear_grad_input>(m);
 }
 
 }  // namespace bitfold::binding

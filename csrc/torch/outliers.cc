@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "torch/checks.h"
+#include "torch/registration.h"
 
 namespace bitfold::binding {
 namespace {
@@ -87,9 +88,9 @@ std::vector<Tensor> fill_outliers(std::vector<Tensor> dense, std::vector<int64_t
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
-  m.impl("choose_outliers", TORCH_BOX(&choose_outliers));
-  m.impl("set_aside_outliers", TORCH_BOX(&set_aside_outliers));
-  m.impl("fill_outliers", TORCH_BOX(&fill_outliers));
+  implement<"choose_outliers", &choose_outliers>(m);
+  implement<"set_aside_outliers", &set_aside_outliers>(m);
+  implement<"fill_outliers", &fill_outliers>(m);
 }
 
 }  // namespace bitfold::binding

@@ -5,6 +5,7 @@
 #include "core/scale_coding.h"
 #include "cpu/isa.h"
 #include "torch/pack_arguments.h"
+#include "torch/registration.h"
 
 namespace bitfold::binding {
 namespace {
@@ -86,15 +87,15 @@ int64_t instruction_set() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) {
-  m.impl("pack_bits", TORCH_BOX(&pack_bits));
-  m.impl("unpack_bits", TORCH_BOX(&unpack_bits));
-  m.impl("double_quantize", TORCH_BOX(&double_quantize));
-  m.impl("double_dequantize", TORCH_BOX(&double_dequantize));
+  implement<"pack_bits", &pack_bits>(m);
+  implement<"unpack_bits", &unpack_bits>(m);
+  implement<"double_quantize", &double_quantize>(m);
+  implement<"double_dequantize", &double_dequantize>(m);
 }
 
 // No tensor argument to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CompositeExplicitAutograd, m) {
-  m.impl("instruction_set", TORCH_BOX(&instruction_set));
+  implement<"instruction_set", &instruction_set>(m);
 }
 
 }  // namespace bitfold::binding

@@ -1,6 +1,7 @@
 #include "solvers/quantize.h"
 
 #include "torch/checks.h"
+#include "torch/registration.h"
 
 namespace bitfold::binding {
 namespace {
@@ -19,6 +20,6 @@ std::vector<Tensor> quantize(Tensor weight, std::vector<int64_t> spec, int64_t m
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) { m.impl("quantize", TORCH_BOX(&quantize)); }
+STABLE_TORCH_LIBRARY_IMPL(bitfold, CPU, m) { implement<"quantize", &quantize>(m); }
 
 }  // namespace bitfold::binding

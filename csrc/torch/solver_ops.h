@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "solvers/hessian.h"
+#include "torch/registration.h"
 #include "torch/solver_arguments.h"
 
 namespace bitfold::binding {
@@ -169,14 +170,14 @@ std::tuple<std::vector<Tensor>, Tensor> awq_clip(Tensor weight, Tensor hessian,
 
 template <class On>
 void register_solvers(torch::stable::detail::StableLibrary& m) {
-  m.impl("hessian_update", TORCH_BOX(&hessian_update<On>));
-  m.impl("hessian_finish", TORCH_BOX(&hessian_finish<On>));
-  m.impl("cross_update", TORCH_BOX(&cross_update<On>));
-  m.impl("gptq_quantize", TORCH_BOX(&gptq_quantize<On>));
-  m.impl("refit_scales", TORCH_BOX(&refit_scales<On>));
-  m.impl("hqq_solve", TORCH_BOX(&hqq_solve<On>));
-  m.impl("awq_scale", TORCH_BOX(&awq_scale<On>));
-  m.impl("awq_clip", TORCH_BOX(&awq_clip<On>));
+  implement<"hessian_update", &hessian_update<On>>(m);
+  implement<"hessian_finish", &hessian_finish<On>>(m);
+  implement<"cross_update", &cross_update<On>>(m);
+  implement<"gptq_quantize", &gptq_quantize<On>>(m);
+  implement<"refit_scales", &refit_scales<On>>(m);
+  implement<"hqq_solve", &hqq_solve<On>>(m);
+  implement<"awq_scale", &awq_scale<On>>(m);
+  implement<"awq_clip", &awq_clip<On>>(m);
 }
 
 }  // namespace bitfold::binding

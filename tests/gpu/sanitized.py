@@ -25,7 +25,7 @@ OF_TENSOR_CORES = [
     ((16, 16384), ["nf4", "int4-g64-dq"], [1]),  # slices of the columns, added up by add_slices
     ((16, 65536), ["int4-g64"], [64]),  # a slice of several slabs
 ]
-SLABS = (33, 384), ["nf4", "int3-g64"], [70]  # the weight as floats, a slab at a time
+SLABS = (33, 384), ["nf4", "int3-g64"], [130]  # the weight as floats, a slab at a time
 
 
 def solve() -> None:

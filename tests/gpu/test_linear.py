@@ -75,13 +75,13 @@ def check(fmt: str, shape: tuple[int, int], m: int, dtype: torch.dtype, accuracy
 def test_every_format(fmt: str, dtype: torch.dtype) -> None:
     """Whole units, groups and chunks; a row that ends within all of them; one weight."""
     for shape in ((80, 640), (33, 384), (7, 136), (5, 197), (1, 1)):
-        for m in (1, 3, 70):
+        for m in (1, 3, 70, 130):
             check(fmt, shape, m, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("fmt", ["nf4", "int4-g64", "int3-g64", "int2-g64", "int8-row", "int8-g64-zp", "nf3"])
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65])
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129])
 def test_every_batch(fmt: str, m: int, dtype: torch.dtype) -> None:
     check(fmt, (130, 1152), m, dtype)
 

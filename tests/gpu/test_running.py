@@ -118,6 +118,14 @@ def test_other_bad_arguments() -> None:
         ops.double_quantize(torch.tensor([1.0, 2.0, float("nan")], device="cuda"))
 
 
+def test_want_of_memory_names_the_op() -> None:
+    shape = (1, 2**20)
+    packed = [t.cuda() for t in ops.quantize(torch.ones(shape), "int8-row")]
+    indices = torch.zeros(2**22, dtype=torch.int64, device="cuda")  # 16 TiB of rows
+    with pytest.raises(RuntimeError, match=r"^bitfold::embedding: CUDA out of memory\."):
+        ops.embedding(indices, packed, Format("int8-row").spec(shape), torch.float32)
+
+
 @pytest.mark.parametrize(("value", "name"), [(float("nan"), "NaN"), (float("-inf"), "infinite")])
 @pytest.mark.parametrize("fmt", ["nf4", "nf4-nodq", "int4-g64", "int8-row", "kmeans4-row"])
 def test_weights_that_are_not_finite(fmt: str, value: float, name: str) -> None:

@@ -1,5 +1,6 @@
 #include "cuda/kernels.h"
 #include "torch/cuda/context.h"
+#include "torch/registration.h"
 
 namespace bitfold::binding {
 namespace {
@@ -39,8 +40,8 @@ Tensor embedding(const Tensor& indices, const std::vector<Tensor>& packed,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) {
-  m.impl("dequantize", TORCH_BOX(&dequantize));
-  m.impl("embedding", TORCH_BOX(&embedding));
+  implement<"dequantize", &dequantize>(m);
+  implement<"embedding", &embedding>(m);
 }
 
 }  // namespace bitfold::binding

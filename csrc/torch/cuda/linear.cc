@@ -9,6 +9,7 @@
 #include "cuda/plan_cache.h"
 #include "torch/cuda/dense_product.h"
 #include "torch/linear_arguments.h"
+#include "torch/registration.h"
 
 namespace bitfold::binding {
 namespace {
@@ -32,7 +33,7 @@ struct Slabs {
   }
 
   void forward(const void* x, int64_t m, const void* bias, void* y) const {
-    const int64_t length = cuda::slab_length(w.rows, w.cols, dtype);
+    const int64_t length = cuda::slab_length(w.rows, w.cols, m, dtype, cuda::current_gpu());
     const Tensor slab = memory(length, w.cols);
     for (int64_t row = 0; row < w.rows; row += length) {
       const int64_t rows = std::min(length, w.rows - row);
@@ -45,7 +46,7 @@ struct Slabs {
   }
   // Slabs of columns, so that every sum is one product's: nothing is rounded in between.
   void backward(const void* grad, int64_t m, void* gx) const {
-    const int64_t length = cuda::slab_length(w.cols, w.rows, dtype);
+    const int64_t length = cuda::slab_length(w.cols, w.rows, m, dtype, cuda::current_gpu());
     const Tensor slab = memory(length, w.rows);
     for (int64_t col = 0; col < w.cols; col += length) {
       const int64_t cols = std::min(length, w.cols - col);
@@ -73,6 +74,27 @@ void multiply_slabs(const DevicePacked& w, const LinearArguments& a, bool floats
   torch::stable::copy_(flat, sums);
 }
 
+// As many rows of x at a time as linear_mma takes. False where it has no room: y is still to be
+// had.
+bool multiply_mma(const DevicePacked& w, const LinearArguments& a, const CudaContext& context,
+                  const char* op) {
+  const cuda::GpuLimits gpu = cuda::current_gpu();
+  const int64_t pass = cuda::mma_pass(a.m);
+  for (int64_t row = 0; row < a.m; row += pass) {
+    cuda::MmaPlan plan;
+    if (!cuda::cached_plan(w.weight.view, std::min(pass, a.m - row), gpu, &plan)) return false;
+    std::optional<Tensor> partial;
+    if (plan.slices > 1)
+      partial = scratch(a.x, plan.partials(w.rows) * size_of(FloatType::kFloat32));
+    check(cuda::linear_mma(w.weight, plan, advance(a.x_data(), a.dtype, row * w.cols),
+                           a.bias_data(), a.dtype,
+                           partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr,
+                           advance(a.y_data(), a.dtype, row * w.rows), context.stream()),
+          op);
+  }
+  return true;
+}
+
 Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vector<int64_t>& spec,
               const std::optional<Tensor>& bias, int64_t accuracy) {
   constexpr const char* kOp = "linear";
@@ -85,22 +107,12 @@ Tensor linear(const Tensor& x, const std::vector<Tensor>& packed, const std::vec
   const bool aligned = is_aligned(view.codes) && is_aligned(a.x_data());
 
   cuda::Way way = cuda::choose_way(view, a.dtype, a.m, floats, aligned);
-  cuda::MmaPlan plan;
-  if (way == cuda::Way::kMma && !cuda::cached_plan(view, a.m, cuda::current_gpu(), &plan))
+  if (way == cuda::Way::kMma && !multiply_mma(w, a, context, kOp))
     way = a.m <= 8 ? cuda::Way::kAny : cuda::Way::kSlabs;
   switch (way) {
     case cuda::Way::kNothing:
+    case cuda::Way::kMma:
       break;
-    case cuda::Way::kMma: {
-      std::optional<Tensor> partial;
-      if (plan.slices > 1)
-        partial = scratch(a.x, plan.partials(w.rows) * size_of(FloatType::kFloat32));
-      check(cuda::linear_mma(w.weight, plan, a.x_data(), a.bias_data(), a.dtype,
-                             partial ? static_cast<float*>(partial->mutable_data_ptr()) : nullptr,
-                             a.y_data(), context.stream()),
-            kOp);
-      break;
-    }
     case cuda::Way::kAny:
       check(cuda::linear_any(w.weight, a.x_data(), a.m, a.bias_data(), a.dtype, a.y_data(),
                              context.stream()),
@@ -143,10 +155,10 @@ Tensor linear_grad_input(const Tensor& grad, const std::vector<Tensor>& packed,
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_nograd", TORCH_BOX(&linear));
-  m.impl("linear_mixed", TORCH_BOX(&linear_mixed));
-  m.impl("linear_grad_input", TORCH_BOX(&linear_grad_input));
+  implement<"linear", &linear>(m);
+  implement<"linear_nograd", &linear>(m);
+  implement<"linear_mixed", &linear_mixed>(m);
+  implement<"linear_grad_input", &linear_grad_input>(m);
 }
 
 }  // namespace bitfold::binding

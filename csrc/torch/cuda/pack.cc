@@ -1,6 +1,7 @@
 #include "cuda/kernels.h"
 #include "torch/cuda/context.h"
 #include "torch/pack_arguments.h"
+#include "torch/registration.h"
 
 namespace bitfold::binding {
 namespace {
@@ -66,10 +67,10 @@ Tensor double_dequantize(Tensor codes, Tensor absmax, Tensor offset) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) {
-  m.impl("pack_bits", TORCH_BOX(&pack_bits));
-  m.impl("unpack_bits", TORCH_BOX(&unpack_bits));
-  m.impl("double_quantize", TORCH_BOX(&double_quantize));
-  m.impl("double_dequantize", TORCH_BOX(&double_dequantize));
+  implement<"pack_bits", &pack_bits>(m);
+  implement<"unpack_bits", &unpack_bits>(m);
+  implement<"double_quantize", &double_quantize>(m);
+  implement<"double_dequantize", &double_dequantize>(m);
 }
 
 }  // namespace bitfold::binding

@@ -1,5 +1,6 @@
 #include "cuda/kernels.h"
 #include "torch/cuda/context.h"
+#include "torch/registration.h"
 
 namespace bitfold::binding {
 namespace {
@@ -27,6 +28,6 @@ std::vector<Tensor> quantize(Tensor weight, std::vector<int64_t> spec, int64_t m
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) { m.impl("quantize", TORCH_BOX(&quantize)); }
+STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) { implement<"quantize", &quantize>(m); }
 
 }  // namespace bitfold::binding

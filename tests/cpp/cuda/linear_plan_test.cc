@@ -119,7 +119,8 @@ TEST(LinearPlan, WaysOfEveryKindOfProduct) {
   EXPECT_EQ(way("nf4", 128, kHalf, 0), Way::kNothing);
   EXPECT_EQ(way("nf4", 128, kHalf, 1), Way::kMma);
   EXPECT_EQ(way("nf4", 128, kHalf, 64), Way::kMma);
-  EXPECT_EQ(way("nf4", 128, kHalf, 65), Way::kSlabs);
+  EXPECT_EQ(way("nf4", 128, kHalf, 128), Way::kMma);
+  EXPECT_EQ(way("nf4", 128, kHalf, 129), Way::kSlabs);
   EXPECT_EQ(way("nf4", 128, kFloat, 1), Way::kAny);
   EXPECT_EQ(way("nf4", 128, kHalf, 1, true), Way::kAny);
   EXPECT_EQ(way("nf4", 128, kHalf, 1, false, false), Way::kAny);
@@ -155,7 +156,7 @@ TEST(LinearPlan, WhatTheSanitizerWatches) {
   }
   for (const char* text : {"nf4", "int3-g64"}) {
     for (FloatType x : {FloatType::kFloat16, FloatType::kBFloat16})
-      EXPECT_EQ(choose_way(view_of(text, 33, 384), x, 70, false, true), Way::kSlabs);
+      EXPECT_EQ(choose_way(view_of(text, 33, 384), x, 130, false, true), Way::kSlabs);
   }
 }
 
@@ -172,20 +173,46 @@ TEST(LinearPlan, AnyShapeHasAGrid) {
   }
 }
 
+TEST(LinearPlan, PassesShareTheRowsOut) {
+  for (int64_t m = 1; m <= 300; ++m) {
+    const int64_t pass = mma_pass(m), passes = (m + pass - 1) / pass;
+    EXPECT_LE(pass, kMaxMmaColumns);
+    EXPECT_EQ(passes, (m + kMaxMmaColumns - 1) / kMaxMmaColumns) << m;
+    EXPECT_GT(m - (passes - 1) * pass, pass - passes) << m;  // the last is hardly shorter
+  }
+}
+
 TEST(LinearPlan, SlabsStayWithinTheScratch) {
-  for (FloatType dtype : {FloatType::kFloat32, FloatType::kFloat16}) {
-    for (int64_t other : {1, 64, 8192, 152064}) {
-      for (int64_t length : {1, 63, 64, 8192, 152064}) {
-        const int64_t slab = slab_length(length, other, dtype);
-        EXPECT_GE(slab, 1);
-        EXPECT_LE(slab, length);
-        if (slab < length) {
-          EXPECT_EQ(slab % 64, 0);
-        }
-        if (slab > 64) {
-          EXPECT_LE(slab * other * size_of(dtype), int64_t{24} << 20);
+  for (const GpuLimits& gpu : kGpus) {
+    for (FloatType dtype : {FloatType::kFloat32, FloatType::kFloat16}) {
+      for (int64_t other : {1, 64, 8192, 152064}) {
+        for (int64_t length : {1, 63, 64, 257, 8192, 152064}) {
+          for (int64_t m : {1, 129, 4096, 1 << 20}) {
+            const int64_t slab = slab_length(length, other, m, dtype, gpu);
+            EXPECT_GE(slab, 1);
+            EXPECT_LE(slab, length);
+            if (slab < length) {
+              EXPECT_EQ(slab % 256, 0);
+            }
+            if (slab > 256) {
+              EXPECT_LE(slab * other * size_of(dtype), int64_t{64} << 20);
+            }
+          }
         }
       }
+    }
+  }
+}
+
+// Tiles of 128 x 256 fill whole rounds of the multiprocessors, or nearly so.
+TEST(LinearPlan, SlabsKeepMultiprocessorsBusy) {
+  for (const auto& [rows, cols] :
+       {std::pair<int64_t, int64_t>{8192, 8192}, {28672, 8192}, {4096, 4096}}) {
+    for (int64_t m : {1024, 2048, 4096, 16384}) {
+      const int64_t slab = slab_length(rows, cols, m, FloatType::kBFloat16, kGpus[0]);
+      const int64_t tiles = (m + 127) / 128 * (slab / 256);
+      const int64_t rounds = (tiles + 131) / 132;
+      EXPECT_GE(tiles, rounds * 132 * 9 / 10) << rows << "x" << cols << ", " << m << ": " << slab;
     }
   }
 }

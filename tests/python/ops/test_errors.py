@@ -143,3 +143,12 @@ def test_packing_errors() -> None:
         if at == 0:
             broken[at] = torch.zeros(600, dtype=torch.int8)
         fails(["double_dequantize"], RuntimeError, ops.double_dequantize, *broken)
+
+
+def test_want_of_memory_names_the_op() -> None:
+    """And says so in the words that `accelerate.find_executable_batch_size` looks for."""
+    shape = (1, 2**20)
+    packed = ops.quantize(torch.ones(shape), "int8-row")
+    indices = torch.zeros(2**22, dtype=torch.int64)  # 16 TiB of rows
+    with pytest.raises(RuntimeError, match="^bitfold::embedding: DefaultCPUAllocator: can't allocate memory"):
+        ops.embedding(indices, packed, Format("int8-row").spec(shape), torch.float32)
