@@ -83,8 +83,9 @@ cross:  ## the core compiled for aarch64, its tests run under qemu-user
 test-transformers:  ## tests/python/hf with transformers 4.57.6, 5.17.0 and 5.24.0
 	PYTHON=$(INTERPRETER) bash scripts/test_transformers.sh 4.57.6 5.17.0 5.24.0
 
-test-torch:  ## one built binary under several torches (downloads about 3 GB, kept in ~/.cache/bitfold)
+test-torch:  ## one built binary under several torches, and compiled against the oldest (downloads about 3 GB, kept in ~/.cache/bitfold)
 	$(INTERPRETER) scripts/test_torch.py $(TORCH_VERSIONS)
+	$(INTERPRETER) scripts/test_torch.py --build $(firstword $(TORCH_VERSIONS))
 
 clean:  ## remove what was built; the virtual environment stays
 	rm -rf build dist wheelhouse python/bitfold/*.so $(VENV)/.installed $(VENV)/.test $(VENV)/.demo $(VENV)/.dev $(VENV)/.bench*

@@ -1,5 +1,7 @@
 """Run one built bitfold under several torches: `python scripts/test_torch.py 2.11.0 2.13.0 2.15.0`.
 
+With `--build`, compile it against the headers of each, for the CPU and one GPU architecture, and run that.
+
 Each torch is unpacked without its requirements into a cache outside the repository and put in front of the
 interpreter's own, so the binaries under test are the very same files. torch from the index is a CUDA build
 that wants a dozen NVIDIA libraries at import, GPU or not; they are fetched one by one as the loader names
@@ -131,6 +133,27 @@ def prepare(version: str, cache: Path) -> Path | None:
     return folder
 
 
+def build(target: Path, env: dict[str, str]) -> dict[str, str]:
+    """Compile bitfold against the torch of `env` into `target`; variables under which it is found there."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-build-isolation",
+        "--no-deps",
+        "--upgrade",
+    ]
+    architecture = os.environ.get("BITFOLD_CUDA_ARCHITECTURES", "90a-real")
+    subprocess.run(
+        [*command, "--target", target, ROOT],
+        env={**env, "BITFOLD_CUDA_ARCHITECTURES": architecture},
+        check=True,
+    )
+    return {**env, "PYTHONPATH": os.pathsep.join(filter(None, [str(target), env.get("PYTHONPATH")]))}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -142,11 +165,16 @@ def main() -> int:
     parser.add_argument(
         "--tests", nargs="*", default=["tests/python/nn"], help="test files to run under each"
     )
+    parser.add_argument(
+        "--build", action="store_true", help="compile against each torch (needs scikit-build-core, pybind11)"
+    )
     options = parser.parse_args()
     failed = []
     for version in options.versions:
         folder = prepare(version, options.cache)
         env = environment(folder, options.cache / "nvidia")
+        if options.build:
+            env = build(options.cache / "bitfold" / version, env)
         commands = [[sys.executable, "-c", SMOKE_TEST]]
         if options.tests:
             commands.append([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options.tests])

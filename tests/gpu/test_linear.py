@@ -62,7 +62,8 @@ def check(fmt: str, shape: tuple[int, int], m: int, dtype: torch.dtype, accuracy
     assert y.dtype == dtype
     assert y.is_cuda
     promised = PROMISED[torch.float32 if accuracy == "fp32" else dtype] * (2.0 if m > 64 else 1.0)
-    if m > 64 and Format(fmt).grouping == "tensor":  # a few weights over and over: each may be off by half a unit
+    # A few weights over and over: each may be off by half a unit.
+    if m > 64 and Format(fmt).grouping == "tensor":
         promised = max(promised, torch.finfo(dtype).eps / 2)
     assert_near(y, exact_product(x, ops.dequantize(packed, fmt, shape), bias.to(dtype)), promised)
     assert torch.equal(y, ops.linear(x.cuda(), on_gpu, spec, bias.cuda(), accuracy)), (

@@ -118,6 +118,23 @@ def test_other_bad_arguments() -> None:
         ops.double_quantize(torch.tensor([1.0, 2.0, float("nan")], device="cuda"))
 
 
+def test_shapes_over_the_limit() -> None:
+    spec, said = list(FMT.spec(SHAPE)), []
+    spec[-2] = 2**62
+    for device in ("cpu", "cuda"):
+        for call in (
+            lambda d=device: ops._ops.quantize(torch.zeros(SHAPE, device=d), spec, 0),
+            lambda d=device: ops._ops.dequantize(packed_on(d), spec, torch.float32),
+            lambda d=device: ops._ops.linear(torch.zeros(1, 256, device=d), packed_on(d), spec, None, 0),
+        ):
+            with pytest.raises(
+                RuntimeError, match=r"^bitfold::\w+: .* 2\^48, got .*4611686018427387904"
+            ) as info:
+                call()
+            said.append(str(info.value).splitlines()[0])
+    assert said[:3] == said[3:]
+
+
 def test_want_of_memory_names_the_op() -> None:
     shape = (1, 2**20)
     packed = [t.cuda() for t in ops.quantize(torch.ones(shape), "int8-row")]

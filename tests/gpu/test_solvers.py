@@ -185,7 +185,8 @@ def test_awq(fmt: str) -> None:
         w, h, magnitude, of_column = (t.to(device) for t in (weight, hessian, mean_abs, channel))
         reader = solvers.AwqReader(w, Format(fmt), h, magnitude, of_column, tokens=200)
         scale, report = solvers.awq_scale([reader, reader], 190)
-        assert scale is None or scale.is_cuda == (device == "cuda")  # None: no scale is better, as here for nf4
+        # None: no scale is better, as here for nf4.
+        assert scale is None or scale.is_cuda == (device == "cuda")
         losses = [scale is None, report["before"], report["after"], report["alpha"]]
         for marked in (None, exact.to(device)):
             if fmt != "kmeans4-row":
