@@ -24,13 +24,13 @@ DeviceEncoding make_encoding(const Format& format) {
   if (!encoding.book) return encoding;
   const Codebook& book = *format.element().codebook;
   std::copy_n(book.levels, book.count, encoding.levels);
-  for (int b = 0; b < kBins; ++b) {
+  for (uint32_t b = 0; b < kBins; ++b) {
     Bin& bin = encoding.bins[b];
     bin.pivot = INFINITY;
     for (int p = 0; p < book.pivot_count; ++p)
       if (bin_of(book.pivots[p]) == b) bin.pivot = book.pivots[p];
     // Without a pivot one code fills the bin; its middle has it.
-    const float middle = (static_cast<float>(b) + 0.5f) / (kBins / 2) - 1.0f;
+    const float middle = (static_cast<float>(b) + 0.5f - kBinOfZero) / kBinsPerOne;
     const bool none = std::isinf(bin.pivot);
     bin.codes = code_above(book, none ? middle : bin.pivot, false);
     bin.codes |= code_above(book, none ? middle : bin.pivot, true) << 8;

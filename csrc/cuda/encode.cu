@@ -97,8 +97,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<kType>)
     fold_units(const MatrixView w, const Spans spans,
                const __grid_constant__ DeviceEncoding encoding, const RowPlan plan,
                float* __restrict__ scale, const CodeRows to) {
-  __shared__ Bin bins[kBins];
-  fetch_bins(encoding, bins);
+  // Half a warp reads at a time: a lane meets no other in a bank, whatever bins they read.
+  __shared__ Bin bins[kBins * kBinLanes];
+  static_assert(kBinLanes * sizeof(Bin) == kBinStride);
+  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
+  for (int i = thread; i < kBins * kBinLanes; i += kThreads) bins[i] = encoding.bins[i / kBinLanes];
+  __syncthreads();
+  const auto* table = reinterpret_cast<const uint8_t*>(bins);
+  const uint32_t mine = static_cast<uint32_t>(thread) % kBinLanes * sizeof(Bin);
   const int64_t unit = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, col = unit * 8;
   const bool inside = unit < plan.units;
   // A short row is one group in fewer lanes.
@@ -134,7 +140,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<kType>)
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float scaled = v[j] * inverse;
-        code[j] = code_in(bins[bin_of(scaled)], scaled);
+        code[j] =
+            code_in(*reinterpret_cast<const Bin*>(table + (bin_place(scaled) | mine)), scaled);
       }
       put_unit<kBits>(to, row, col, 8, code);
     }

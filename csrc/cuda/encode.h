@@ -18,7 +18,7 @@ namespace bitfold::cuda {
 // Decisions between the levels of a codebook: [-1, 1] is cut in bins so narrow that none holds more
 // than one pivot. A bin says which code lies on either side of it.
 inline constexpr int kBins = 32;
-struct Bin {
+struct alignas(8) Bin {
   float pivot;     // infinite where there is none
   uint32_t codes;  // below or at the pivot, and, shifted left by 8, above it
 };
@@ -43,8 +43,18 @@ BITFOLD_HOST_DEVICE inline float inverse_scale(float scale) {
   return 1.0f / (scale < 0.0f ? lesser(scale, -1e-38f) : greater(scale, 1e-38f));
 }
 
-BITFOLD_HOST_DEVICE inline int bin_of(float scaled) {
-  return static_cast<int>(lesser(greater(scaled * (kBins / 2) + kBins / 2, 0.0f), kBins - 1));
+// Of a number in [-1, 1], or a rounding beyond: its bin times the bytes between bins of a table
+// that has one for each lane of half a warp. Adding 2^16 moves that product to the last bits of the
+// sum.
+inline constexpr int kBinLanes = 16, kBinStride = 128;
+inline constexpr float kBinsPerOne = 15.9375f, kBinOfZero = 15.96875f;  // 1 and -1 well inside
+BITFOLD_HOST_DEVICE inline uint32_t bin_place(float scaled) {
+  return bits_from_float(fmaf(scaled, kBinsPerOne, 65536.0f + kBinOfZero)) &
+         ((kBins - 1) * kBinStride);
+}
+// The bin of any number.
+BITFOLD_HOST_DEVICE inline uint32_t bin_of(float scaled) {
+  return bin_place(lesser(greater(scaled, -1.0f), 1.0f)) / kBinStride;
 }
 BITFOLD_HOST_DEVICE inline unsigned code_in(const Bin& bin, float scaled) {
   return (scaled > bin.pivot ? bin.codes >> 8 : bin.codes) & 255u;
@@ -216,7 +226,8 @@ BITFOLD_HOST_DEVICE inline PackedUnit pack_unit(const unsigned* codes) {
 #endif
   for (int j = 0; j < 8; ++j) {
     if constexpr (kBits == 8) (j < 4 ? unit.low : unit.high) |= codes[j] << (8 * (j % 4));
-    if constexpr (kBits == 4) unit.low |= codes[j] << (8 * (j / 2) + (j % 2 ? 0 : 4));
+    // In from the top, the first of each byte last: one instruction a code.
+    if constexpr (kBits == 4) unit.low = unit.low >> 4 | codes[j ^ 1] << 28;
     if constexpr (kBits <= 3) unit.low |= (codes[j] & 3u) << (8 * (j / 4) + 6 - 2 * (j % 4));
     if constexpr (kBits == 3) unit.high |= codes[j] >> 2 << (7 - j);
   }

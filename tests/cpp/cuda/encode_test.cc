@@ -30,9 +30,10 @@ TEST(CudaEncode, BinsDecideAsPivotsDo) {
     const DeviceEncoding e = make_encoding(format);
     std::vector<float> x = {0.0f, -0.0f, INFINITY, -INFINITY, 1e-30f, -1e-30f, 7.0f, -7.0f};
     for (int i = -20000; i <= 20000; ++i) x.push_back(static_cast<float>(i) / 16384);
-    // Around pivots, and around edges of bins, where 16 x + 16 rounds.
+    // Around pivots, and around edges of bins, where the sum is rounded up to the next.
     std::vector<float> near(book.pivots, book.pivots + book.pivot_count);
-    for (int b = -17; b <= 17; ++b) near.push_back(static_cast<float>(b) / 16);
+    for (int b = -1; b <= kBins; ++b)
+      near.push_back((static_cast<float>(b) - 0.5f / kBinStride - kBinOfZero) / kBinsPerOne);
     for (float at : near) {
       float up = at, down = at;
       for (int i = 0; i < 2000; ++i) {
@@ -46,6 +47,20 @@ TEST(CudaEncode, BinsDecideAsPivotsDo) {
                                expected.data());
     for (size_t i = 0; i < x.size(); ++i)
       ASSERT_EQ(code_of(e, x[i]), expected[i]) << name << " " << x[i];
+  }
+}
+
+TEST(CudaEncode, PlacesOfBinsStayInTheTable) {
+  for (int i = -16384; i <= 16384; ++i) {
+    const float x = static_cast<float>(i) / 16384;
+    ASSERT_EQ(bin_place(x), bin_of(x) * kBinStride) << x;
+  }
+  const float beyond = 1.0f + 4e-7f;  // 1 / absmax is rounded
+  EXPECT_EQ(bin_place(beyond), bin_of(1.0f) * kBinStride);
+  EXPECT_EQ(bin_place(-beyond), bin_of(-1.0f) * kBinStride);
+  for (float x : {NAN, INFINITY, -INFINITY, 3e38f, -3e38f}) {
+    EXPECT_LT(bin_place(x), kBins * kBinStride) << x;
+    EXPECT_LT(bin_of(x), kBins) << x;
   }
 }
 
