@@ -35,9 +35,11 @@ __device__ inline void put_unit(const CodeRows& to, int64_t row, int64_t col, in
   store_unit<kBits>(at, to.plane_bytes, col, n, unit);
 }
 
+// Each bin kLanes times.
+template <int kLanes>
 __device__ inline void fetch_bins(const DeviceEncoding& encoding, Bin* bins) {
   const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
-  if (thread < kBins) bins[thread] = encoding.bins[thread];
+  for (int i = thread; i < kBins * kLanes; i += kThreads) bins[i] = encoding.bins[i / kLanes];
   __syncthreads();
 }
 
@@ -49,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, kThreeBlocks)
                  const float* __restrict__ scale, const float* __restrict__ zero,
                  const CodeRows to) {
   __shared__ Bin bins[kBins];
-  if (kBook) fetch_bins(encoding, bins);
+  if (kBook) fetch_bins<1>(encoding, bins);
   const int64_t unit = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, col = unit * 8;
   if (unit >= plan.units) return;
   constexpr float kTop = static_cast<float>((1 << kBits) - 1);
@@ -99,12 +101,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<kType>)
                float* __restrict__ scale, const CodeRows to) {
   // Half a warp reads at a time: a lane meets no other in a bank, whatever bins they read.
   __shared__ Bin bins[kBins * kBinLanes];
-  static_assert(kBinLanes * sizeof(Bin) == kBinStride);
-  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
-  for (int i = thread; i < kBins * kBinLanes; i += kThreads) bins[i] = encoding.bins[i / kBinLanes];
-  __syncthreads();
+  fetch_bins<kBinLanes>(encoding, bins);
   const auto* table = reinterpret_cast<const uint8_t*>(bins);
-  const uint32_t mine = static_cast<uint32_t>(thread) % kBinLanes * sizeof(Bin);
+  const uint32_t lane_offset =
+      (threadIdx.y * blockDim.x + threadIdx.x) % kBinLanes * static_cast<uint32_t>(sizeof(Bin));
   const int64_t unit = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, col = unit * 8;
   const bool inside = unit < plan.units;
   // A short row is one group in fewer lanes.
@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<kType>)
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float scaled = v[j] * inverse;
-        code[j] =
-            code_in(*reinterpret_cast<const Bin*>(table + (bin_place(scaled) | mine)), scaled);
+        code[j] = code_in(*reinterpret_cast<const Bin*>(table + (bin_place(scaled) | lane_offset)),
+                          scaled);
       }
       put_unit<kBits>(to, row, col, 8, code);
     }

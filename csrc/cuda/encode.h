@@ -43,10 +43,11 @@ BITFOLD_HOST_DEVICE inline float inverse_scale(float scale) {
   return 1.0f / (scale < 0.0f ? lesser(scale, -1e-38f) : greater(scale, 1e-38f));
 }
 
-// Of a number in [-1, 1], or a rounding beyond: its bin times the bytes between bins of a table
-// that has one for each lane of half a warp. Adding 2^16 moves that product to the last bits of the
-// sum.
+// Where the bin of a number in [-1, 1], or a rounding beyond, lies in a table that has each bin
+// once for every lane of half a warp: its number times kBinStride bytes. Near 2^16 the last bit of
+// a float is 1/128, so the sum's bits from the seventh on are the bin.
 inline constexpr int kBinLanes = 16, kBinStride = 128;
+static_assert(kBinLanes * sizeof(Bin) == kBinStride);
 inline constexpr float kBinsPerOne = 15.9375f, kBinOfZero = 15.96875f;  // 1 and -1 well inside
 BITFOLD_HOST_DEVICE inline uint32_t bin_place(float scaled) {
   return bits_from_float(fmaf(scaled, kBinsPerOne, 65536.0f + kBinOfZero)) &

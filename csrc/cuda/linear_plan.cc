@@ -24,10 +24,11 @@ constexpr int64_t kMostColumns = int64_t{1} << 24;
 
 constexpr int64_t kMostTiles = int64_t{1} << 26;  // times 32 slices at most
 
-// Bytes of dense weight in scratch: at most, and what L2 keeps between writing and reading.
+// Bytes of dense weight in scratch: at most, unless the shortest slab has more of them; and what L2
+// keeps between writing and reading.
 constexpr int64_t kSlabBytes = int64_t{64} << 20;
 constexpr int64_t kKeptBytes = int64_t{24} << 20;
-constexpr int64_t kSlabUnit = 256;  // the longer side of a tile
+constexpr int64_t kSlabUnit = 256, kShortestSlab = 64;  // sides of tiles
 
 // ---- what a cut costs, in nanoseconds; proportions of an H200, not yet measured
 constexpr double kCodesPerNs = 32.0;  // bytes per multiprocessor: its share of 4.3 TB/s
@@ -185,7 +186,7 @@ int64_t mma_pass(int64_t m) { return ceil_div(m, ceil_div(m, kMaxMmaColumns)); }
 
 namespace {
 
-// Nanoseconds for m rows of x by a slab, written and multiplied.
+// Nanoseconds for m rows of x by a slab, without what every cut costs alike: decoding the weight.
 double slab_cost(int64_t length, int64_t other, int64_t m, FloatType dtype, const GpuLimits& gpu) {
   const double rate = dtype == FloatType::kFloat32 ? kFloatFlopsPerNs : kFlopsPerNs;
   double product = INFINITY;
@@ -205,11 +206,13 @@ double slab_cost(int64_t length, int64_t other, int64_t m, FloatType dtype, cons
 int64_t slab_length(int64_t length, int64_t other, int64_t m, FloatType dtype,
                     const GpuLimits& gpu) {
   const int64_t most = kSlabBytes / (std::max<int64_t>(1, other) * size_of(dtype));
-  int64_t best = std::min(length, kSlabUnit);
+  int64_t unit = kSlabUnit, best = 0, slab = 0;
+  while (unit > kShortestSlab && unit > most) unit /= 2;
   double least = INFINITY;
-  for (int64_t units = 1; units == 1 || (units - 1) * kSlabUnit < length; ++units) {
-    const int64_t slab = std::min(length, units * kSlabUnit);
-    if (units > 1 && slab > most) break;
+  // Every length while they are few, then in steps of a sixteenth.
+  for (int64_t units = 1; slab < length; units += 1 + units / 16) {
+    slab = std::min(length, units * unit);
+    if (best > 0 && slab > most) break;
     const int64_t rest = length % slab;
     const double cost = static_cast<double>(length / slab) * slab_cost(slab, other, m, dtype, gpu) +
                         (rest ? slab_cost(rest, other, m, dtype, gpu) : 0.0);

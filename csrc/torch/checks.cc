@@ -1,6 +1,7 @@
 #include "torch/checks.h"
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 
 namespace bitfold::binding {
@@ -24,14 +25,22 @@ constexpr const char* kOutOfMemory = "DefaultCPUAllocator: can't allocate memory
 
 }  // namespace
 
-// Torch's C interface prints what was the matter, and returns a number; what its headers throw has
-// the name of the call. One that allocates has "empty" in it, and fails for want of memory.
+// There since torch 2.13. Before, torch prints what was the matter, and tells nobody.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+
+// What torch's C interface returns is a number, and what its headers make of that has the name of
+// the call; the one that allocates is some kind of empty.
 void throw_as(const char* op, const std::exception& error) {
   const std::string what = error.what();
   if (what.starts_with("bitfold::")) throw;
-  if (what.find("empty") != std::string::npos)
-    fail(op, std::string(kOutOfMemory) + " How much was asked for is on stderr");
-  fail(op, "torch failed in it: " + what + "; its reason is on stderr");
+  if (dynamic_cast<const std::bad_alloc*>(&error)) fail(op, kOutOfMemory);
+  const size_t call = what.find(" API call failed at ");
+  if (call == std::string::npos) fail(op, what);
+  if (torch_exception_get_what_without_backtrace)
+    fail(op, torch_exception_get_what_without_backtrace());
+  if (what.rfind("empty", call) != std::string::npos)
+    fail(op, std::string(kOutOfMemory) + " Torch has printed how much was asked for");
+  fail(op, "torch refused " + what.substr(0, call) + "; it has printed why");
 }
 
 Tensor as_contiguous(const Tensor& tensor) {

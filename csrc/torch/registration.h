@@ -11,6 +11,7 @@
 
 namespace bitfold::binding {
 
+// A string as a template argument.
 template <size_t kSize>
 struct OpName {
   char text[kSize];
@@ -31,9 +32,10 @@ struct Op<kName, kFunction> {
   }
 };
 
-template <OpName kName, auto kFunction>
+// kSaid: the name in messages, where it is another.
+template <OpName kName, auto kFunction, OpName kSaid = kName>
 void implement(torch::stable::detail::StableLibrary& library) {
-  library.impl(kName.text, TORCH_BOX((&Op<kName, kFunction>::call)));
+  library.impl(kName.text, TORCH_BOX((&Op<kSaid, kFunction>::call)));
 }
 
 }  // namespace bitfold::binding

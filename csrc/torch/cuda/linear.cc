@@ -156,7 +156,7 @@ Tensor linear_grad_input(const Tensor& grad, const std::vector<Tensor>& packed,
 
 STABLE_TORCH_LIBRARY_IMPL(bitfold, CUDA, m) {
   implement<"linear", &linear>(m);
-  implement<"linear_nograd", &linear>(m);
+  implement<"linear_nograd", &linear, "linear">(m);
   implement<"linear_mixed", &linear_mixed>(m);
   implement<"linear_grad_input", &linear_grad_input>(m);
 }

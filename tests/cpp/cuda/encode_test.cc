@@ -53,6 +53,9 @@ TEST(CudaEncode, BinsDecideAsPivotsDo) {
 TEST(CudaEncode, PlacesOfBinsStayInTheTable) {
   for (int i = -16384; i <= 16384; ++i) {
     const float x = static_cast<float>(i) / 16384;
+    const double sum = double{x} * kBinsPerOne + kBinOfZero;  // exact, as is what follows
+    const double bin = std::floor(std::nearbyint(sum * kBinStride) / kBinStride);
+    ASSERT_EQ(bin_of(x), static_cast<uint32_t>(bin)) << x;
     ASSERT_EQ(bin_place(x), bin_of(x) * kBinStride) << x;
   }
   const float beyond = 1.0f + 4e-7f;  // 1 / absmax is rounded

@@ -192,9 +192,9 @@ TEST(LinearPlan, SlabsStayWithinTheScratch) {
             EXPECT_GE(slab, 1);
             EXPECT_LE(slab, length);
             if (slab < length) {
-              EXPECT_EQ(slab % 256, 0);
+              EXPECT_EQ(slab % 64, 0);
             }
-            if (slab > 256) {
+            if (slab > 64) {
               EXPECT_LE(slab * other * size_of(dtype), int64_t{64} << 20);
             }
           }
