@@ -2,7 +2,7 @@
 //
 // A block owns sixteen rows of the weight per row warp and walks its slice of the columns. Each
 // warp brings chunks of its own rows and columns into shared memory ahead of time (kStages of
-// them), makes operands of them through a table of pairs (mma_maps.h), multiplies on tensor cores
+// them), makes operands of two codes at once (mma_maps.h), multiplies on tensor cores
 // one segment of 64 columns at a time, and adds scale * product in fp32. x, scales and zero points
 // of a slab of columns lie in shared memory for all warps. At the end the warps' sums are added in
 // one order.
@@ -74,11 +74,11 @@ struct SharedPlaces {
     // Rows of x that there are not: in a single tile the last one once more, which costs no
     // bandwidth; else whatever lies there. Nobody stores what comes of it.
     const int column = plan.column_tiles == 1 ? min(at.row, m - 1) : at.row;
-    x = shared + plan.x + x_place(0, 0, column, m, at.quarter);
+    x = shared + plan.x + x_place(0, 0, column, plan.x_columns(), at.quarter);
     scales = shared + plan.scales + row * 4;
     shifts = shared + plan.shifts + row * 4;
     sums = shared + plan.sums + at.quarter * 8;
-    x_half = m * 64;
+    x_half = plan.x_columns() * 64;
     scale_stride = plan.scale_stride() * 4;
     sum_stride = plan.sum_stride() * 4;
   }
@@ -88,7 +88,7 @@ __device__ inline float shared_float(const uint8_t* at) {
   return *reinterpret_cast<const float*>(at);
 }
 
-template <int kBits, FloatType kType, int kTiles>
+template <int kBits, FloatType kType, Decoding kDecoding, int kTiles>
 __device__ inline void multiply_chunk(const uint8_t* stage, const SharedPlaces& places, int segment,
                                       const uint8_t* table, float (&acc)[kTiles][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -102,7 +102,7 @@ __device__ inline void multiply_chunk(const uint8_t* stage, const SharedPlaces& 
     MmaA a[kSteps];
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
-      a[step] = operand_of<kBits, kType>(upper, lower, step, lane, table);
+      a[step] = operand_of<kBits, kType, kDecoding>(upper, lower, step, lane, table);
     const float upper_scale = shared_float(scales), lower_scale = shared_float(scales + 32);
     const uint8_t* second_x = x + places.x_half;
 #pragma unroll
@@ -174,7 +174,7 @@ __device__ inline void store_tile(const MmaTask& task, int64_t row, int slice, c
   }
 }
 
-template <int kBits, FloatType kType, int kTiles>
+template <int kBits, FloatType kType, int kTiles, Decoding kDecoding>
 __global__ void __launch_bounds__(kMmaThreads<kTiles>, 1)
     linear_mma(const __grid_constant__ MmaTask task) {
   uint8_t* shared = block_memory();
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTiles>, 1)
   const uint32_t row_tiles = static_cast<uint32_t>(plan.row_tiles);
   const uint32_t tiles = row_tiles * static_cast<uint32_t>(plan.slices);
 
-  bool tabled = kBits == 8;
+  bool tabled = kDecoding == Decoding::kArithmetic;
   for (uint32_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const int slice = static_cast<int>(tile / row_tiles);
     const int64_t row = int64_t{tile - slice * row_tiles} * plan.rows_per_tile();
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(kMmaThreads<kTiles>, 1)
       const int slab_end = min(slab + plan.slab_chunks, end);
       const Slab columns{int64_t{slab} * kSegments, (slab_end - slab) * kSegments};
       __syncthreads();  // all warps are done with what lay there
-      stage_x(task, columns, shared);
+      stage_x<kInterleaved<kBits, kDecoding>>(task, columns, shared);
       stage_parameters<kBatch<kTiles>>(task, values, row, columns, shared);
       __syncthreads();
       if (shifted) {
@@ -226,7 +226,8 @@ __global__ void __launch_bounds__(kMmaThreads<kTiles>, 1)
         __syncwarp();  // for everyone's copies, and everyone is done with the stage before
         ring.fetch(next, next < end, to);
         const int segment = (chunk - slab) * kSegments;
-        multiply_chunk<kBits, kType, kTiles>(ring.stage(from), places, segment, shared, acc);
+        multiply_chunk<kBits, kType, kDecoding, kTiles>(ring.stage(from), places, segment, shared,
+                                                        acc);
         if (shifted) add_shifts<kSegments>(places, segment, acc);
         from = from + 1 == kStages ? 0 : from + 1;
         to = to + 1 == kStages ? 0 : to + 1;

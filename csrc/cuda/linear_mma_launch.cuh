@@ -26,9 +26,9 @@ bool allow_shared_memory(int bytes) {
   return true;
 }
 
-template <int kBits, FloatType kType, int kTiles>
+template <int kBits, FloatType kType, Decoding kDecoding, int kTiles>
 Status launch_tiles(const MmaTask& task, int shared_limit, cudaStream_t stream) {
-  constexpr auto kKernel = linear_mma<kBits, kType, kTiles>;
+  constexpr auto kKernel = linear_mma<kBits, kType, kTiles, kDecoding>;
   if (!allow_shared_memory<kKernel>(shared_limit)) return launched("linear_mma");
   const Launch launch{task.plan.grid, 1, static_cast<uint32_t>(task.plan.warps) * 32, 1};
   return run("linear_mma", kKernel, launch, static_cast<size_t>(task.plan.shared_bytes), stream,
@@ -37,19 +37,28 @@ Status launch_tiles(const MmaTask& task, int shared_limit, cudaStream_t stream) 
 
 int shared_limit_of_current_gpu();
 
-template <int kBits, FloatType kType>
-Status launch_type(const MmaTask& task, cudaStream_t stream) {
+template <int kBits, FloatType kType, Decoding kDecoding>
+Status launch_decoding(const MmaTask& task, cudaStream_t stream) {
   const int limit = shared_limit_of_current_gpu();
   switch (task.plan.column_tiles) {
     case 1:
-      return launch_tiles<kBits, kType, 1>(task, limit, stream);
+      return launch_tiles<kBits, kType, kDecoding, 1>(task, limit, stream);
     case 2:
-      return launch_tiles<kBits, kType, 2>(task, limit, stream);
+      return launch_tiles<kBits, kType, kDecoding, 2>(task, limit, stream);
     case 4:
-      return launch_tiles<kBits, kType, 4>(task, limit, stream);
+      return launch_tiles<kBits, kType, kDecoding, 4>(task, limit, stream);
     default:
-      return launch_tiles<kBits, kType, 8>(task, limit, stream);
+      return launch_tiles<kBits, kType, kDecoding, 8>(task, limit, stream);
   }
+}
+
+template <int kBits, FloatType kType>
+Status launch_type(const MmaTask& task, cudaStream_t stream) {
+  if constexpr (kBits == 4) {
+    if (decoding_of(task.w.view) == Decoding::kArithmetic)
+      return launch_decoding<kBits, kType, Decoding::kArithmetic>(task, stream);
+  }
+  return launch_decoding<kBits, kType, kOnlyDecoding<kBits>>(task, stream);
 }
 
 template <int kBits>

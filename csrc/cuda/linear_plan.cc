@@ -74,10 +74,9 @@ int64_t place(const Sizes& s, bool shifted, int64_t slab, MmaPlan* plan) {
   plan->rings = at;
   at += plan->warps * kStages * s.stage;
   plan->x = at;
-  at += static_cast<int>(plan->m) * chunks * s.chunk * 2;
-  at +=
-      (8 * plan->column_tiles - static_cast<int>(plan->m)) * 64;  // what the last tile reads beyond
-  plan->sums = at;                                                // read two at a time
+  at += plan->x_columns() * chunks * s.chunk * 2;
+  at += std::max(0, 8 * plan->column_tiles - plan->x_columns()) * 64;  // what the last tile reads
+  plan->sums = at;                                                     // read two at a time
   at += shifted ? segments * plan->sum_stride() * 4 : 0;
   plan->scales = at;
   at += segments * plan->scale_stride() * 4;

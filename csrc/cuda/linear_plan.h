@@ -48,6 +48,9 @@ struct MmaPlan {
   // A row more than there are, so that scales of one row lie in different banks.
   BITFOLD_HOST_DEVICE int scale_stride() const { return rows_per_tile() + 1; }
   BITFOLD_HOST_DEVICE int sum_stride() const { return 8 * column_tiles; }
+  // Rows of x that places are left for: an odd number of them, so that the halves of a segment,
+  // which are written together, lie in different banks.
+  BITFOLD_HOST_DEVICE int x_columns() const { return static_cast<int>(m) | 1; }
   // Partial results [slices, m, rows] in fp32; none where one slice does it all.
   int64_t partials(int64_t rows) const { return slices > 1 ? slices * m * rows : 0; }
 };

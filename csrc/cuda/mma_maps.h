@@ -114,8 +114,18 @@ BITFOLD_HOST_DEVICE inline LaneCodes load_codes(const uint8_t* stage, int row, i
   return codes;
 }
 
-// ---- decoding: two codes at once through a table with an entry for every pair, once per lane, so
-// that each lane reads from a bank of its own
+// ---- decoding: two codes at once, through a table with an entry for every pair, once per lane, so
+// that each lane reads from a bank of its own; or, where they are integers whose middle is one too,
+// by arithmetic, which leaves shared memory to everything else
+
+enum class Decoding : uint8_t { kTable, kArithmetic };
+BITFOLD_HOST_DEVICE inline Decoding decoding_of(const PackedView& view) {
+  const bool whole = view.bits == 8 || (view.bits == 4 && view.zero_kind != Zero::kMidrise);
+  return view.family == Family::kInteger && whole ? Decoding::kArithmetic : Decoding::kTable;
+}
+// Of weights with so many bits: 4 have both.
+template <int kBits>
+inline constexpr Decoding kOnlyDecoding = kBits == 8 ? Decoding::kArithmetic : Decoding::kTable;
 
 template <int kBits>
 inline constexpr int kTableEntries = kBits == 8 ? 0 : 1 << (2 * kBits);
@@ -180,8 +190,35 @@ BITFOLD_HOST_DEVICE inline uint32_t table_entry(const DeviceWeight& w, unsigned 
   return to_pair<kType>(w.levels[first] * level_factor, w.levels[second] * level_factor);
 }
 
-// The codes 2j and 2j + 1 as operands.
-template <int kBits, FloatType kType>
+// The numbers in bits 0 to 3 and 16 to 19 of a word, less eight. As the last bits of 128 or 1024
+// they are floats at once; the subtraction is exact.
+template <FloatType kType>
+BITFOLD_HOST_DEVICE inline uint32_t less_eight(uint32_t word) {
+#if defined(__CUDA_ARCH__)
+  constexpr bool kHalf = kType == FloatType::kFloat16;
+  uint32_t pair;  // word & mask | offset, which the compiler would make two instructions of
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;"
+      : "=r"(pair)
+      : "r"(word), "r"(0x000f000fu), "r"(kHalf ? 0x64006400u : 0x43004300u));
+  if constexpr (kHalf) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;"
+        : "=r"(pair)
+        : "r"(pair), "r"(0x3c003c00u), "r"(0xe408e408u));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;"
+        : "=r"(pair)
+        : "r"(pair), "r"(0x3f803f80u), "r"(0xc308c308u));
+  }
+  return pair;
+#else
+  return to_pair<kType>(static_cast<float>(word & 15u) - 8.0f,
+                        static_cast<float>(word >> 16 & 15u) - 8.0f);
+#endif
+}
+
+// Two codes as operands: 2j and 2j + 1; by arithmetic those of 4 bits lie four apart, as eight of x
+// then do (interleaved).
+template <int kBits, FloatType kType, Decoding kDecoding>
 BITFOLD_HOST_DEVICE inline uint32_t weights_of_pair(const LaneCodes& codes, int j, int lane,
                                                     const uint8_t* table) {
   if constexpr (kBits == 8) {
@@ -190,6 +227,9 @@ BITFOLD_HOST_DEVICE inline uint32_t weights_of_pair(const LaneCodes& codes, int 
     constexpr float kBias = 8388608.0f + 128.0f;
     return to_pair<kType>(float_from_bits(0x4b000000u | (word >> shift & 255u)) - kBias,
                           float_from_bits(0x4b000000u | (word >> (shift + 8) & 255u)) - kBias);
+  } else if constexpr (kDecoding == Decoding::kArithmetic) {
+    static_assert(kBits == 4);  // the first of two codes is in the upper half of its byte
+    return less_eight<kType>(codes.word[j / 4] >> (j % 4 / 2 * 8 + (j % 2 ? 0 : 4)));
   } else {
     uint32_t pair;
     load_shared<4>(table + pair_offset<kBits>(codes, j, lane), &pair);
@@ -201,13 +241,13 @@ BITFOLD_HOST_DEVICE inline uint32_t weights_of_pair(const LaneCodes& codes, int 
 struct MmaA {
   uint32_t word[4];
 };
-template <int kBits, FloatType kType>
+template <int kBits, FloatType kType, Decoding kDecoding>
 BITFOLD_HOST_DEVICE inline MmaA operand_of(const LaneCodes& upper, const LaneCodes& lower, int step,
                                            int lane, const uint8_t* table) {
-  return {{weights_of_pair<kBits, kType>(upper, 2 * step, lane, table),
-           weights_of_pair<kBits, kType>(lower, 2 * step, lane, table),
-           weights_of_pair<kBits, kType>(upper, 2 * step + 1, lane, table),
-           weights_of_pair<kBits, kType>(lower, 2 * step + 1, lane, table)}};
+  return {{weights_of_pair<kBits, kType, kDecoding>(upper, 2 * step, lane, table),
+           weights_of_pair<kBits, kType, kDecoding>(lower, 2 * step, lane, table),
+           weights_of_pair<kBits, kType, kDecoding>(upper, 2 * step + 1, lane, table),
+           weights_of_pair<kBits, kType, kDecoding>(lower, 2 * step + 1, lane, table)}};
 }
 
 // ---- x: units of eight numbers, in the order in which lanes read them, `columns` rows of x
@@ -220,6 +260,17 @@ BITFOLD_HOST_DEVICE inline int x_place(int segment, int half, int column, int co
 // The unit with the columns from 8 * unit on.
 BITFOLD_HOST_DEVICE inline int x_place_of_unit(int unit, int column, int columns) {
   return x_place(unit / 8, unit % 2, column, columns, unit % 8 / 2);
+}
+
+// Whether the eight numbers of a unit lie in the order 0 4 1 5 2 6 3 7.
+template <int kBits, Decoding kDecoding>
+inline constexpr bool kInterleaved = kBits == 4 && kDecoding == Decoding::kArithmetic;
+BITFOLD_HOST_DEVICE inline void interleave(uint32_t (&words)[4]) {
+  const uint32_t low[2] = {words[0], words[1]}, high[2] = {words[2], words[3]};
+  for (int i = 0; i < 2; ++i) {
+    words[2 * i] = (low[i] & 0xffffu) | high[i] << 16;
+    words[2 * i + 1] = low[i] >> 16 | (high[i] & 0xffff0000u);
+  }
 }
 
 // ---- accumulators: word i of a lane is row row_of(i) and row column_of(i) of x, within the tile

@@ -23,10 +23,10 @@ struct Slab {
   int segments;
 };
 
-template <int kTypeBytes = 2>
+template <bool kInterleave>
 __device__ inline void stage_x(const MmaTask& task, const Slab& slab, uint8_t* shared) {
   const int64_t cols = task.w.view.cols;
-  const int m = static_cast<int>(task.plan.m);
+  const int m = static_cast<int>(task.plan.m), columns = task.plan.x_columns();
   const unsigned units = static_cast<unsigned>(slab.segments) * (kSegment / 8);
   const auto* x = static_cast<const uint8_t*>(task.x);
   // One division for all: a step of a whole block is so many rows of x and so many units.
@@ -36,10 +36,15 @@ __device__ inline void stage_x(const MmaTask& task, const Slab& slab, uint8_t* s
   while (column < static_cast<unsigned>(m)) {
     const int64_t k = slab.first * kSegment + int64_t{unit} * 8;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (k < cols) v = __ldg(reinterpret_cast<const uint4*>(x + (column * cols + k) * kTypeBytes));
+    if (k < cols) v = __ldg(reinterpret_cast<const uint4*>(x + (column * cols + k) * 2));
+    if constexpr (kInterleave) {
+      uint32_t words[4] = {v.x, v.y, v.z, v.w};
+      interleave(words);
+      v = make_uint4(words[0], words[1], words[2], words[3]);
+    }
     *reinterpret_cast<uint4*>(
         shared + task.plan.x +
-        x_place_of_unit(static_cast<int>(unit), static_cast<int>(column), m)) = v;
+        x_place_of_unit(static_cast<int>(unit), static_cast<int>(column), columns)) = v;
     unit += unit_step;
     const bool over = unit >= units;
     unit -= over ? units : 0;
@@ -182,7 +187,8 @@ __device__ inline void sum_x(const MmaTask& task, const Slab& slab, uint8_t* sha
     float sum = 0.0f;
     for (int unit = 0; unit < 8 && column < m; ++unit) {
       const auto* at = reinterpret_cast<const uint4*>(
-          shared + task.plan.x + x_place(segment, unit % 2, column, m, unit / 2));
+          shared + task.plan.x +
+          x_place(segment, unit % 2, column, task.plan.x_columns(), unit / 2));
       const uint4 v = *at;
       for (const uint32_t word : {v.x, v.y, v.z, v.w}) {
         const auto low = static_cast<uint16_t>(word), high = static_cast<uint16_t>(word >> 16);

@@ -30,12 +30,12 @@ DeviceWeight weight_of(const Owned& w, int64_t rows, int64_t cols) {
   return make_device_weight(w.format(), rows, cols, buffers.data());
 }
 
-template <int kBits, FloatType kType>
+template <int kBits, FloatType kType, Decoding kDecoding = kOnlyDecoding<kBits>>
 void run_mma(const MmaTask& task) {
-  const auto kernel = task.plan.column_tiles == 1   ? linear_mma<kBits, kType, 1>
-                      : task.plan.column_tiles == 2 ? linear_mma<kBits, kType, 2>
-                      : task.plan.column_tiles == 4 ? linear_mma<kBits, kType, 4>
-                                                    : linear_mma<kBits, kType, 8>;
+  const auto kernel = task.plan.column_tiles == 1   ? linear_mma<kBits, kType, 1, kDecoding>
+                      : task.plan.column_tiles == 2 ? linear_mma<kBits, kType, 2, kDecoding>
+                      : task.plan.column_tiles == 4 ? linear_mma<kBits, kType, 4, kDecoding>
+                                                    : linear_mma<kBits, kType, 8, kDecoding>;
   const Launch launch{task.plan.grid, 1, static_cast<uint32_t>(task.plan.warps) * 32, 1};
   emulator::allow_shared_memory(reinterpret_cast<const void*>(kernel), kHopper.shared_bytes);
   ASSERT_TRUE(
@@ -78,10 +78,12 @@ void check(const std::string& text, int64_t m, int64_t rows, int64_t cols, const
                        bias.memory.data(),
                        y.data(),
                        plan.slices > 1 ? partial.data() : nullptr};
-    const auto mma = view.bits == 8   ? run_mma<8, kType>
-                     : view.bits == 4 ? run_mma<4, kType>
-                     : view.bits == 3 ? run_mma<3, kType>
-                                      : run_mma<2, kType>;
+    const bool by_arithmetic = decoding_of(view) == Decoding::kArithmetic;
+    const auto mma = view.bits == 8                    ? run_mma<8, kType>
+                     : view.bits == 4 && by_arithmetic ? run_mma<4, kType, Decoding::kArithmetic>
+                     : view.bits == 4                  ? run_mma<4, kType>
+                     : view.bits == 3                  ? run_mma<3, kType>
+                                                       : run_mma<2, kType>;
     mma(task);
   } else {
     ASSERT_TRUE(

@@ -108,7 +108,8 @@ void check_pairs() {
             EXPECT_EQ(first, want[0]);
             EXPECT_EQ(second, want[1]);
           } else {
-            const uint32_t pair = weights_of_pair<8, FloatType::kBFloat16>(got, j, 0, nullptr);
+            const uint32_t pair =
+                weights_of_pair<8, FloatType::kBFloat16, Decoding::kArithmetic>(got, j, 0, nullptr);
             EXPECT_EQ(bfloat16_to_float(static_cast<uint16_t>(pair)), want[0] - 128.0f);
             EXPECT_EQ(bfloat16_to_float(static_cast<uint16_t>(pair >> 16)), want[1] - 128.0f);
           }
@@ -125,11 +126,34 @@ TEST(MmaMaps, LanesFindTheirCodes) {
   check_pairs<8>();
 }
 
+// Codes of 4 bits that arithmetic decodes are those of x at the same places.
+TEST(MmaMaps, NibblesMeetTheirXAndAreExactInBothTypes) {
+  const LaneCodes codes{{0x67452301u, 0xefcdab89u, 0, 0}};  // bytes of the codes 0 1, 2 3, …
+  for (int j = 0; j < 8; ++j) {
+    uint16_t numbers[8];
+    for (int i = 0; i < 8; ++i) numbers[i] = static_cast<uint16_t>(i + j / 4 * 8);
+    uint32_t words[4];
+    memcpy(words, numbers, sizeof words);
+    interleave(words);
+    const auto bf =
+        weights_of_pair<4, FloatType::kBFloat16, Decoding::kArithmetic>(codes, j, 0, nullptr);
+    const auto half =
+        weights_of_pair<4, FloatType::kFloat16, Decoding::kArithmetic>(codes, j, 0, nullptr);
+    for (int i : {0, 16}) {
+      const float want = static_cast<float>(words[j % 4] >> i & 0xffffu) - 8.0f;
+      EXPECT_EQ(bfloat16_to_float(static_cast<uint16_t>(bf >> i)), want) << j;
+      EXPECT_EQ(half_to_float(static_cast<uint16_t>(half >> i)), want) << j;
+    }
+  }
+}
+
 TEST(MmaMaps, EveryByteIsExactInBothTypes) {
   for (uint32_t byte = 0; byte < 256; ++byte) {
     const LaneCodes codes{{byte << 8, 0, 0, 0}};
-    const auto bf = weights_of_pair<8, FloatType::kBFloat16>(codes, 0, 0, nullptr) >> 16;
-    const auto half = weights_of_pair<8, FloatType::kFloat16>(codes, 0, 0, nullptr) >> 16;
+    const auto bf =
+        weights_of_pair<8, FloatType::kBFloat16, Decoding::kArithmetic>(codes, 0, 0, nullptr) >> 16;
+    const auto half =
+        weights_of_pair<8, FloatType::kFloat16, Decoding::kArithmetic>(codes, 0, 0, nullptr) >> 16;
     EXPECT_EQ(bfloat16_to_float(static_cast<uint16_t>(bf)), static_cast<float>(byte) - 128.0f);
     EXPECT_EQ(half_to_float(static_cast<uint16_t>(half)), static_cast<float>(byte) - 128.0f);
   }

@@ -52,7 +52,7 @@ uint32_t word_at(const std::vector<uint8_t>& memory, int at) {
 }
 
 // One block of the kernel after the other. Shared memory is a vector of exactly the planned size.
-template <int kBits, FloatType kType>
+template <int kBits, FloatType kType, Decoding kDecoding = kOnlyDecoding<kBits>>
 struct Emulated {
   using C = Chunk<kBits>;
   const DeviceWeight& w;
@@ -85,13 +85,17 @@ struct Emulated {
     const int m = static_cast<int>(plan.m);
     for (int column = 0; column < m; ++column) {
       for (int unit = 0; unit < segments * 8; ++unit) {
-        const int to = plan.x + x_place_of_unit(unit, column, m);
+        const int to = plan.x + x_place_of_unit(unit, column, plan.x_columns());
         ASSERT_LE(to + 16, plan.sums);
+        uint16_t numbers[8];
         for (int j = 0; j < 8; ++j) {
           const int64_t k = first * kSegment + unit * 8 + j;
-          const uint16_t v = k < view.cols ? x[static_cast<size_t>(column * view.cols + k)] : 0;
-          memcpy(&shared[static_cast<size_t>(to + 2 * j)], &v, 2);
+          numbers[j] = k < view.cols ? x[static_cast<size_t>(column * view.cols + k)] : 0;
         }
+        uint32_t words[4];
+        memcpy(words, numbers, sizeof words);
+        if (kInterleaved<kBits, kDecoding>) interleave(words);
+        memcpy(&shared[static_cast<size_t>(to)], words, sizeof words);
       }
     }
     const uint32_t inverse = inverse_of_segments(view);
@@ -149,7 +153,8 @@ struct Emulated {
         const LaneCodes upper = load_codes<kBits>(from, at.row, s, at.quarter);
         const LaneCodes lower = load_codes<kBits>(from, at.row + 8, s, at.quarter);
         for (int step = 0; step < kSteps; ++step)
-          a[step][lane] = operand_of<kBits, kType>(upper, lower, step, lane, shared.data());
+          a[step][lane] =
+              operand_of<kBits, kType, kDecoding>(upper, lower, step, lane, shared.data());
       }
       for (int n = 0; n < plan.column_tiles; ++n) {
         float d[32][4] = {};
@@ -159,7 +164,8 @@ struct Emulated {
             const Lane at = lane_of(lane);
             const int column =
                 plan.column_tiles == 1 ? std::min(at.row, m - 1) : n * kMmaColumns + at.row;
-            const int place = plan.x + x_place(segment, step / 2, column, m, at.quarter);
+            const int place =
+                plan.x + x_place(segment, step / 2, column, plan.x_columns(), at.quarter);
             ASSERT_LE(place + 16, plan.sums);
             b[lane][0] = word_at(shared, place + step % 2 * 8);
             b[lane][1] = word_at(shared, place + step % 2 * 8 + 4);
@@ -229,6 +235,8 @@ std::vector<float> emulate(const DeviceWeight& w, const MmaPlan& plan,
     case 8:
       return Emulated<8, kType>(w, plan, x).y;
     case 4:
+      if (decoding_of(w.view) == Decoding::kArithmetic)
+        return Emulated<4, kType, Decoding::kArithmetic>(w, plan, x).y;
       return Emulated<4, kType>(w, plan, x).y;
     case 3:
       return Emulated<3, kType>(w, plan, x).y;
@@ -288,8 +296,8 @@ constexpr GpuLimits kHopper{132, 227 * 1024}, kSmall{4, 99 * 1024};
 TEST(MmaTile, EveryCodeMeetsItsX) {
   for (const char* text :
        {"nf4", "nf4-nodq", "fp4", "log4-g128", "int4-g64", "int4-g128-sym", "int4-row-fz",
-        "int4-tensor", "nf3", "int3-g64", "int3-g128-dq", "nf2", "int2-g64", "int2-g64-zp",
-        "int8-row", "int8-g64-zp", "int8-tensor-midrise"}) {
+        "int4-tensor", "int4-g64-midrise", "nf3", "int3-g64", "int3-g128-dq", "nf2", "int2-g64",
+        "int2-g64-zp", "int8-row", "int8-g64-zp", "int8-tensor-midrise"}) {
     check<FloatType::kFloat16>(text, 3, 21, 384, kHopper);
     check<FloatType::kBFloat16>(text, 9, 16, 640, kSmall);
   }
