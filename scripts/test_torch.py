@@ -62,7 +62,7 @@ for text in ("nf4", "nf4-nodq", "int8-row", "int4-g64"):
 """
 
 
-def pip_install(target: Path, *requirements: str) -> None:
+def pip_install(target: Path, *requirements: str, env: dict[str, str] | None = None) -> None:
     target.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
@@ -75,7 +75,7 @@ def pip_install(target: Path, *requirements: str) -> None:
         target,
         *requirements,
     ]
-    subprocess.run(command, check=True)
+    subprocess.run(command, env=env, check=True)
 
 
 def environment(folder: Path | None, nvidia: Path) -> dict[str, str]:
@@ -135,22 +135,9 @@ def prepare(version: str, cache: Path) -> Path | None:
 
 def build(target: Path, env: dict[str, str]) -> dict[str, str]:
     """Compile bitfold against the torch of `env` into `target`; variables under which it is found there."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-build-isolation",
-        "--no-deps",
-        "--upgrade",
-    ]
     architecture = os.environ.get("BITFOLD_CUDA_ARCHITECTURES", "90a-real")
-    subprocess.run(
-        [*command, "--target", target, ROOT],
-        env={**env, "BITFOLD_CUDA_ARCHITECTURES": architecture},
-        check=True,
-    )
+    with_architecture = {**env, "BITFOLD_CUDA_ARCHITECTURES": architecture}
+    pip_install(target, "--no-build-isolation", "--upgrade", str(ROOT), env=with_architecture)
     return {**env, "PYTHONPATH": os.pathsep.join(filter(None, [str(target), env.get("PYTHONPATH")]))}
 
 

@@ -1,4 +1,4 @@
-#include "cuda/device.cuh"
+#include "cuda/book.cuh"
 #include "cuda/quantize.h"
 #include "cuda/source.cuh"
 
@@ -35,14 +35,6 @@ __device__ inline void put_unit(const CodeRows& to, int64_t row, int64_t col, in
   store_unit<kBits>(at, to.plane_bytes, col, n, unit);
 }
 
-// Each bin kLanes times.
-template <int kLanes>
-__device__ inline void fetch_bins(const DeviceEncoding& encoding, Bin* bins) {
-  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
-  for (int i = thread; i < kBins * kLanes; i += kThreads) bins[i] = encoding.bins[i / kLanes];
-  __syncthreads();
-}
-
 // Eight weights a thread, for scales and zero points that are known.
 template <int kBits, bool kBook>
 __global__ void __launch_bounds__(kThreads, kThreeBlocks)
@@ -51,7 +43,7 @@ __global__ void __launch_bounds__(kThreads, kThreeBlocks)
                  const float* __restrict__ scale, const float* __restrict__ zero,
                  const CodeRows to) {
   __shared__ Bin bins[kBins];
-  if (kBook) fetch_bins<1>(encoding, bins);
+  if (kBook) fetch_bins(encoding, bins);
   const int64_t unit = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, col = unit * 8;
   if (unit >= plan.units) return;
   constexpr float kTop = static_cast<float>((1 << kBits) - 1);
@@ -104,7 +96,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksFor<kType>)
   fetch_bins<kBinLanes>(encoding, bins);
   const auto* table = reinterpret_cast<const uint8_t*>(bins);
   const uint32_t lane_offset =
-      (threadIdx.y * blockDim.x + threadIdx.x) % kBinLanes * static_cast<uint32_t>(sizeof(Bin));
+      static_cast<uint32_t>(thread_of_block()) % kBinLanes * static_cast<uint32_t>(sizeof(Bin));
   const int64_t unit = int64_t{blockIdx.x} * blockDim.x + threadIdx.x, col = unit * 8;
   const bool inside = unit < plan.units;
   // A short row is one group in fewer lanes.

@@ -2,7 +2,7 @@
 // codebook in shared memory.
 #pragma once
 
-#include "cuda/device.cuh"
+#include "cuda/book.cuh"
 #include "cuda/rounding.h"
 
 namespace bitfold::cuda {
@@ -27,13 +27,6 @@ struct Rounder {
   }
 };
 
-// Called by all threads of a block; `levels` are shared.
-__device__ inline void fetch_levels(const DeviceEncoding& encoding, float* levels) {
-  const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
-  if (thread < kMaxLevels) levels[thread] = encoding.levels[thread];
-  __syncthreads();
-}
-
 // What a code that was chosen stands for, in units of its scale.
 __device__ inline float unit_at(const RoundingMatrix& w, const DeviceEncoding& encoding,
                                 const float* levels, int64_t col, int64_t row) {
@@ -47,8 +40,7 @@ template <bool kBook>
 __device__ inline Rounder<kBook> make_rounder(const DeviceEncoding& encoding, Bin* bins,
                                               float* levels) {
   if (kBook) {
-    const int thread = static_cast<int>(threadIdx.y * blockDim.x + threadIdx.x);
-    if (thread < kBins) bins[thread] = encoding.bins[thread];
+    fetch_bins(encoding, bins);
     fetch_levels(encoding, levels);
   }
   return {bins, levels, static_cast<float>((1 << encoding.bits) - 1)};

@@ -1,4 +1,4 @@
-#include "cuda/device.cuh"
+#include "cuda/book.cuh"
 #include "cuda/quantize.h"
 #include "cuda/search.h"
 #include "cuda/source.cuh"
@@ -188,9 +188,8 @@ __global__ void __launch_bounds__(kThreads, kThreeBlocks)
   __shared__ Bin bins[kBins];
   __shared__ float levels[kMaxLevels];
   if (kBook) {
-    if (threadIdx.x < kBins) bins[threadIdx.x] = encoding.bins[threadIdx.x];
-    if (threadIdx.x < kMaxLevels) levels[threadIdx.x] = encoding.levels[threadIdx.x];
-    __syncthreads();
+    fetch_bins(encoding, bins);
+    fetch_levels(encoding, levels);
   }
   const Weights<kWeighted> source{w, counts};
   each_span(spans.count(), [&](int64_t span, int lane) {
